@@ -1,0 +1,90 @@
+"""The filter on the uploaded tensor itself: standardize, weigh, add noise of a fixed scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from prifu_plugin.config import FilterConfig
+from prifu_plugin.filter import PriFU, along
+
+
+class CutFilter(nn.Module):
+    """Filter an uploaded tensor and limit its precision.
+
+    The tensor is standardized per channel (running statistics, no affine parameters), weighed by
+    a `PriFU`, and noise of standard deviation `noise` is added to the channels that are open:
+    u_c = RIW_c * (x_c - mean_c) / std_c + noise * n. In the preserved form the receiver undoes
+    the scale, z_c = u_c / init * std_c + mean_c, so that without noise the function is what it
+    was. A closed channel is a constant either way. An open channel carries at most
+    log2(1 + W_c^2 / noise^2) / 2 bits per position for Gaussian inputs of unit variance.
+
+    Noise is drawn in training and at inference; draw once per input, since averages over
+    repeated queries undo it.
+
+    Args:
+        num_features: channels C of the uploaded tensor.
+        config: form, threshold and noise.
+        dim: channel dimension.
+
+    Example:
+        >>> cut = CutFilter(4, FilterConfig())
+        >>> cut(torch.randn(8, 4)).shape
+        torch.Size([8, 4])
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    eps = 1e-5
+    momentum = 0.1
+
+    def __init__(self, num_features: int, config: FilterConfig, *, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+        self.noise = config.noise
+        self.restores = config.preserve
+        self.prifu = PriFU(num_features, config, dim=dim)
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the filtered upload, shape and dtype of x."""
+        mean, deviation = self._statistics(x)
+        scale, shift, noise = (along(v, x.ndim, self.dim) for v in self._affine(mean, deviation))
+        z = x * scale + shift
+        if self.noise > 0:
+            z = z + torch.randn_like(z) * noise
+        return z.to(x.dtype)
+
+    def affine(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scale, shift and noise deviation per channel, each (C,), as in eval mode."""
+        return self._affine(self.running_mean, (self.running_var + self.eps).sqrt())
+
+    def bits(self) -> Tensor:
+        """Return the bound in bits per channel and position, (C,); infinite without noise."""
+        weight = self.prifu.scale().detach() / self.prifu.gain
+        if self.noise == 0:
+            return torch.where(weight > 0, torch.full_like(weight, float("inf")), weight)
+        return 0.5 * torch.log2(1 + (weight / self.noise) ** 2)
+
+    def _affine(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale, bias, gain = self.prifu.scale(), self.prifu.bias, self.prifu.gain
+        noise = torch.where(self.prifu.open, self.noise * gain, 0.0).to(scale)
+        shift = torch.zeros_like(scale) if bias is None else bias
+        if not self.restores:
+            return scale / deviation, shift - mean * scale / deviation, noise
+        return scale, shift + mean - mean * scale, noise * deviation
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.training:
+            return self.running_mean, (self.running_var + self.eps).sqrt()
+        others = [d for d in range(x.ndim) if d != self.dim % x.ndim]
+        var, mean = torch.var_mean(x.float(), others, correction=0)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_(var.to(self.running_var), self.momentum)
+        return mean, (var + self.eps).sqrt()
+
+    def extra_repr(self) -> str:
+        """Say where the filter stands and how much noise it adds."""
+        return f"dim={self.dim}, noise={self.noise}"

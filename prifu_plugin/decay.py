@@ -1,0 +1,186 @@
+"""The training hook: the decay gradient of Eq. 6 and the zeroing of Eq. 11.
+
+Two global hooks stand around every optimizer's step. Around the step and not in the gradient,
+because a step may compute its gradients inside (closures), unscale them inside (fused optimizers
+under a GradScaler) or normalize a gradient term away (Adam).
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from prifu_plugin.errors import ConfigError, FilterError, OrderError
+from prifu_plugin.filter import LIVE_FILTERS, PriFU
+
+Group = dict[str, Any]
+
+
+def dose_to_beta(dose: float, learning_rates: Iterable[float]) -> float:
+    """Return the beta that decays W by exp(-dose) over a run.
+
+    What the decay does depends on dose = beta * sum of the learning rates of all steps: the
+    authors' 80 epochs at beta = 0.001 give 2.6, a short fine-tune at that beta gives nothing.
+
+    Args:
+        dose: wanted dose, at least 0.
+        learning_rates: the learning rate of every optimizer step of the run.
+
+    Returns:
+        beta for `prifu_plugin.wrap`.
+
+    Raises:
+        ConfigError: if the rates do not sum to something positive, or dose is negative.
+
+    Example:
+        >>> round(dose_to_beta(2.6, [0.1] * 100), 4)
+        0.26
+    """
+    total = sum(learning_rates)
+    if dose < 0 or total <= 0:
+        raise ConfigError(f"dose={dose} over learning rates that sum to {total}: pass dose >= 0 "
+                          "and the learning rate of every step.")
+    return dose / total
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> None:
+    """Remember W of the filters in this optimizer, and shield them from other weight decay."""
+    _restore_groups(optimizer)
+    filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
+    if not filters:
+        return
+    owned = _owned_filters(optimizer, filters)
+    _check_ownership(optimizer, filters.values(), {id(unit) for unit, _ in owned})
+    remembered = []
+    for unit, group in owned:
+        rate = float(group["lr"])
+        if rate * unit.beta >= 1:
+            raise ConfigError(
+                f"lr * beta = {rate} * {unit.beta} >= 1 at the filter of '{unit.path}': one step "
+                "would flip the sign of W. Lower beta (dose_to_beta computes it) or the rate."
+            )
+        remembered.append((unit, rate, unit.weight.detach().clone()))
+    _REMEMBERED[optimizer] = remembered
+    _shield_from_weight_decay(optimizer, filters)
+
+
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> None:
+    """Apply the decay, zero what is filtered, and forget its optimizer state (Eq. 6 and 11)."""
+    _restore_groups(optimizer)
+    remembered = _REMEMBERED.pop(optimizer, [])
+    if not remembered or _skipped(optimizer):
+        return
+    with torch.no_grad():
+        for unit, rate, before in remembered:
+            if unit.weight.grad is None:
+                continue
+            unit.weight.sub_(before, alpha=rate * unit.beta)
+            unit.dose += rate * unit.beta
+            closed = unit.closed
+            unit.weight.masked_fill_(closed, 0.0)
+            for value in optimizer.state.get(unit.weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == closed.shape:
+                    value.masked_fill_(closed, 0.0)
+    _check_finite([unit for unit, _, _ in remembered])
+
+
+_REMEMBERED: weakref.WeakKeyDictionary[Optimizer, list[tuple[PriFU, float, Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
+_SHIELDED: weakref.WeakKeyDictionary[Optimizer, list[tuple[Group, list[Tensor]]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _owned_filters(
+    optimizer: Optimizer, filters: dict[int, PriFU]
+) -> list[tuple[PriFU, Group]]:
+    return [
+        (filters[id(parameter)], group)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) in filters and parameter.requires_grad
+    ]
+
+
+def _shield_from_weight_decay(optimizer: Optimizer, filters: dict[int, PriFU]) -> None:
+    """Move W into a group without weight decay, for the length of one step."""
+    shielded: list[tuple[Group, list[Tensor]]] = []
+    extra: list[Group] = []
+    for group in optimizer.param_groups:
+        weights = [p for p in group["params"] if id(p) in filters]
+        if not weights or not group.get("weight_decay"):
+            continue
+        shielded.append((group, group["params"]))
+        extra.append({**group, "params": weights, "weight_decay": 0.0})
+        group["params"] = [p for p in group["params"] if id(p) not in filters]
+    if shielded:
+        _SHIELDED[optimizer] = shielded
+        optimizer.param_groups.extend(extra)
+
+
+def _restore_groups(optimizer: Optimizer) -> None:
+    shielded = _SHIELDED.pop(optimizer, [])
+    for group, params in shielded:
+        group["params"] = params
+    if shielded:
+        del optimizer.param_groups[-len(shielded) :]
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer skipped the step because its gradients overflowed."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def _check_ownership(optimizer: Optimizer, filters: Iterable[PriFU], owned: set[int]) -> None:
+    """Raise if this optimizer trains a model but not its filters, and no other one does."""
+    params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    orphans = [
+        unit
+        for unit in filters
+        if id(unit) not in owned
+        and unit.weight.requires_grad
+        and unit.weight.grad is not None
+        and any(id(neighbour) in params for neighbour in unit.known_neighbours())
+    ]
+    if not orphans:
+        return
+    held = {
+        id(parameter)
+        for other in gc.get_objects()
+        if isinstance(other, Optimizer)
+        for group in other.param_groups
+        for parameter in group["params"]
+    }
+    orphans = [unit for unit in orphans if id(unit.weight) not in held]
+    if orphans:
+        raise OrderError(
+            f"{len(orphans)} filters are in no optimizer (first: '{orphans[0].path}.prifu.weight')"
+            f", so they would never train; {type(optimizer).__name__} was probably built before "
+            "wrap. Call prifu_plugin.wrap first, then build the optimizer from "
+            "model.parameters()."
+        )
+
+
+def _check_finite(filters: list[PriFU]) -> None:
+    """Check all weights with one synchronization; name the filter only when it is needed."""
+    total = torch.stack([unit.weight.detach().sum() for unit in filters]).sum()
+    if not torch.isfinite(total):
+        for unit in filters:
+            unit.check_finite()
+        raise FilterError("The filter weights overflow when summed: lower the learning rate.")
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

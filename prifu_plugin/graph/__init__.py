@@ -1,0 +1,1 @@
+"""Find normalization calls, capture graphs, and put filters in."""

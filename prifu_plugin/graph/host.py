@@ -1,0 +1,131 @@
+"""How a filter lives in a model: as a child of the module it follows.
+
+The host keeps its place, its parameters' names and every isinstance; only its class becomes a
+subclass with the same name whose forward passes through the child. docs/design.md compares this
+with the other ways.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from prifu_plugin.cut import CutFilter
+from prifu_plugin.filter import PriFU
+from prifu_plugin.graph.norms import NormSpec, base_class, norm_spec
+
+CHILD = "prifu"
+"""Name of the filter in its host, and so the last part but one of W's key in a checkpoint."""
+
+
+def attach(host: nn.Module, unit: PriFU | CutFilter) -> None:
+    """Make a module pass through a filter, in place.
+
+    Args:
+        host: a normalization module, or with a `CutFilter` any module that returns a tensor.
+        unit: the filter, which becomes the child named "prifu".
+    """
+    host.add_module(CHILD, unit)
+    host.__class__ = _hosting_class(base_class(host), _kind(host, unit))
+
+
+def detach(host: nn.Module) -> None:
+    """Undo `attach`, in place."""
+    host.__class__ = base_class(host)
+    del host._modules[CHILD]
+
+
+def is_host(module: nn.Module) -> bool:
+    """Whether a filter is attached to this module."""
+    return hasattr(type(module), "_prifu_base")
+
+
+def filter_of(host: nn.Module) -> PriFU | CutFilter:
+    """Return the filter of a host."""
+    unit = host._modules[CHILD]
+    assert isinstance(unit, PriFU | CutFilter)
+    return unit
+
+
+def folded_parameters(host: nn.Module, unit: PriFU) -> dict[str, Tensor | None]:
+    """Return weight and bias of a normalization with the filter's scale folded in.
+
+    gain * RIW * (n * weight + bias) + b = n * (weight * scale) + (bias * scale + b), in the
+    precision of W, which is fp32 or better.
+    """
+    scale = unit.scale()
+    weight, bias = getattr(host, "weight", None), getattr(host, "bias", None)
+    folded: dict[str, Tensor | None] = {"weight": scale if weight is None else weight * scale}
+    if bias is not None:
+        folded["bias"] = bias * scale if unit.bias is None else bias * scale + unit.bias
+    elif unit.bias is not None:
+        folded["bias"] = unit.bias
+    return folded
+
+
+def folds(spec: NormSpec, unit: PriFU) -> bool:
+    """Whether the filter can act through the normalization's own affine parameters."""
+    return spec.folds and (spec.folds_bias or unit.bias is None)
+
+
+def _kind(host: nn.Module, unit: PriFU | CutFilter) -> str:
+    spec = norm_spec(host)
+    if isinstance(unit, PriFU) and spec is not None and folds(spec, unit):
+        return "folded"
+    return "output"
+
+
+def _folded_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # A shallow twin of the base class, so that super() in its forward works, with other affine
+    # parameters for this call; buffers, children and everything else are shared.
+    base = base_class(self)
+    unit = filter_of(self)
+    assert isinstance(unit, PriFU)
+    twin = object.__new__(base)
+    parameters = {**self._parameters, **folded_parameters(self, unit)}
+    twin.__dict__ = {**self.__dict__, "_parameters": parameters}
+    return base.forward(twin, *args, **kwargs)
+
+
+def _output_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return filter_of(self)(base_class(self).forward(self, *args, **kwargs))
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """Pickle by the original class, since the hosting one has no name to be found by."""
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    return _rebuild, (base_class(self), type(self)._prifu_kind), state
+
+
+def _rebuild(base: type[nn.Module], kind: str) -> nn.Module:
+    cls = _hosting_class(base, kind)
+    module = cls.__new__(cls)
+    assert isinstance(module, nn.Module)
+    return module
+
+
+@cache
+def _hosting_class(base: type[nn.Module], kind: str) -> type[nn.Module]:
+    members = {
+        "forward": _folded_forward if kind == "folded" else _output_forward,
+        "__reduce_ex__": _reduce,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_prifu_base": base,
+        "_prifu_kind": kind,
+    }
+    return type(base.__name__, (base,), members)
+
+
+def _keep_hosting(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    """Rehost a filter whose norm was replaced, as SyncBatchNorm conversion does."""
+    if name == CHILD and isinstance(submodule, PriFU) and not is_host(module):
+        if norm_spec(module) is not None:
+            module.__class__ = _hosting_class(type(module), _kind(module, submodule))
+
+
+register_module_module_registration_hook(_keep_hosting)

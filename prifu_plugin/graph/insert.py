@@ -1,0 +1,375 @@
+"""wrap and unwrap: put filters behind a model's normalization layers, and take them out."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prifu_plugin.config import FilterConfig
+from prifu_plugin.cut import CutFilter
+from prifu_plugin.errors import ConfigError, NoSiteError, OrderError, PrifuWarning
+from prifu_plugin.filter import PriFU
+from prifu_plugin.graph.host import CHILD, attach, detach, filter_of, is_host
+from prifu_plugin.graph.norms import norm_spec, num_channels
+from prifu_plugin.graph.sites import Site, no_match, norm_modules, select, sites
+
+STATE = "_prifu_state"
+
+
+@dataclass
+class WrapState:
+    """What wrap remembers on the model: its settings and the inputs it last saw."""
+
+    config: FilterConfig
+    paths: tuple[str, ...]
+    cut: str | None = None
+    cut_dim: int = 1
+    cut_channels: int = 0
+    hooks: dict[str, int] = field(default_factory=dict)
+    input_shapes: tuple[tuple[int, ...], ...] | None = None
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what `apply_recipe` needs to wrap a fresh model alike."""
+        return {
+            "config": self.config.to_dict(),
+            "paths": list(self.paths),
+            "cut": self.cut,
+            "cut_dim": self.cut_dim,
+            "cut_channels": self.cut_channels,
+        }
+
+
+def wrap(
+    model: nn.Module,
+    *,
+    alpha: float = 0.1,
+    beta: float = 1e-3,
+    init: float = 0.1,
+    bias: bool = False,
+    preserve: bool = True,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    example_inputs: Tensor | tuple[Tensor, ...] | None = None,
+    cut: str | None = None,
+    noise: float = 0.0,
+    inplace: bool = False,
+) -> nn.Module:
+    """Put a PriFU behind every normalization layer of a model.
+
+    The result is the same model (class, methods, parameter names) with one child more in each
+    normalization layer. Train it with any loop; build the optimizer after this call. Returns a
+    copy unless `inplace`.
+
+    Args:
+        model: any model of timm, torchvision or your own; not inside DDP, torch.compile or EMA.
+        alpha: threshold of Eq. 4, in [0, 1).
+        beta: decay of Eq. 6; `prifu_plugin.dose_to_beta` computes it for a short run.
+        init: initial W.
+        bias: add a learnable unfiltered bias per channel (the authors' published code).
+        preserve: keep the model's function at the start by a fixed factor 1/init.
+        include: glob patterns of module paths to filter; None means all.
+        exclude: glob patterns of module paths to leave alone.
+        example_inputs: a batch to check the model with, (N, ...); needed for `cut` unless the
+            model has a pretrained_cfg.
+        cut: path of the module whose output is uploaded; a filter is put on that tensor itself.
+        noise: standard deviation of the noise on the filtered upload, in units of W (0.3 is the
+            recommended setting with a cut).
+        inplace: change `model` instead of a copy.
+
+    Returns:
+        The wrapped model.
+
+    Raises:
+        ConfigError: for an argument out of range, or example inputs the model refuses.
+        NoSiteError: if there is nothing to filter, or a pattern matches nothing.
+        OrderError: if the model is wrapped already, or inside DDP, torch.compile or EMA.
+
+    Example:
+        >>> net = wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+        >>> net[1]
+        BatchNorm2d(
+          4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True
+          (prifu): PriFU(4, 4 open, alpha=0.1, beta=0.001)
+        )
+    """
+    config = FilterConfig(
+        alpha=alpha, beta=beta, init=init, bias=bias, preserve=preserve, noise=noise
+    )
+    if noise > 0 and cut is None:
+        raise ConfigError(f"noise={noise} needs a cut: pass cut= the path of the uploaded module.")
+    _check_wrappable(model)
+    state = WrapState(config, tuple(_chosen(model, include, exclude)), cut)
+    if cut is not None or example_inputs is not None:
+        uploaded = _probe(model, example_inputs, cut)
+        if uploaded is not None:
+            state.cut_dim = channel_dim(uploaded)
+            state.cut_channels = uploaded.shape[state.cut_dim]
+    original = model
+    if not inplace:
+        model = copy.deepcopy(model)
+    _apply(model, state, origin=next(original.parameters(), None))
+    return model
+
+
+def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> nn.Module:
+    """Wrap a fresh model, in place, exactly as another one was wrapped."""
+    _check_wrappable(model)
+    state = WrapState(
+        FilterConfig(**recipe["config"]),
+        tuple(recipe["paths"]),
+        recipe["cut"],
+        recipe["cut_dim"],
+        recipe["cut_channels"],
+    )
+    known = dict(model.named_modules())
+    for path in [*state.paths, *([state.cut] if state.cut else [])]:
+        if path not in known:
+            raise no_match(path, list(known))
+    _apply(model, state)
+    return model
+
+
+def unwrap(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Take all filters out: the model as it was before wrap, with the weights it has now.
+
+    Args:
+        model: a wrapped model.
+        inplace: change `model` instead of a copy.
+
+    Returns:
+        The model without filters.
+
+    Raises:
+        OrderError: if the model is not wrapped.
+
+    Example:
+        >>> unwrap(wrap(nn.Sequential(nn.BatchNorm1d(2))))
+        Sequential(
+          (0): BatchNorm1d(2, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        )
+    """
+    wrap_state(model)
+    if not inplace:
+        model = copy.deepcopy(model)
+    for host in [module for module in model.modules() if is_host(module)]:
+        detach(host)
+    hooks = wrap_state(model).hooks
+    model._forward_pre_hooks.pop(hooks["inputs"], None)
+    model._load_state_dict_pre_hooks.pop(hooks["checkpoint"], None)
+    del model.__dict__[STATE]
+    return model
+
+
+def filters(model: nn.Module) -> dict[str, PriFU]:
+    """Return the filters of a wrapped model by the path of what they follow.
+
+    Example:
+        >>> filters(wrap(nn.Sequential(nn.BatchNorm1d(2))))
+        {'0': PriFU(2, 2 open, alpha=0.1, beta=0.001)}
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if is_host(module):
+            unit = filter_of(module)
+            found[path] = unit.prifu if isinstance(unit, CutFilter) else unit
+    return found
+
+
+def wrap_state(model: nn.Module) -> WrapState:
+    """Return what wrap remembered, or raise OrderError if the model is not wrapped."""
+    state = model.__dict__.get(STATE)
+    if not isinstance(state, WrapState):
+        raise OrderError(
+            f"{type(model).__name__} is not wrapped. Call prifu_plugin.wrap(model) first; if it "
+            "is inside DDP, torch.compile or EMA, pass the module inside."
+        )
+    return state
+
+
+def input_shapes(model: nn.Module) -> tuple[tuple[int, ...], ...] | None:
+    """Return the input shapes of the last forward pass, or of timm's pretrained_cfg."""
+    state = model.__dict__.get(STATE)
+    if isinstance(state, WrapState) and state.input_shapes is not None:
+        return state.input_shapes
+    settings = getattr(model, "pretrained_cfg", None)
+    size = settings.get("input_size") if isinstance(settings, dict) else None
+    if size is None:
+        return None
+    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    spatial = tuple(fixed) if isinstance(fixed, tuple) else tuple(size[1:])
+    stem = next((p for p in model.parameters() if p.ndim == 4), None)
+    channels = stem.shape[1] if stem is not None and stem.shape[1] != 1 else size[0]
+    return ((1, channels, *spatial),)
+
+
+def channel_dim(x: Tensor) -> int:
+    """Return the channel dimension of an uploaded tensor: 1, or -1 for tokens (N, L, C)."""
+    return x.ndim - 1 if x.ndim == 3 else 1
+
+
+def _check_wrappable(model: nn.Module) -> None:
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise OrderError(f"{name} is scripted: wrap the Python model, then script the pruned one.")
+    for attribute, words in (("_orig_mod", "torch.compile"), ("module", "DDP, DataParallel or EMA")):
+        inner = model._modules.get(attribute)
+        if inner is not None and len(model._modules) == 1:
+            raise OrderError(
+                f"{name} is a {words} wrapper around {type(inner).__name__}. Wrap the model "
+                f"inside first, prifu_plugin.wrap(model.{attribute}), then wrap it again."
+            )
+    for path, module in model.named_modules():
+        if isinstance(module, PriFU):
+            raise OrderError(
+                f"{name} has a filter already, at '{path}'. Call prifu_plugin.unwrap(model) "
+                "first, or set alpha and beta on prifu_plugin.filters(model)."
+            )
+
+
+def _chosen(
+    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> list[str]:
+    found = sites(model)
+    usable = [site for site in found if not site.refused]
+    if not usable:
+        raise NoSiteError(
+            f"{type(model).__name__} has no normalization layer to put a filter behind"
+            + _refusals(found)
+            + ". Use an architecture with BatchNorm, LayerNorm or GroupNorm modules; "
+            "prifu_plugin.sites(model) lists what was found."
+        )
+    refused = [site for site in found if site.refused]
+    if refused:
+        warnings.warn(
+            f"{len(refused)} normalization calls get no filter" + _refusals(refused),
+            PrifuWarning,
+            stacklevel=3,
+        )
+    chosen = select([site.path for site in usable], include, exclude)
+    if not chosen:
+        raise NoSiteError("include and exclude leave no normalization layer. Relax the patterns.")
+    return chosen
+
+
+def _refusals(found: list[Site]) -> str:
+    lines = [f"'{s.path}' ({s.type}): {s.refused}" for s in found if s.refused]
+    return "; " + "; ".join(lines[:3]) if lines else ""
+
+
+def _apply(model: nn.Module, state: WrapState, origin: nn.Parameter | None = None) -> None:
+    modules = dict(norm_modules(model))
+    first = next(model.parameters(), None)
+    for path in state.paths:
+        host = modules[path]
+        spec = norm_spec(host)
+        channels = num_channels(host)
+        assert spec is not None and channels is not None
+        unit = PriFU(channels, state.config, dim=spec.dim)
+        _place(unit, path, host, first, origin)
+        attach(host, unit)
+    if state.cut is not None:
+        host = model.get_submodule(state.cut)
+        cut = CutFilter(state.cut_channels, state.config, dim=state.cut_dim)
+        _place(cut.prifu, state.cut, host, first, origin)
+        cut.to(first.device if first is not None else None)
+        cut.train(host.training)
+        attach(host, cut)
+    state.hooks = {
+        "inputs": model.register_forward_pre_hook(_remember_inputs).id,
+        "checkpoint": model.register_load_state_dict_pre_hook(_complete_checkpoint).id,
+    }
+    model.__dict__[STATE] = state
+
+
+def _place(
+    unit: PriFU,
+    path: str,
+    host: nn.Module,
+    first: nn.Parameter | None,
+    origin: nn.Parameter | None,
+) -> None:
+    """Tell a filter where it is and which parameters train beside it; move it to their device."""
+    own = list(host.parameters(recurse=False))
+    unit.path = path
+    unit.neighbours = own + ([first] if first is not None else [])
+    unit.origin = weakref.ref(origin) if origin is not None else None
+    beside = next(iter([*own, *host.buffers(recurse=False)]), first)
+    if beside is not None:
+        dtype = beside.dtype if beside.dtype == torch.float64 else torch.float32
+        unit.to(device=beside.device, dtype=dtype)
+    unit.train(host.training)
+
+
+def _probe(
+    model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...] | None, cut: str | None
+) -> Tensor | None:
+    """Run the model once, unchanged, and return the output of the cut."""
+    if example_inputs is None:
+        shapes = input_shapes(model)
+        if shapes is None:
+            raise ConfigError("cut needs example_inputs: pass a batch, such as torch.zeros(2, 3, 224, 224).")
+        reference = next(model.parameters())
+        example_inputs = tuple(torch.zeros((2, *s[1:])).to(reference) for s in shapes)
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    known = dict(model.named_modules())
+    if cut is not None and cut not in known:
+        raise no_match(cut, [path for path in known if path])
+    if cut is not None and norm_spec(known[cut]) is not None:
+        raise ConfigError(
+            f"cut='{cut}' is a normalization layer, which gets a filter of its own. Cut at the "
+            "module around it, or at the activation behind it."
+        )
+    seen: list[Any] = []
+    handles = []
+    if cut is not None:
+        handles.append(known[cut].register_forward_hook(lambda m, i, o: seen.append(o)))
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(*example_inputs)
+    except Exception as error:
+        shapes_given = [tuple(x.shape) for x in example_inputs]
+        raise ConfigError(
+            f"{type(model).__name__} refuses example_inputs of shape {shapes_given}: "
+            f"{str(error).splitlines()[0]}. Pass a batch as the model takes it, (N, C, H, W)."
+        ) from None
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    if cut is None:
+        return None
+    if not seen or not isinstance(seen[0], Tensor) or seen[0].ndim < 2:
+        raise ConfigError(
+            f"cut='{cut}' ({type(known[cut]).__name__}) does not return one tensor (N, C, ...). "
+            "Cut at a module that does."
+        )
+    return seen[0]
+
+
+def _remember_inputs(model: nn.Module, args: tuple[Any, ...]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if args and all(isinstance(x, Tensor) for x in args):
+        model.__dict__[STATE].input_shapes = tuple(tuple(x.shape) for x in args)
+
+
+def _complete_checkpoint(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Let a checkpoint from before wrap load: where it has no filter at all, keep ours."""
+    if any(key.startswith(prefix) and f".{CHILD}." in f".{key}" for key in state_dict):
+        return
+    for key, value in model.state_dict().items():
+        if f".{CHILD}." in f".{key}":
+            state_dict[prefix + key] = value

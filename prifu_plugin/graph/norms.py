@@ -1,0 +1,166 @@
+"""What counts as a normalization layer, and where its channels are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSpec:
+    """What wrap and prune need to know of a normalization class.
+
+    Attributes:
+        dim: channel dimension of the output.
+        folds: the output is normalized(x) * weight + bias with the attributes of those names,
+            perhaps followed by an activation; a scale can then be folded into them for the call.
+        folds_bias: the class has such a bias.
+        running: with running statistics in eval mode, each channel is an affine map of its own.
+        fused: an activation follows inside the module.
+    """
+
+    dim: int
+    folds: bool = True
+    folds_bias: bool = True
+    running: bool = False
+    fused: bool = False
+
+
+_BATCH = NormSpec(dim=1, running=True)
+_BATCH_ACT = NormSpec(dim=1, running=True, fused=True)
+_NCHW = NormSpec(dim=1)
+_NCHW_ACT = NormSpec(dim=1, fused=True)
+_LAST = NormSpec(dim=-1)
+_LAST_ACT = NormSpec(dim=-1, fused=True)
+
+_TORCH = {
+    "torch.nn.modules.batchnorm.": dict.fromkeys(
+        ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"], _BATCH
+    ),
+    "torch.nn.modules.instancenorm.": dict.fromkeys(
+        ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"], _NCHW
+    ),
+    "torch.nn.modules.normalization.": {
+        "LayerNorm": _LAST,
+        "RMSNorm": NormSpec(dim=-1, folds_bias=False),
+        "GroupNorm": _NCHW,
+    },
+    "torchvision.ops.misc.": {"FrozenBatchNorm2d": _BATCH},
+    "torchvision.models.convnext.": {"LayerNorm2d": _NCHW},
+}
+_TIMM = {
+    "timm.layers.norm.": {
+        "GroupNorm": _NCHW,
+        "GroupNorm1": _NCHW,
+        "LayerNorm": _LAST,
+        "LayerNormFp32": _LAST,
+        "LayerNorm2d": _NCHW,
+        "LayerNorm2dFp32": _NCHW,
+        "LayerNormExp2d": _NCHW,
+        **dict.fromkeys(
+            ["RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32"],
+            NormSpec(dim=-1, folds_bias=False),
+        ),
+        **dict.fromkeys(
+            ["RmsNorm2d", "RmsNorm2dFp32", "SimpleNorm2d", "SimpleNorm2dFp32"],
+            NormSpec(dim=1, folds_bias=False),
+        ),
+    },
+    "timm.layers.norm_act.": {
+        **dict.fromkeys(
+            ["BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d"], _BATCH_ACT
+        ),
+        **dict.fromkeys(
+            ["GroupNormAct", "GroupNorm1Act", "LayerNormAct2d", "LayerNormAct2dFp32"], _NCHW_ACT
+        ),
+        **dict.fromkeys(["LayerNormAct", "LayerNormActFp32"], _LAST_ACT),
+        **dict.fromkeys(
+            ["RmsNormAct", "RmsNormActFp32"], NormSpec(dim=-1, folds_bias=False, fused=True)
+        ),
+        **dict.fromkeys(
+            ["RmsNormAct2d", "RmsNormAct2dFp32"], NormSpec(dim=1, folds_bias=False, fused=True)
+        ),
+    },
+    "timm.layers.evo_norm.": dict.fromkeys(
+        [f"EvoNorm2d{kind}" for kind in ("B0", "B1", "B2", "S0", "S0a", "S1", "S1a", "S2", "S2a")],
+        _NCHW_ACT,
+    ),
+    "timm.layers.filter_response_norm.": dict.fromkeys(
+        ["FilterResponseNormTlu2d", "FilterResponseNormAct2d"], _NCHW_ACT
+    ),
+    "timm.layers.grn.": {"GlobalResponseNorm": NormSpec(dim=-1, folds=False)},
+}
+
+# Keyed by qualified name, so that timm and torchvision need not be imported, or installed.
+_REGISTRY: dict[str, NormSpec] = {
+    prefix + name: spec
+    for table in (_TORCH, _TIMM)
+    for prefix, names in table.items()
+    for name, spec in names.items()
+}
+
+FUNCTIONAL_DIMS: dict[Callable[..., torch.Tensor], int] = {
+    F.batch_norm: 1,
+    F.instance_norm: 1,
+    F.group_norm: 1,
+    F.layer_norm: -1,
+    F.rms_norm: -1,
+    torch.batch_norm: 1,
+    torch.instance_norm: 1,
+    torch.group_norm: 1,
+    torch.layer_norm: -1,
+}
+"""Functional normalizations and their channel dimensions."""
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module as it was before a filter was attached."""
+    return getattr(type(module), "_prifu_base", type(module))
+
+
+def norm_spec(module: nn.Module) -> NormSpec | None:
+    """Return the spec of a normalization module, or None for any other.
+
+    A subclass that overrides forward is still a normalization layer, but nothing is assumed of
+    its inside: the filter then multiplies its output.
+
+    Example:
+        >>> norm_spec(nn.LayerNorm(4)).dim, norm_spec(nn.Linear(2, 2))
+        (-1, None)
+    """
+    cls = base_class(module)
+    for ancestor in cls.__mro__:
+        spec = _REGISTRY.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
+        if spec is None:
+            continue
+        if ancestor.forward is not cls.forward:
+            return NormSpec(dim=spec.dim, folds=False)
+        return _for_instance(module, spec)
+    return None
+
+
+def num_channels(module: nn.Module) -> int | None:
+    """Return the number of channels of a normalization module, if its attributes tell."""
+    shape = getattr(module, "normalized_shape", None)
+    if shape is not None:
+        return int(shape[0]) if len(shape) > 1 else int(shape[-1])
+    for name in ("num_features", "num_channels"):
+        if isinstance(getattr(module, name, None), int):
+            return int(getattr(module, name))
+    weight = getattr(module, "weight", None)
+    return int(weight.numel()) if isinstance(weight, torch.Tensor) else None
+
+
+def _for_instance(module: nn.Module, spec: NormSpec) -> NormSpec:
+    shape = getattr(module, "normalized_shape", None)
+    if shape is not None and len(shape) > 1:
+        return NormSpec(dim=-len(shape), folds=False, fused=spec.fused)
+    if spec.running and getattr(module, "running_mean", None) is None:
+        return NormSpec(dim=spec.dim, fused=spec.fused)
+    if not spec.folds and hasattr(module, "channel_dim"):
+        return NormSpec(dim=int(module.channel_dim), folds=False)
+    return spec

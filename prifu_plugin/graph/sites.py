@@ -1,0 +1,165 @@
+"""List the normalization calls of a model: where each is, and whether it is filtered."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from prifu_plugin.errors import CaptureError, NoSiteError
+from prifu_plugin.filter import PriFU
+from prifu_plugin.graph.capture import calls, capture
+from prifu_plugin.graph.host import is_host
+from prifu_plugin.graph.norms import FUNCTIONAL_DIMS, base_class, norm_spec, num_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A normalization call.
+
+    Attributes:
+        path: module path; for a functional call, of the module whose forward makes it.
+        type: class or function name.
+        channels: number of channels, None if unknown.
+        dim: channel dimension.
+        reached: "graph" if the traced graph calls it, "slot" if it was found in the module tree
+            only (the trace failed, or keeps the module around it whole), "functional" for calls
+            of torch.nn.functional.
+        filtered: whether a filter stands behind it.
+        refused: why no filter can be put there, or "".
+    """
+
+    path: str
+    type: str
+    channels: int | None
+    dim: int
+    reached: str
+    filtered: bool
+    refused: str = ""
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """List every normalization call of a model, in the order of the module tree.
+
+    Args:
+        model: plain or wrapped; it is not changed.
+
+    Returns:
+        One `Site` per normalization module, then one per functional call.
+
+    Example:
+        >>> [(s.path, s.channels) for s in sites(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))]
+        [('1', 4)]
+    """
+    graphs = list(_graphs(model))
+    reached = set().union(*(calls(captured) for captured in graphs)) if graphs else set()
+    found = [_module_site(path, module, path in reached) for path, module in norm_modules(model)]
+    functional = {
+        (site.path, site.type): site
+        for captured in graphs
+        for site in _functional_sites(captured.graph)
+    }
+    return found + list(functional.values())
+
+
+def norm_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each normalization module once, with its first path; not those inside another."""
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(outer) for outer in inside):
+            continue
+        if norm_spec(module) is not None:
+            inside.append(path + "." if path else "")
+            yield path, module
+
+
+def select(
+    candidates: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> list[str]:
+    """Choose paths by glob patterns; a pattern also matches everything below a path.
+
+    Raises:
+        NoSiteError: if a pattern matches nothing; the message names the closest paths.
+
+    Example:
+        >>> select(["layer1.0.bn1", "layer2.0.bn1"], ["layer1"], None)
+        ['layer1.0.bn1']
+    """
+    for pattern in [*(include or []), *(exclude or [])]:
+        if not any(_matches(path, pattern) for path in candidates):
+            raise no_match(pattern, candidates)
+    return [
+        path
+        for path in candidates
+        if (include is None or any(_matches(path, p) for p in include))
+        and not any(_matches(path, p) for p in exclude or [])
+    ]
+
+
+def no_match(pattern: str, candidates: Sequence[str]) -> NoSiteError:
+    """Build the error for a pattern or path that matches nothing."""
+    close = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.3)
+    return NoSiteError(
+        f"'{pattern}' matches none of {len(candidates)} paths. Closest: "
+        f"{', '.join(close) or ', '.join(candidates[:3]) or 'none'}. "
+        "prifu_plugin.sites(model) lists the normalization calls."
+    )
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, pattern + ".*")
+
+
+def _graphs(model: nn.Module) -> Iterator:  # type: ignore[type-arg]
+    """Trace in train and in eval mode, which may call different modules."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for training in (True, False):
+            model.train(training)
+            try:
+                yield capture(model)
+            except CaptureError:
+                continue
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _module_site(path: str, module: nn.Module, reached: bool) -> Site:
+    spec = norm_spec(module)
+    assert spec is not None
+    channels = num_channels(module)
+    return Site(
+        path=path,
+        type=base_class(module).__name__,
+        channels=channels,
+        dim=spec.dim,
+        reached="graph" if reached else "slot",
+        filtered=is_host(module) and isinstance(module._modules.get("prifu"), PriFU),
+        refused="" if channels else "its number of channels is not known before a forward pass",
+    )
+
+
+def _functional_sites(graph: fx.Graph) -> Iterator[Site]:
+    from_input: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(n in from_input for n in node.all_input_nodes):
+            from_input.add(node)
+        if node.op != "call_function" or node.target not in FUNCTIONAL_DIMS:
+            continue
+        # A normalization of parameters alone is weight standardization.
+        if node.all_input_nodes and node.all_input_nodes[0] not in from_input:
+            continue
+        stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+        yield Site(
+            path=str(list(stack.values())[-1][0]),
+            type=getattr(node.target, "__name__", str(node.target)),
+            channels=None,
+            dim=FUNCTIONAL_DIMS[node.target],
+            reached="functional",
+            filtered=False,
+            refused="a functional call has no module to carry the filter; use the module form",
+        )
