@@ -1,0 +1,149 @@
+"""Prepare a captured graph for analysis: no in-place effects, no packed attention modules."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from prifu_plugin.errors import CaptureError
+from prifu_plugin.graph.capture import Captured, capture
+
+
+def lower(model: nn.Module) -> Captured:
+    """Capture a model in eval mode as a graph of pure operations.
+
+    In-place operations become their pure twins, nn.MultiheadAttention becomes the linear maps it
+    consists of, and assertions go.
+
+    Args:
+        model: a module in eval mode; it is not changed, the graph refers to it.
+
+    Raises:
+        CaptureError: if the model cannot be traced.
+    """
+    captured = capture(model)
+    graph = captured.graph
+    for node in list(graph.nodes):
+        if _is_assertion(node):
+            graph.erase_node(node)
+        elif node.op == "call_module" and _is_plain_attention(model, node):
+            _lower_attention(graph, node, model.get_submodule(str(node.target)))
+        else:
+            _make_pure(graph, node, model)
+    _drop_unused(graph)
+    graph.lint()
+    return captured
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_function" and not node.users and name in ("_assert", "_assert_is_none")
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
+
+
+# In-place effects.
+
+_PURE_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    torch.relu_: torch.relu,
+    F.relu_: F.relu,
+}
+
+
+def _make_pure(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
+    """Replace an in-place operation; whoever reads its operand afterwards reads the result."""
+    if not _is_inplace(node, model):
+        return
+    if node.op == "call_function":
+        node.target = _PURE_FUNCTIONS.get(node.target, node.target)
+    elif node.op == "call_method":
+        node.target = str(node.target).removesuffix("_")
+    node.kwargs = {k: False if k == "inplace" else v for k, v in node.kwargs.items()}
+    operand = node.args[0]
+    if not isinstance(operand, fx.Node):
+        raise CaptureError(f"'{node.name}' writes in place into something that is no tensor.")
+    later = set(_after(node))
+    operand.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
+
+
+def _is_inplace(node: fx.Node, model: nn.Module) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    return node.target in _PURE_FUNCTIONS or bool(node.kwargs.get("inplace"))
+
+
+def _after(node: fx.Node) -> list[fx.Node]:
+    nodes = list(node.graph.nodes)
+    return nodes[nodes.index(node) + 1 :]
+
+
+# Packed attention.
+
+
+def _is_plain_attention(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a call of nn.MultiheadAttention is unmasked self-attention, batch first."""
+    module = model.get_submodule(str(node.target))
+    if type(module) is not nn.MultiheadAttention:
+        return False
+    query, *others = [*node.args, *(node.kwargs[k] for k in ("key", "value") if k in node.kwargs)]
+    extra = {k: v for k, v in node.kwargs.items() if k not in ("query", "key", "value")}
+    return (
+        len(others) == 2
+        and all(other is query for other in others)
+        and module.batch_first
+        and module.in_proj_weight is not None
+        and module.bias_k is None
+        and not module.add_zero_attn
+        and extra.get("need_weights", True) is False
+        and all(v in (None, False) for k, v in extra.items() if k != "need_weights")
+        and all(_is_first_item(user) for user in node.users)
+    )
+
+
+def _is_first_item(node: fx.Node) -> bool:
+    return node.target is operator.getitem and node.args[1] == 0
+
+
+def _lower_attention(graph: fx.Graph, node: fx.Node, attention: nn.Module) -> None:
+    assert isinstance(attention, nn.MultiheadAttention)
+    x, path, heads = node.args[0], node.target, attention.num_heads
+    width = attention.head_dim
+    with graph.inserting_before(node):
+        weight = graph.get_attr(f"{path}.in_proj_weight")
+        bias = None
+        if attention.in_proj_bias is not None:
+            bias = graph.get_attr(f"{path}.in_proj_bias")
+        packed = graph.call_function(F.linear, (x, weight, bias))
+        batch = graph.call_method("size", (x, 0))
+        tokens = graph.call_method("size", (x, 1))
+        split = graph.call_method("view", (packed, batch, tokens, 3, heads, width))
+        turned = graph.call_method("permute", (split, 2, 0, 3, 1, 4))
+        query, key, value = (
+            graph.call_function(operator.getitem, (turned, i)) for i in range(3)
+        )
+        mixed = graph.call_function(
+            F.scaled_dot_product_attention, (query, key, value), {"scale": width**-0.5}
+        )
+        back = graph.call_method("transpose", (mixed, 1, 2))
+        merged = graph.call_method("reshape", (back, batch, tokens, heads * width))
+        result = graph.call_module(f"{path}.out_proj", (merged,))
+    for user in list(node.users):
+        user.replace_all_uses_with(result)
+        graph.erase_node(user)
+    graph.erase_node(node)

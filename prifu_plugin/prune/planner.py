@@ -1,0 +1,176 @@
+"""Turn facts into a plan: the passes over the graph, and what rules use to add to the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from prifu_plugin.prune.facts import Fact, tensor_inputs
+from prifu_plugin.prune.layout import FILL, Conform, Layout, physical, restrict, simplify
+from prifu_plugin.prune.plan import Kernel, NodePlan, Plan
+from prifu_plugin.prune.rules.base import Analysis
+
+
+class Planner:
+    """The plan while it is being made.
+
+    Attributes:
+        analysis: the facts it stands on.
+        layouts: planned node -> its layout.
+        plans: planned node -> its plan.
+        constants: name -> value.
+    """
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        self.layouts: dict[fx.Node, Layout] = {}
+        self.plans: dict[fx.Node, NodePlan] = {}
+        self.constants: dict[str, Tensor] = {}
+
+    def exists(self, node: fx.Node) -> bool:
+        """Whether a node has physical channels."""
+        return node in self.layouts
+
+    def emit(
+        self,
+        node: fx.Node,
+        kernel: Kernel,
+        operands: Mapping[fx.Node, Conform] | None = None,
+        layout: Layout | None = None,
+    ) -> None:
+        """Plan a node."""
+        fact = self.analysis.values[node]
+        layout = simplify(fact.shape, layout or {}) if isinstance(fact, Fact) else layout or {}
+        self.layouts[node] = layout
+        self.plans[node] = NodePlan(
+            node.name,
+            kernel,
+            tuple((n.name, c) for n, c in (operands or {}).items() if not c.is_identity),
+            tuple(sorted(layout.items())),
+        )
+
+    def constant(self, name: str, value: Tensor) -> str:
+        """Record a constant and return its name."""
+        self.constants[name] = value.detach().clone()
+        return name
+
+    def physical(self, node: fx.Node, dim: int) -> tuple[int, ...]:
+        """Return the original indices that exist of a node along a dimension."""
+        return physical(self.analysis.fact(node), self.layouts[node], dim)
+
+    def conform(self, source: fx.Node, reader: fx.Node, wanted: Layout | None = None) -> Conform:
+        """Plan how a reader gets a source in the layout it wants; whole where none is given.
+
+        What is missing is filled from the constants. A live channel can be missing only where
+        the reader does not use its value, so 0 stands in for it.
+        """
+        wanted = dict(wanted or {})
+        fact = self.analysis.fact(source)
+        name = f"{reader.name}__{source.name}"
+        for axis in fact.axes:
+            wanted.setdefault(axis, tuple(range(fact.shape[axis])))
+        wanted = {dim: kept for dim, kept in wanted.items() if fact.shape[dim] != 1}
+        if not self.exists(source):
+            return Conform(constant=self.constant(name, restrict(fact.known, wanted)))
+        select = {}
+        missing = torch.zeros([1] * len(fact.shape), dtype=torch.bool)
+        for dim, kept in sorted(wanted.items()):
+            have = self.physical(source, dim)
+            where = {index: position for position, index in enumerate(have)}
+            positions = tuple(where.get(index, FILL) for index in kept)
+            if positions == tuple(range(len(have))):
+                continue
+            select[dim] = positions
+            line = torch.tensor(positions) == FILL
+            missing = missing | line.reshape([-1 if d == dim else 1 for d in range(missing.ndim)])
+        vector = restrict(fact.known, wanted) * missing if missing.any() else missing
+        if vector.any():
+            return Conform(tuple(select.items()), vector=self.constant(name, vector))
+        return Conform(tuple(select.items()))
+
+
+def make_plan(analysis: Analysis, recipe: dict[str, Any]) -> Plan:
+    """Run the two backward passes and the forward one that make a plan of facts.
+
+    Args:
+        analysis: with values and rules filled in.
+        recipe: how the model was wrapped.
+
+    Returns:
+        The plan.
+    """
+    _find_need(analysis)
+    _find_keep(analysis)
+    planner = Planner(analysis)
+    for node in analysis.graph.nodes:
+        if node in analysis.rules and node not in planner.plans:
+            analysis.rules[node].plan(planner)
+    order = [planner.plans[node] for node in analysis.graph.nodes if node in planner.plans]
+    return Plan(
+        tuple(order),
+        recipe,
+        {name: tuple(value.shape) for name, value in planner.constants.items()},
+        tuple(analysis.notes),
+        planner.constants,
+    )
+
+
+def _find_need(analysis: Analysis) -> None:
+    """Pass need from the output to the inputs, through live results only."""
+    masks: dict[Any, Tensor] = {}
+    for node in reversed(analysis.graph.nodes):
+        if node.op == "output":
+            for source in tensor_inputs(node, analysis.values):
+                _merge_all(analysis, masks, source)
+            continue
+        value = analysis.values.get(node)
+        if isinstance(value, Fact):
+            none = torch.zeros(value.summary_shape(), dtype=torch.bool)
+            analysis.need[node] = masks.get(node, none)
+        if node in analysis.rules:
+            for source, mask in analysis.rules[node].need(analysis).items():
+                masks[source] = masks[source] | mask if source in masks else mask
+
+
+def _find_keep(analysis: Analysis) -> None:
+    """Decide what exists: what is live and needed, what an output must show, what is wanted."""
+    wants: dict[fx.Node, Tensor] = {}
+    for node in reversed(analysis.graph.nodes):
+        if node.op == "output":
+            for source in tensor_inputs(node, analysis.values):
+                _merge_all(analysis, wants, source)
+            continue
+        value = analysis.values.get(node)
+        if not isinstance(value, Fact) or node not in analysis.rules:
+            continue
+        keep = analysis.wanted(node)
+        if node in wants:
+            keep = keep | wants[node]
+        analysis.keep[node] = keep
+        if not keep.any() or value.static:
+            continue
+        asked = analysis.rules[node].want(analysis)
+        sources = [
+            source
+            for source in tensor_inputs(node, analysis.values)
+            if isinstance(analysis.values[source], Fact) and not analysis.fact(source).static
+        ]
+        for source, mask in asked.items():
+            wants[source] = wants[source] | mask if source in wants else mask
+        # What exists needs one operand that exists, for its shape.
+        if sources and not any(
+            (analysis.wanted(s) | wants.get(s, torch.tensor(False))).any() for s in sources
+        ):
+            source = sources[0]
+            first = torch.zeros(analysis.fact(source).summary_shape(), dtype=torch.bool)
+            first.view(-1)[0] = True
+            wants[source] = wants[source] | first if source in wants else first
+
+
+def _merge_all(analysis: Analysis, masks: dict[Any, Tensor], source: fx.Node) -> None:
+    value = analysis.values[source]
+    if isinstance(value, Fact):
+        masks[source] = torch.ones(value.summary_shape(), dtype=torch.bool)

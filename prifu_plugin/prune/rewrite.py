@@ -1,0 +1,324 @@
+"""Carry out a plan: build the pruned model, node by node. Nothing is decided here."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from prifu_plugin.graph.capture import Captured
+from prifu_plugin.prune.kernels import concat_parts, selected, slice_linear, slice_norm
+from prifu_plugin.prune.layout import FILL, Conform
+from prifu_plugin.prune.plan import (
+    Alias,
+    Concat,
+    Keep,
+    NodePlan,
+    Parameter,
+    Plan,
+    Scale,
+    SelectNorm,
+    SliceLinear,
+    SliceNorm,
+)
+from prifu_plugin.prune.rules.movement import SIZED, size_arguments
+
+
+def rewrite(captured: Captured, plan: Plan) -> fx.GraphModule:
+    """Build the pruned model that a plan describes.
+
+    Args:
+        captured: the lowered graph the plan was made for; neither it nor its model is changed.
+        plan: with its constants, or without (a rebuilt plan): they are then zeros, to be loaded.
+
+    Returns:
+        A plain GraphModule with the original submodule names.
+    """
+    return _Rewriter(captured, plan).run()
+
+
+class _Rewriter:
+    def __init__(self, captured: Captured, plan: Plan) -> None:
+        self.root = captured.root
+        self.old = captured.graph
+        self.plan = plan
+        self.plans = {node.name: node for node in plan.nodes}
+        self.new = fx.Graph()
+        self.values: dict[fx.Node, Any] = {}
+        self.members: dict[str, Any] = {}
+        self.calls: dict[str, int] = {}
+
+    def run(self) -> fx.GraphModule:
+        for node in self.old.nodes:
+            if node.op == "output":
+                self.new.output(self._argument(node, node.args[0]))
+            elif node.op == "placeholder":
+                self.values[node] = self.new.node_copy(node)
+            elif node.name in self.plans:
+                self.values[node] = self._emit(node, self.plans[node.name])
+        _drop_unused(self.new)
+        used = {str(n.target) for n in self.new.nodes if n.op in ("call_module", "get_attr")}
+        members = {path: member for path, member in self.members.items() if path in used}
+        module = fx.GraphModule(members, self.new, class_name=type(self.root).__name__)
+        return module.eval()
+
+    def _emit(self, node: fx.Node, plan: NodePlan) -> Any:
+        kernel = plan.kernel
+        operands = {name: self._conformed(node, name, c) for name, c in plan.operands}
+        if isinstance(kernel, Alias):
+            return self._alias(node, plan, operands)
+        if isinstance(kernel, Parameter):
+            value = _get(self.root, str(node.target))
+            return self._member(str(node.target), _like(value, selected(value, kernel.select)))
+        if isinstance(kernel, Concat):
+            parts = [self._operand(node.args[0][i], operands) for i in kernel.parts]
+            return concat_parts(self.new, parts, kernel.dim)
+        if isinstance(kernel, SliceLinear):
+            return self._linear(node, kernel, operands)
+        if isinstance(kernel, SliceNorm | SelectNorm):
+            return self._norm(node, kernel, operands)
+        if isinstance(kernel, Scale):
+            return self._scale(node, kernel, self._operand(node.args[0], operands))
+        return self._keep(node, kernel, operands)
+
+    # Operations.
+
+    def _keep(self, node: fx.Node, kernel: Keep, operands: dict[str, Any]) -> Any:
+        if not node.meta["shape"]:
+            return self._scalar(node)
+        args = self._argument(node, node.args, operands)
+        kwargs = self._argument(node, node.kwargs, operands)
+        if node.op == "get_attr":
+            value = _get(self.root, str(node.target))
+            return self._member(str(node.target), _like(value, value))
+        if node.op == "call_module":
+            module = self._copied(self.root.get_submodule(str(node.target)))
+            return self._call(node, module, args, kwargs)
+        if kernel.sizes or node.target in SIZED or node.target is torch.reshape:
+            sizes = self._argument(node, size_arguments(node), operands)
+            for position, size in kernel.sizes:
+                sizes[position] = size
+            method = "reshape" if node.target is torch.reshape else str(node.target)
+            return self.new.call_method(method, (args[0], *sizes))
+        return self.new.create_node(node.op, node.target, tuple(args), kwargs)
+
+    def _linear(self, node: fx.Node, kernel: SliceLinear, operands: dict[str, Any]) -> Any:
+        x = self._operand(node.args[0], operands)
+        bias = self._constant(kernel.bias) if kernel.bias else None
+        delta = self._constant(kernel.delta) if kernel.delta else None
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            result = self._call(node, slice_linear(module, kernel, bias, delta), (x,), {})
+        else:
+            weight, *rest = node.args[1:]
+            other = rest[0] if rest else node.kwargs.get("bias")
+            named = [weight] + ([other] if isinstance(other, fx.Node) else [])
+            values = [_get(self.root, str(n.target)) for n in named]
+            layer = nn.Linear(values[0].shape[1], values[0].shape[0], bias=len(values) > 1)
+            layer.weight = nn.Parameter(values[0])
+            if len(values) > 1:
+                layer.bias = nn.Parameter(values[1])
+            cut = slice_linear(layer, kernel, bias, delta)
+            parameters = [self._member(str(weight.target), cut.weight)]
+            if cut.bias is not None:
+                name = str(other.target) if len(named) > 1 else f"{weight.target}_bias"
+                parameters.append(self._member(name, cut.bias))
+            result = self.new.call_function(torch.nn.functional.linear, (x, *parameters))
+        return self._index(node, result, 1, kernel.pick) if kernel.pick else result
+
+    def _norm(
+        self, node: fx.Node, kernel: SliceNorm | SelectNorm, operands: dict[str, Any]
+    ) -> Any:
+        module = self.root.get_submodule(str(node.target))
+        channels = kernel.channels if isinstance(kernel, SliceNorm) else None
+        folded = isinstance(kernel, SliceNorm) or kernel.folded
+        layer, scale, shift = slice_norm(module, channels, folded)
+        result = self._call(node, layer, (self._operand(node.args[0], operands),), {})
+        if isinstance(kernel, SliceNorm):
+            return result
+        rank = len(node.meta["shape"])
+        if kernel.channels is not None:
+            result = self._index(node, result, kernel.dim % rank, kernel.channels)
+        if not folded and scale is not None:
+            result = self._vector(node, "scale", scale, kernel, rank, torch.mul, result)
+        if kernel.shifted and shift is not None:
+            result = self._vector(node, "shift", shift, kernel, rank, torch.add, result)
+        return result
+
+    def _scale(self, node: fx.Node, kernel: Scale, x: Any) -> Any:
+        unit = self.root.get_submodule(str(node.target))
+        if hasattr(unit, "affine"):
+            scale, shift, noise = unit.affine()
+        else:
+            scale, shift, noise = unit.scale(), unit.bias, None
+        rank = len(node.meta["shape"])
+        result = self._vector(node, "scale", scale, kernel, rank, torch.mul, x)
+        if kernel.shifted:
+            result = self._vector(node, "shift", shift, kernel, rank, torch.add, result)
+        if kernel.noisy:
+            drawn = self.new.call_function(torch.randn_like, (result,))
+            drawn = self._vector(node, "noise", noise, kernel, rank, torch.mul, drawn)
+            result = self.new.call_function(torch.add, (result, drawn))
+        return result
+
+    def _vector(
+        self, node: fx.Node, name: str, value: Any, kernel: Any, rank: int, function: Any, x: Any
+    ) -> fx.Node:
+        if kernel.channels is not None:
+            value = value[torch.tensor(kernel.channels)]
+        shape = [1] * rank
+        shape[kernel.dim] = -1
+        value = value.detach().reshape(shape).clone()
+        vector = self._member(f"{node.name}_{name}", nn.Parameter(value) if name != "noise" else value)
+        return self.new.call_function(function, (x, vector))
+
+    # Operands.
+
+    def _alias(self, node: fx.Node, plan: NodePlan, operands: dict[str, Any]) -> Any:
+        if plan.operands:
+            return operands[plan.operands[0][0]]
+        sources = [s for s in node.all_input_nodes if self.values.get(s) is not None]
+        return self.values[sources[0]]
+
+    def _operand(self, source: Any, operands: dict[str, Any]) -> Any:
+        return operands[source.name] if source.name in operands else self.values[source]
+
+    def _argument(self, node: fx.Node, value: Any, operands: dict[str, Any] | None = None) -> Any:
+        """Translate an argument; a tuple of sizes may take the place of a node."""
+        if isinstance(value, fx.Node):
+            return self._operand(value, operands or {})
+        if isinstance(value, tuple | list):
+            items = [self._argument(node, item, operands) for item in value]
+            return tuple(items) if isinstance(value, tuple) else items
+        if isinstance(value, dict):
+            return {key: self._argument(node, item, operands) for key, item in value.items()}
+        if isinstance(value, slice):
+            parts = (value.start, value.stop, value.step)
+            return slice(*(self._argument(node, item, operands) for item in parts))
+        return value
+
+    def _conformed(self, node: fx.Node, name: str, conform: Conform) -> Any:
+        if conform.constant:
+            return self._buffer(conform.constant, self._constant(conform.constant))
+        source = next(n for n in self.old.nodes if n.name == name)
+        value = self.values[source]
+        for dim, positions in conform.select:
+            value = self._index(node, value, dim, positions, source)
+        if conform.vector:
+            vector = self._buffer(conform.vector, self._constant(conform.vector))
+            value = self.new.call_function(torch.add, (value, vector))
+        return value
+
+    def _index(
+        self, node: fx.Node, x: Any, dim: int, positions: tuple[int, ...], source: Any = None
+    ) -> fx.Node:
+        """Select positions along a dimension; FILL reads a zero channel padded for it."""
+        name = f"{node.name}_{source.name if source is not None else 'pick'}_{dim}"
+        rank = len((source or node).meta["shape"])
+        if FILL in positions:
+            width = max(positions) + 1
+            existing = self._width(source, dim)
+            padding = [0, 0] * (rank - 1 - dim)
+            if positions[:existing] == tuple(range(existing)) and set(positions[existing:]) == {FILL}:
+                count = len(positions) - existing
+                return self.new.call_function(
+                    torch.nn.functional.pad, (x, [*padding, 0, count])
+                )
+            x = self.new.call_function(torch.nn.functional.pad, (x, [*padding, 0, 1]))
+            positions = tuple(existing if p == FILL else p for p in positions)
+            del width
+        first = positions[0]
+        if positions == tuple(range(first, first + len(positions))):
+            return self.new.call_method("narrow", (x, dim, first, len(positions)))
+        index = self._buffer(name, torch.tensor(positions))
+        return self.new.call_function(torch.index_select, (x, dim, index))
+
+    def _width(self, source: fx.Node, dim: int) -> int:
+        plan = self.plans.get(source.name)
+        layout = dict(plan.layout) if plan is not None else {}
+        return len(layout[dim]) if dim in layout else int(source.meta["shape"][dim])
+
+    # Sizes.
+
+    def _scalar(self, node: fx.Node) -> Any:
+        """Answer a question about a shape with the original size where channels are gone."""
+        if node.target is getattr and node.args[1] == "shape":
+            return self._sizes(node.args[0])
+        if node.target == "size":
+            sizes = self._sizes(node.args[0])
+            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+            return sizes if dim is None else sizes[dim]
+        args = self._argument(node, node.args)
+        if any(isinstance(a, tuple | list) for a in args) and callable(node.target):
+            return node.target(*args)
+        kwargs = self._argument(node, node.kwargs)
+        if not _has_nodes((args, kwargs)):
+            return node.meta["example"]
+        return self.new.create_node(node.op, node.target, tuple(args), kwargs)
+
+    def _sizes(self, source: fx.Node) -> tuple[Any, ...]:
+        plan = self.plans.get(source.name)
+        layout = dict(plan.layout) if plan is not None else {}
+        shape, value = source.meta["shape"], self.values[source]
+        return tuple(
+            shape[d] if d in layout else self.new.call_method("size", (value, d))
+            for d in range(len(shape))
+        )
+
+    # Members of the new model.
+
+    def _call(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> fx.Node:
+        path = str(node.target)
+        count = self.calls.get(path, 0)
+        self.calls[path] = count + 1
+        if count:
+            path = f"{path}_call{count}"
+        self.members[path] = module
+        return self.new.call_module(path, tuple(args), kwargs)
+
+    def _member(self, path: str, value: Any) -> fx.Node:
+        path = path if "." in path else path
+        self.members[path] = value
+        return self.new.get_attr(path)
+
+    def _buffer(self, name: str, value: Tensor) -> fx.Node:
+        return self._member(f"constants.{name}", value)
+
+    def _constant(self, name: str) -> Tensor:
+        value = self.plan.constants.get(name)
+        if value is None:
+            value = torch.zeros(self.plan.shapes[name], dtype=torch.float64)
+        reference = next((p for p in self.root.parameters()), None)
+        return value if reference is None else value.to(reference.device, reference.dtype)
+
+    def _copied(self, module: nn.Module) -> nn.Module:
+        import copy
+
+        twin = copy.deepcopy(module)
+        if getattr(twin, "inplace", False):
+            twin.inplace = False
+        return twin
+
+
+def _like(original: Any, value: Tensor) -> Any:
+    if isinstance(original, nn.Parameter):
+        return nn.Parameter(value.detach().clone(), original.requires_grad)
+    return value.detach().clone()
+
+
+def _get(root: nn.Module, path: str) -> Any:
+    return operator.attrgetter(path)(root)
+
+
+def _has_nodes(value: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, found.append)
+    return bool(found)
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,65 @@
+"""The rules of the analysis, one file a kind of operation; `find_rule` is where they are tried."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from prifu_plugin.prune.facts import Fact, is_fact_tuple
+from prifu_plugin.prune.rules.base import Analysis, Rule
+from prifu_plugin.prune.rules.concat import concat_rule
+from prifu_plugin.prune.rules.linear import LinearRule, linear_map
+from prifu_plugin.prune.rules.movement import movement_rule
+from prifu_plugin.prune.rules.norm import norm_rule
+from prifu_plugin.prune.rules.opaque import InputRule, OpaqueRule, ScalarRule, StaticRule
+from prifu_plugin.prune.rules.pointwise import pointwise_rule
+
+
+def find_rule(analysis: Analysis, node: fx.Node) -> Rule:
+    """Return the rule that holds for a node; the opaque one, noted, if there is no other."""
+    if node.op == "placeholder":
+        return InputRule(node) if node.meta["shape"] else ScalarRule(node)
+    if "static" in node.meta:
+        return StaticRule(node)
+    if not node.meta["shape"]:
+        return ScalarRule(node)
+    facts = [analysis.values[s] for s in node.all_input_nodes]
+    if all(isinstance(f, Fact) or not is_fact_tuple(f) for f in facts):
+        linear = linear_map(analysis, node)
+        if linear is not None:
+            return LinearRule(node, linear)
+        found = norm_rule(analysis, node) if node.op == "call_module" else None
+        found = found or pointwise_rule(analysis, node) or concat_rule(analysis, node)
+        if found is not None:
+            return found
+    moved = movement_rule(analysis, node)
+    if moved is not None:
+        return moved
+    analysis.notes.append((node.name, f"no rule for {_describe(analysis, node)}: kept whole"))
+    return OpaqueRule(node)
+
+
+def analyse(root: torch.nn.Module, graph: fx.Graph) -> Analysis:
+    """Find a rule for each node and the constants it leaves.
+
+    Args:
+        root: the model in eval mode, fp64.
+        graph: the lowered graph, with examples recorded by `prifu_plugin.prune.examples`.
+    """
+    analysis = Analysis(root, graph)
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        rule = find_rule(analysis, node)
+        analysis.rules[node] = rule
+        analysis.values[node] = rule.const(analysis)
+    return analysis
+
+
+def _describe(analysis: Analysis, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return f"{type(analysis.module(node)).__name__} at '{node.target}'"
+    return getattr(node.target, "__name__", str(node.target))
+
+
+__all__ = ["Analysis", "Tensor", "analyse", "find_rule"]

@@ -1,0 +1,100 @@
+"""What a rule is: how one kind of operation moves constants, need and layouts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from prifu_plugin.prune.facts import Fact
+
+if TYPE_CHECKING:
+    from prifu_plugin.prune.planner import Planner
+
+
+@dataclass
+class Analysis:
+    """The facts of a graph, as the passes fill them in.
+
+    Attributes:
+        root: the model in eval mode, fp64.
+        graph: the lowered graph.
+        values: node -> Fact, tuple of facts, or a Python value.
+        rules: node -> the rule that holds for it.
+        need: node -> mask over its channels: can the output depend on it?
+        keep: node -> mask over its channels: must it, or should it, exist?
+        notes: (node, reason) where no rule was found.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    rules: dict[fx.Node, Rule] = field(default_factory=dict)
+    need: dict[fx.Node, Tensor] = field(default_factory=dict)
+    keep: dict[fx.Node, Tensor] = field(default_factory=dict)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+    def fact(self, node: fx.Node) -> Fact:
+        """Return the fact of a node that is one tensor."""
+        value = self.values[node]
+        assert isinstance(value, Fact)
+        return value
+
+    def wanted(self, node: fx.Node) -> Tensor:
+        """Return what must be computed of a node: live and needed."""
+        return self.need[node] & self.fact(node).live
+
+    def extra(self, node: fx.Node) -> Tensor:
+        """Return the constants that are to exist all the same, for a reader that asked."""
+        return self.keep[node] & ~self.fact(node).live
+
+    def module(self, node: fx.Node) -> nn.Module:
+        """Return the module a node calls."""
+        return self.root.get_submodule(str(node.target))
+
+
+class Rule(ABC):
+    """One operation at one node, as the analysis sees it."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+
+    @abstractmethod
+    def const(self, analysis: Analysis) -> Any:
+        """Return the fact of the result (or a tuple of facts), from those of the inputs."""
+
+    @abstractmethod
+    def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Return which channels of each input the needed results depend on."""
+
+    def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Return constant channels of inputs that had better exist, given what is kept here."""
+        return {}
+
+    @abstractmethod
+    def plan(self, planner: Planner) -> None:
+        """Add this node to the plan, given the plans of its inputs."""
+
+
+def mapped(value: Any, replace: Callable[[fx.Node], Any]) -> Any:
+    """Return an argument of a node with its nodes replaced."""
+    return fx.node.map_arg(value, replace)
+
+
+def run(
+    analysis: Analysis, node: fx.Node, replace: Callable[[fx.Node], Any], module: Any = None
+) -> Any:
+    """Run a node's operation on other inputs."""
+    args, kwargs = mapped(node.args, replace), mapped(node.kwargs, replace)
+    with torch.no_grad():
+        if node.op == "call_module":
+            return (module or analysis.module(node))(*args, **kwargs)
+        if node.op == "call_method":
+            target, *rest = args
+            return getattr(target, str(node.target))(*rest, **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)

@@ -1,0 +1,375 @@
+"""Data movement: one rule for view, permute, chunk, roll, window partition and all their kin.
+
+An operation moves data if it commutes with every relabelling of values. Then running it on a
+tensor of labels 1, 2, 3 ... says where each element came from (0 for padded zeros), and that is
+all there is to know: constants, need and layouts follow by indexing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from prifu_plugin.prune.facts import Fact, any_over, is_fact_tuple, summarize
+from prifu_plugin.prune.layout import FILL, Conform, Layout, restrict, simplify
+from prifu_plugin.prune.plan import Alias, Keep
+from prifu_plugin.prune.planner import Planner
+from prifu_plugin.prune.rules.base import Analysis, Rule, mapped, run
+
+SIZED = ("view", "reshape", "expand")
+"""Methods whose arguments are the sizes of the result, one a dimension."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Where the elements of one result came from: labels of the source, 0 for a padded zero."""
+
+    labels: Tensor
+    axes: tuple[int, ...]
+
+
+class MovementRule(Rule):
+    """Movement of one tensor to one or several."""
+
+    def __init__(self, node: fx.Node, source: fx.Node, moved: tuple[Moved, ...]) -> None:
+        super().__init__(node)
+        self.source = source
+        self.moved = moved
+
+    def const(self, analysis: Analysis) -> Any:
+        """Move the constants."""
+        fact = analysis.fact(self.source)
+        flat = torch.cat([torch.zeros(1).double(), fact.const.expand(fact.shape).flatten()])
+        facts = tuple(
+            summarize(flat[m.labels], tuple(m.labels.shape), m.axes) for m in self.moved
+        )
+        return facts if self.node.meta["several"] else facts[0]
+
+    def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Move need back."""
+        return self._back(analysis, lambda node: analysis.wanted(node))
+
+    def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Move wants back."""
+        return self._back(analysis, lambda node: analysis.extra(node))
+
+    def _back(self, analysis: Analysis, mask_of: Any) -> dict[fx.Node, Tensor]:
+        if self.node.meta["several"]:
+            return {}
+        fact = analysis.fact(self.source)
+        moved = self.moved[0]
+        mask = mask_of(self.node).expand(moved.labels.shape)
+        flat = torch.zeros(math.prod(fact.shape) + 1, dtype=torch.bool)
+        flat[moved.labels[mask]] = True
+        return {self.source: any_over(flat[1:].reshape(fact.shape), fact)}
+
+    def plan(self, planner: Planner) -> None:
+        """Plan the whole chain of movements that ends here."""
+        if self.node.meta["several"] or _is_inner(planner.analysis, self.node):
+            return
+        if planner.analysis.keep[self.node].any():
+            _plan_chain(planner, self.node)
+
+
+class ItemRule(MovementRule):
+    """One item of a tuple of tensors: movement from the tensor that was split."""
+
+
+def movement_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
+    """Return the rule if a node moves data, found by relabelling; None otherwise."""
+    sources = [
+        s for s in node.all_input_nodes
+        if isinstance(analysis.values.get(s), Fact) or is_fact_tuple(analysis.values.get(s))
+    ]
+    if len(sources) != 1:
+        return None
+    source = sources[0]
+    if is_fact_tuple(analysis.values[source]):
+        split = analysis.rules[source]
+        if not isinstance(split, MovementRule) or not isinstance(node.args[1], int):
+            return None
+        return ItemRule(node, split.source, (split.moved[node.args[1]],))
+    fact = analysis.fact(source)
+    size = math.prod(fact.shape)
+    labels = torch.arange(1, size + 1, dtype=torch.float64).reshape(fact.shape)
+    table = torch.randn(size + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    table[0] = 0.0
+    try:
+        moved = _tensors(_on(analysis, node, source, labels))
+        again = _tensors(_on(analysis, node, source, table[labels.long()]))
+    except Exception:  # noqa: BLE001 - an operation that refuses labels is no movement
+        return None
+    if not moved or any(not _are_labels(m, size) for m in moved):
+        return None
+    if any(not torch.equal(a, table[m.long()]) for m, a in zip(moved, again, strict=True)):
+        return None
+    return MovementRule(node, source, tuple(_with_axes(m.long(), fact) for m in moved))
+
+
+def _on(analysis: Analysis, node: fx.Node, source: fx.Node, value: Tensor) -> Any:
+    return run(analysis, node, lambda n: value if n is source else analysis.values[n])
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    items = result if isinstance(result, tuple | list) else [result]
+    if not all(isinstance(i, Tensor) and i.dtype == torch.float64 for i in items):
+        return []
+    return [item.clone() for item in items]
+
+
+def _are_labels(values: Tensor, size: int) -> bool:
+    whole = torch.isfinite(values) & (values == values.round()) & (values >= 0) & (values <= size)
+    return values.ndim > 0 and values.numel() > 0 and bool(whole.all())
+
+
+def _with_axes(labels: Tensor, fact: Fact) -> Moved:
+    """Find the dimensions of the result along which a channel index of the source varies."""
+    axes = set()
+    for axis in fact.axes:
+        index = (labels - 1).clamp_min(0) // math.prod(fact.shape[axis + 1 :]) % fact.shape[axis]
+        for dim in range(labels.ndim):
+            if labels.shape[dim] > 1 and bool((index != index.narrow(dim, 0, 1)).any()):
+                axes.add(dim)
+    return Moved(labels, tuple(sorted(axes)))
+
+
+# Planning. A chain of movements is planned as a whole where only its end is read.
+
+
+def _is_inner(analysis: Analysis, node: fx.Node) -> bool:
+    """Whether only other movements read a node."""
+    return bool(node.users) and all(
+        isinstance(analysis.rules.get(user), MovementRule)
+        and node in _data_inputs(user)
+        for user in node.users
+    )
+
+
+def _data_inputs(node: fx.Node) -> list[fx.Node]:
+    first = node.args[0] if node.args else None
+    return [first] if isinstance(first, fx.Node) else []
+
+
+def _plan_chain(planner: Planner, end: fx.Node) -> None:
+    analysis = planner.analysis
+    chain = [end]
+    while True:
+        first = chain[0].args[0] if chain[0].args else None
+        assert isinstance(first, fx.Node)
+        inner = isinstance(analysis.rules.get(first), MovementRule) and (
+            first.meta["several"] or (_is_inner(analysis, first) and not planner.exists(first))
+        )
+        if not inner:
+            break
+        chain.insert(0, first)
+    start = chain[0].args[0]
+    assert isinstance(start, fx.Node)
+    if planner.exists(start) and not planner.layouts[start] and bool(analysis.keep[end].all()):
+        for node in chain:
+            _keep_whole(planner, node)
+        return
+    if planner.exists(start) and _relabel(planner, start, chain):
+        return
+    for node in chain:
+        if not planner.exists(node):
+            _step(planner, node)
+
+
+def _keep_whole(planner: Planner, node: fx.Node) -> None:
+    if not planner.exists(node):
+        planner.emit(node, Keep())
+
+
+def _relabel(planner: Planner, start: fx.Node, chain: list[fx.Node]) -> bool:
+    """Plan the chain as a selection along one dimension, if that is all it does."""
+    analysis, end = planner.analysis, chain[-1]
+    source, result = analysis.fact(start), analysis.fact(end)
+    if len(source.shape) != len(result.shape):
+        return False
+    labels = _composed(analysis, start, chain)
+    for dim in source.axes:
+        if dim not in result.axes or set(planner.layouts[start]) - {dim}:
+            continue
+        mapping = _selection(labels, source.shape, dim)
+        if mapping is None:
+            continue
+        have = {index: p for p, index in enumerate(planner.physical(start, dim))}
+        keep = analysis.keep[end].movedim(dim, 0).flatten(1).any(1)
+        chosen = [
+            (have[origin], out)
+            for out, origin in enumerate(mapping)
+            if origin in have and bool(keep[out])
+        ]
+        needed = int(keep.sum())
+        if not chosen or len(chosen) < needed:
+            return False
+        chosen.sort()
+        positions = tuple(position for position, _ in chosen)
+        whole = positions == tuple(range(len(have)))
+        conform = Conform() if whole else Conform(((dim, positions),))
+        layout = {dim: tuple(out for _, out in chosen)}
+        _emit_from(planner, end, start, conform, layout)
+        return True
+    return False
+
+
+def _emit_from(
+    planner: Planner, end: fx.Node, start: fx.Node, conform: Conform, layout: Layout
+) -> None:
+    """Make the end of a chain an alias of its start, whatever stood between."""
+    planner.emit(end, Alias(), {}, layout)
+    plan = planner.plans[end]
+    planner.plans[end] = type(plan)(plan.name, plan.kernel, ((start.name, conform),), plan.layout)
+
+
+def _composed(analysis: Analysis, start: fx.Node, chain: list[fx.Node]) -> Tensor:
+    labels: Tensor | None = None
+    for node in chain:
+        rule = analysis.rules[node]
+        assert isinstance(rule, MovementRule)
+        if node.meta["several"]:
+            continue
+        step = rule.moved[0].labels
+        if labels is None:
+            labels = step
+        else:
+            labels = torch.cat([torch.zeros(1, dtype=torch.int64), labels.flatten()])[step]
+    assert labels is not None
+    return labels
+
+
+def _selection(labels: Tensor, shape: tuple[int, ...], dim: int) -> list[int] | None:
+    """Return m with result[.., c, ..] = source[.., m[c], ..], or None; FILL for zeros."""
+    if any(labels.shape[d] != size for d, size in enumerate(shape) if d != dim):
+        return None
+    source = torch.arange(1, math.prod(shape) + 1).reshape(shape)
+    stride = math.prod(shape[dim + 1 :])
+    line = labels.movedim(dim, 0).flatten(1)[:, 0]
+    mapping = torch.where(line > 0, (line - 1) // stride % shape[dim], FILL)
+    expected = source.index_select(dim, mapping.clamp_min(0))
+    zero = (mapping == FILL).reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    if not torch.equal(torch.where(zero, 0, expected), labels):
+        return None
+    return [int(i) for i in mapping]
+
+
+def _step(planner: Planner, node: fx.Node) -> None:
+    """Plan one movement on the layout of its operand; on the whole operand if that fails."""
+    analysis = planner.analysis
+    rule = analysis.rules[node]
+    assert isinstance(rule, MovementRule)
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node)
+    if isinstance(rule, ItemRule) and not isinstance(analysis.values[operand], Fact):
+        planner.emit(node, Keep())
+        return
+    if node.meta["several"]:
+        planner.emit(node, Keep(), {operand: planner.conform(operand, node)})
+        return
+    if planner.exists(operand) and planner.layouts[operand]:
+        direct = _direct(analysis, node, rule, planner.layouts[operand])
+        if direct is not None:
+            kernel, layout = direct
+            planner.emit(node, kernel, {}, layout)
+            return
+    planner.emit(node, Keep(), {operand: planner.conform(operand, node)})
+
+
+def _direct(
+    analysis: Analysis, node: fx.Node, rule: MovementRule, operand: Layout
+) -> tuple[Keep, Layout] | None:
+    """Run the operation on the labels that exist; accept if the result is a product of sets."""
+    fact, moved = analysis.fact(rule.source), rule.moved[0]
+    size = math.prod(fact.shape)
+    labels = torch.arange(1, size + 1, dtype=torch.float64).reshape(fact.shape)
+    there = restrict(labels, operand).long()
+    present = torch.zeros(size + 1, dtype=torch.bool)
+    present[there.flatten()] = True
+    shown = present[moved.labels]
+    sets = {}
+    for axis in moved.axes:
+        line = shown.movedim(axis, 0).flatten(1).any(1)
+        sets[axis] = tuple(line.nonzero().flatten().tolist())
+    if any(not kept for kept in sets.values()):
+        return None
+    sizes = _patched_sizes(analysis, node, {axis: len(kept) for axis, kept in sets.items()})
+    values = restrict(labels, operand)
+    try:
+        result = _resized(analysis, node, rule.source, values, sizes).long()
+    except Exception:  # noqa: BLE001 - then the whole operand is used
+        return None
+    if result.ndim != moved.labels.ndim:
+        return None
+    layout = _order(result, moved.labels, sets)
+    if layout is None or not torch.equal(restrict(moved.labels, layout), result):
+        return None
+    return Keep(sizes), simplify(tuple(moved.labels.shape), layout)
+
+
+def _patched_sizes(
+    analysis: Analysis, node: fx.Node, counts: dict[int, int]
+) -> tuple[tuple[int, int], ...]:
+    """Return the size arguments that change: those of dimensions that shrink, except -1."""
+    if node.target not in SIZED and node.target is not torch.reshape:
+        return ()
+    shape = node.meta["shape"]
+    given = size_arguments(node)
+    patched = []
+    for dim, count in sorted(counts.items()):
+        value = mapped(given[dim], lambda n: analysis.values[n])
+        if value != -1 and count != shape[dim]:
+            patched.append((dim, count))
+    return tuple(patched)
+
+
+def size_arguments(node: fx.Node) -> list[Any]:
+    """Return the size arguments of view, reshape or expand, however they were passed."""
+    rest = list(node.args[1:]) or [node.kwargs.get("shape") or node.kwargs.get("size")]
+    if len(rest) == 1 and isinstance(rest[0], tuple | list):
+        return list(rest[0])
+    return rest
+
+
+def _resized(
+    analysis: Analysis,
+    node: fx.Node,
+    source: fx.Node,
+    values: Tensor,
+    sizes: tuple[tuple[int, int], ...],
+) -> Tensor:
+    def replace(n: fx.Node) -> Any:
+        return values if n is source else analysis.values[n]
+
+    if not sizes and node.target not in SIZED:
+        result = run(analysis, node, replace)
+    else:
+        given = [mapped(size, replace) for size in size_arguments(node)]
+        for dim, count in sizes:
+            given[dim] = count
+        method = "reshape" if node.target is torch.reshape else str(node.target)
+        result = getattr(values, method)(*given)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _order(
+    result: Tensor, labels: Tensor, sets: dict[int, tuple[int, ...]]
+) -> dict[int, tuple[int, ...]] | None:
+    """Read off the order in which the kept indices come out of the operation."""
+    positions = torch.full((int(labels.max()) + 1,), -1, dtype=torch.int64)
+    positions[labels.flatten()] = torch.arange(labels.numel())
+    layout = {}
+    for axis, kept in sets.items():
+        if result.shape[axis] != len(kept):
+            return None
+        line = result.movedim(axis, 0).flatten(1).amax(1)
+        flat = positions[line.clamp_max(len(positions) - 1)]
+        index = flat // math.prod(labels.shape[axis + 1 :]) % labels.shape[axis]
+        layout[axis] = tuple(index.tolist())
+        if sorted(layout[axis]) != sorted(kept):
+            return None
+    return layout

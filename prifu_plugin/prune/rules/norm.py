@@ -1,0 +1,197 @@
+"""Normalization layers and filters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from prifu_plugin.cut import CutFilter
+from prifu_plugin.filter import PriFU, along
+from prifu_plugin.graph.host import filter_of, folded_parameters, is_host
+from prifu_plugin.graph.host import folds as can_fold
+from prifu_plugin.graph.norms import norm_spec
+from prifu_plugin.prune.facts import Fact, summarize
+from prifu_plugin.prune.layout import box, simplify
+from prifu_plugin.prune.plan import Scale, SelectNorm, SliceNorm
+from prifu_plugin.prune.planner import Planner
+from prifu_plugin.prune.rules.base import Analysis, Rule, run
+
+
+class ChannelAffineRule(Rule):
+    """An affine map per channel: a running normalization, or a filter that stands alone.
+
+    A channel with scale 0 is a constant, whatever comes in.
+    """
+
+    def __init__(self, node: fx.Node, module: nn.Module, dim: int, scale: Tensor) -> None:
+        super().__init__(node)
+        self.module = module
+        self.dim = dim
+        self.closed = scale == 0
+        self.source = node.args[0]
+        assert isinstance(self.source, fx.Node)
+
+    def const(self, analysis: Analysis) -> Fact:
+        """Run the layer on the constants; live where a live channel is open."""
+        fact = analysis.fact(self.source)
+        dim = self.dim % len(fact.shape)
+        summary = list(fact.summary_shape())
+        summary[dim] = fact.shape[dim]
+        noise = self.module.noise if isinstance(self.module, CutFilter) else 0.0
+        with torch.no_grad(), _without_noise(self.module):
+            out = self.module(fact.known.expand(summary))
+        closed = along(self.closed, len(fact.shape), dim)
+        live = torch.ones(summary, dtype=torch.bool) if noise else fact.live.expand(summary)
+        out = torch.where(live & ~closed, torch.nan, out)
+        return summarize(out, fact.shape, tuple(sorted({*fact.axes, dim})))
+
+    def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Need the input of each open channel that is needed."""
+        fact = analysis.fact(self.source)
+        dim = self.dim % len(fact.shape)
+        mask = analysis.wanted(self.node) & ~along(self.closed, len(fact.shape), dim)
+        return {self.source: mask if dim in fact.axes else mask.any(dim, keepdim=True)}
+
+    def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """A constant that is kept here is kept in the input, which saves a copy."""
+        fact = analysis.fact(self.source)
+        if self.dim % len(fact.shape) not in fact.axes:
+            return {}
+        return {self.source: analysis.extra(self.node)}
+
+    def plan(self, planner: Planner) -> None:
+        """Slice the layer's own parameters."""
+        analysis = planner.analysis
+        fact = analysis.fact(self.node)
+        keep = analysis.keep[self.node]
+        if not keep.any():
+            return
+        wanted = _in_order_of(planner, self.source, box(keep, fact.axes))
+        channels = simplify(fact.shape, wanted).get(self.dim % len(fact.shape))
+        conform = planner.conform(self.source, self.node, wanted)
+        if isinstance(self.module, PriFU | CutFilter):
+            unit = self.module
+            shifted = isinstance(unit, CutFilter) or unit.bias is not None
+            noisy = isinstance(unit, CutFilter) and unit.noise > 0
+            kernel: Scale | SliceNorm = Scale(self.dim, channels, shifted, noisy)
+        else:
+            kernel = SliceNorm(channels)
+        planner.emit(self.node, kernel, {self.source: conform}, wanted)
+
+
+class StatisticsRule(Rule):
+    """A normalization whose statistics need all of its inputs.
+
+    Only its closed channels go: they are dropped from its output.
+    """
+
+    def __init__(self, node: fx.Node, module: nn.Module, dim: int, closed: Tensor | None) -> None:
+        super().__init__(node)
+        self.module = module
+        self.dim = dim
+        self.closed = closed
+        self.source = node.args[0]
+        assert isinstance(self.source, fx.Node)
+
+    def const(self, analysis: Analysis) -> Fact:
+        """Closed channels are constant; their value is what the layer says on any input."""
+        fact = analysis.fact(self.source)
+        dim = self.dim % len(fact.shape)
+        axes = tuple(sorted({*fact.axes, dim}))
+        if self.closed is None:
+            return summarize(torch.full([1] * len(fact.shape), torch.nan).double(), fact.shape, axes)
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(fact.shape, dtype=torch.float64, generator=generator)
+        out = run(analysis, self.node, lambda n: probe if n is self.source else analysis.values[n])
+        closed = along(self.closed, len(fact.shape), dim)
+        return summarize(torch.where(closed, out, torch.nan), fact.shape, axes)
+
+    def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Need everything if anything is needed."""
+        fact = analysis.fact(self.source)
+        needed = bool(analysis.wanted(self.node).any())
+        return {self.source: torch.full(fact.summary_shape(), needed)}
+
+    def plan(self, planner: Planner) -> None:
+        """Fold the filter in and select the channels that go on."""
+        analysis = planner.analysis
+        fact = analysis.fact(self.node)
+        keep = analysis.keep[self.node]
+        if not keep.any():
+            return
+        dim = self.dim % len(fact.shape)
+        channels = box(keep, fact.axes)[dim]
+        layout = simplify(fact.shape, {dim: channels})
+        folded, shifted = True, False
+        if is_host(self.module):
+            unit, spec = filter_of(self.module), norm_spec(self.module)
+            assert isinstance(unit, PriFU) and spec is not None
+            folded = can_fold(spec, unit)
+            shifted = not folded and unit.bias is not None
+        kernel = SelectNorm(self.dim, layout.get(dim), folded, shifted)
+        planner.emit(
+            self.node, kernel, {self.source: planner.conform(self.source, self.node)}, layout
+        )
+
+
+def norm_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
+    """Return the rule for a normalization layer or filter, or None for another module."""
+    module = analysis.module(node)
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(analysis.values.get(source), Fact):
+        return None
+    if isinstance(module, PriFU):
+        return ChannelAffineRule(node, module, module.dim, module.scale().detach())
+    if isinstance(module, CutFilter):
+        return ChannelAffineRule(node, module, module.dim, module.affine()[0].detach())
+    spec = norm_spec(module)
+    if spec is None:
+        return None
+    scale = closed = None
+    if is_host(module):
+        unit = filter_of(module)
+        if not isinstance(unit, PriFU):
+            return None
+        unit.check_finite()
+        closed = unit.closed
+        if can_fold(spec, unit):
+            scale = folded_parameters(module, unit)["weight"]
+    elif getattr(module, "weight", None) is not None:
+        scale = module.weight
+    if spec.running and (scale is not None or not is_host(module)):
+        if scale is None:
+            scale = torch.ones_like(module.running_mean)
+        return ChannelAffineRule(node, module, spec.dim, scale.detach())
+    return StatisticsRule(node, module, spec.dim, closed)
+
+
+class _without_noise:  # noqa: N801 - reads as a phrase where it is used
+    """Switch a filter's noise off inside a with block."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.noise = getattr(module, "noise", 0.0)
+
+    def __enter__(self) -> None:
+        if isinstance(self.module, CutFilter):
+            self.module.noise = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        if isinstance(self.module, CutFilter):
+            self.module.noise = self.noise
+
+
+def _in_order_of(
+    planner: Planner, source: fx.Node, wanted: dict[int, tuple[int, ...]]
+) -> dict[int, tuple[int, ...]]:
+    """Order the wanted channels as the source has them, so that no gather is needed."""
+    if not planner.exists(source):
+        return wanted
+    ordered = {}
+    for dim, kept in wanted.items():
+        have = planner.physical(source, dim)
+        asked = set(kept)
+        first = [index for index in have if index in asked]
+        there = set(first)
+        ordered[dim] = tuple(first + [index for index in kept if index not in there])
+    return ordered

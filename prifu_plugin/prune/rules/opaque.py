@@ -1,0 +1,96 @@
+"""The sound default: an operation nothing is known of needs all inputs whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from prifu_plugin.prune.facts import Fact, live_everywhere, tensor_inputs
+from prifu_plugin.prune.plan import Keep
+from prifu_plugin.prune.planner import Planner
+from prifu_plugin.prune.rules.base import Analysis, Rule
+
+
+class OpaqueRule(Rule):
+    """All outputs live, all inputs needed, the operation as it is."""
+
+    def const(self, analysis: Analysis) -> Any:
+        """Know nothing."""
+        shapes = self.node.meta["shape"]
+        if self.node.meta["several"]:
+            return tuple(live_everywhere(shape) for shape in shapes)
+        return live_everywhere(shapes)
+
+    def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Need everything."""
+        return self._all(analysis)
+
+    def plan(self, planner: Planner) -> None:
+        """Make the inputs whole."""
+        analysis = planner.analysis
+        operands = {
+            source: planner.conform(source, self.node)
+            for source in tensor_inputs(self.node, analysis.values)
+            if isinstance(analysis.values[source], Fact) and not analysis.fact(source).static
+        }
+        planner.emit(self.node, Keep(), operands)
+
+    def _all(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        return {
+            source: torch.ones(analysis.fact(source).summary_shape(), dtype=torch.bool)
+            for source in tensor_inputs(self.node, analysis.values)
+            if isinstance(analysis.values[source], Fact)
+        }
+
+
+class InputRule(Rule):
+    """An input of the model: live, and whole in the pruned model too."""
+
+    def const(self, analysis: Analysis) -> Fact:
+        """Know nothing."""
+        return live_everywhere(self.node.meta["shape"])
+
+    def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Has no inputs."""
+        return {}
+
+    def plan(self, planner: Planner) -> None:
+        """Stay."""
+        planner.emit(self.node, Keep())
+
+
+class StaticRule(Rule):
+    """Computed from parameters alone: stays live code, so that it stays trainable."""
+
+    def const(self, analysis: Analysis) -> Any:
+        """The values themselves."""
+        value = self.node.meta["static"]
+        if isinstance(value, tuple | list):
+            return tuple(Fact(tuple(v.shape), (), v.double(), static=True) for v in value)
+        return Fact(tuple(value.shape), (), value.detach().double(), static=True)
+
+    def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Its inputs are static too and need no mask."""
+        return {}
+
+    def plan(self, planner: Planner) -> None:
+        """Stay; a reader that is alone may slice a parameter."""
+        planner.emit(self.node, Keep())
+
+
+class ScalarRule(Rule):
+    """A size, a number, a tuple of sizes: no tensor."""
+
+    def const(self, analysis: Analysis) -> Any:
+        """The value in the analysed run."""
+        return self.node.meta["example"]
+
+    def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """A size asks for existence, not for values."""
+        return {}
+
+    def plan(self, planner: Planner) -> None:
+        """Stay; rewriting answers with original sizes."""
+        planner.emit(self.node, Keep(), {}, {})

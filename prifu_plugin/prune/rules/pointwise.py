@@ -1,0 +1,303 @@
+"""Operations on each element: activations, sums, products; and channel-preserving pooling."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from prifu_plugin.prune.facts import Fact, any_over, summarize, tensor_inputs
+from prifu_plugin.prune.layout import Conform, Layout, box
+from prifu_plugin.prune.plan import Alias, Keep, Parameter
+from prifu_plugin.prune.planner import Planner
+from prifu_plugin.prune.rules.base import Analysis, Rule, run
+
+PRODUCTS = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
+SUMS = {operator.add, torch.add, "add"}
+
+POINTWISE = {
+    *PRODUCTS,
+    *SUMS,
+    *(operator.sub, operator.truediv, operator.neg, operator.pow),
+    *(torch.sub, torch.div, torch.true_divide, torch.neg, torch.pow, torch.square, torch.abs),
+    *(torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.sqrt, torch.rsqrt),
+    *(torch.clamp, torch.clip, torch.erf, torch.sin, torch.cos, torch.maximum, torch.minimum),
+    *(F.relu, F.relu6, F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.softplus),
+    *(F.hardswish, F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.logsigmoid, F.softsign),
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
+    *("sub", "div", "true_divide", "neg", "pow", "square", "abs", "relu", "sigmoid", "tanh"),
+    *("exp", "log", "sqrt", "rsqrt", "clamp", "clip", "erf", "float", "double", "half", "to"),
+    *("type", "clone", "detach"),
+}
+POINTWISE_MODULES = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
+    *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU),
+    *(nn.Softplus, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh),
+    *(nn.LogSigmoid, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Threshold),
+)
+
+
+class PointwiseRule(Rule):
+    """An operation whose result at an element depends on its operands there, with broadcasting."""
+
+    def const(self, analysis: Analysis) -> Fact:
+        """Run the operation on the constants; a product with a known 0 is 0."""
+        shape = self.node.meta["shape"]
+        facts = {n: analysis.fact(n) for n in tensor_inputs(self.node, analysis.values)}
+        known = {n: _right(fact.known, len(shape)) for n, fact in facts.items()}
+        out = run(analysis, self.node, lambda n: known[n] if n in known else analysis.values[n])
+        live = torch.zeros([1] * len(shape), dtype=torch.bool)
+        for fact in facts.values():
+            live = live | _right(fact.live, len(shape))
+        if self.node.target in PRODUCTS:
+            for source in facts:
+                zero = (known[source] == 0) & ~_right(facts[source].live, len(shape))
+                live = live & ~zero
+        axes = sorted(
+            {
+                dim + len(shape) - len(fact.shape)
+                for fact in facts.values()
+                if not fact.static
+                for dim in fact.axes
+                if fact.shape[dim] != 1
+            }
+        )
+        values = torch.where(live, torch.nan, out.double())
+        return summarize(values, shape, tuple(axes))
+
+    def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Need what is needed here, but not where the other factor is a known 0."""
+        wanted = analysis.wanted(self.node)
+        needs = {}
+        sources = list(tensor_inputs(self.node, analysis.values))
+        for source in sources:
+            mask = wanted
+            if self.node.target in PRODUCTS:
+                for other in sources:
+                    fact = analysis.fact(other)
+                    if other is not source and not fact.static:
+                        zero = (fact.known == 0) & ~fact.live
+                        mask = mask & ~_right(zero, wanted.ndim)
+            needs[source] = _reduced(mask, analysis.fact(source))
+        return needs
+
+    def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """A constant that is kept here is kept in the operands, which saves a copy."""
+        extra = analysis.extra(self.node)
+        return {
+            source: _reduced(extra, analysis.fact(source))
+            for source in tensor_inputs(self.node, analysis.values)
+            if _full_width(analysis.fact(source), extra)
+        }
+
+    def plan(self, planner: Planner) -> None:
+        """Bring all operands to the union of what is kept."""
+        analysis = planner.analysis
+        fact = analysis.fact(self.node)
+        keep = analysis.keep[self.node]
+        if not keep.any():
+            return
+        rank = len(fact.shape)
+        sources = list(tensor_inputs(self.node, analysis.values))
+        wanted = self._order(planner, sources, box(keep, fact.axes))
+        operands = {s: self._operand(planner, s, wanted, rank) for s in sources}
+        present = [s for s in sources if planner.exists(s) or analysis.fact(s).static]
+        if self.node.target in SUMS and len(sources) == 2 and len(present) == 1:
+            gone = next(s for s in sources if s not in present)
+            known = analysis.fact(gone).known
+            same_shape = analysis.fact(present[0]).shape == fact.shape
+            if same_shape and not _right(known, rank).any():
+                planner.emit(self.node, Alias(), {present[0]: operands[present[0]]}, wanted)
+                return
+        planner.emit(self.node, Keep(), operands, wanted)
+
+    def _order(
+        self, planner: Planner, sources: list[fx.Node], kept: dict[int, tuple[int, ...]]
+    ) -> dict[int, tuple[int, ...]]:
+        """Order channels as the widest operand has them; the others are gathered into it."""
+        rank = len(planner.analysis.fact(self.node).shape)
+        ordered = {}
+        for dim, indices in kept.items():
+            asked, lines = set(indices), []
+            for source in sources:
+                at = dim - rank + len(planner.analysis.fact(source).shape)
+                fact = planner.analysis.fact(source)
+                if at >= 0 and fact.shape[at] > 1 and planner.exists(source) and not fact.static:
+                    lines.append([i for i in planner.physical(source, at) if i in asked])
+            first = max(lines, key=len, default=[])
+            there = set(first)
+            ordered[dim] = tuple(first + [i for i in indices if i not in there])
+        return ordered
+
+    def _operand(
+        self, planner: Planner, source: fx.Node, wanted: Layout, rank: int
+    ) -> Conform:
+        fact = planner.analysis.fact(source)
+        shift = rank - len(fact.shape)
+        target = {d - shift: kept for d, kept in wanted.items() if d >= shift}
+        if fact.static:
+            return _static_operand(planner, source, self.node, target)
+        return planner.conform(source, self.node, target)
+
+
+class ChannelwiseRule(Rule):
+    """An operation on the other dimensions of each channel that keeps a constant what it is.
+
+    Pooling, means over space, interpolation. `shrinks_constants`: zeros are padded and counted,
+    so that a constant other than 0 is cut off at the border.
+    """
+
+    def __init__(
+        self, node: fx.Node, dims: dict[int, int], shrinks_constants: bool = False
+    ) -> None:
+        super().__init__(node)
+        self.dims = dims
+        self.shrinks_constants = shrinks_constants
+        self.source = node.args[0]
+        assert isinstance(self.source, fx.Node)
+
+    def const(self, analysis: Analysis) -> Fact:
+        """Keep constants, dimension by dimension."""
+        fact, shape = analysis.fact(self.source), self.node.meta["shape"]
+        values = fact.const
+        if self.shrinks_constants:
+            values = torch.where(values == 0, values, torch.nan)
+        axes = tuple(sorted(self.dims[axis] for axis in fact.axes))
+        summary = [size if d in axes else 1 for d, size in enumerate(shape)]
+        return Fact(shape, axes, values.reshape(summary).clone())
+
+    def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Need the same channels."""
+        fact = analysis.fact(self.source)
+        return {self.source: analysis.wanted(self.node).reshape(fact.summary_shape())}
+
+    def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Want the same channels."""
+        fact = analysis.fact(self.source)
+        return {self.source: analysis.extra(self.node).reshape(fact.summary_shape())}
+
+    def plan(self, planner: Planner) -> None:
+        """Run it on the channels that go on."""
+        keep = planner.analysis.keep[self.node]
+        if not keep.any():
+            return
+        back = {after: before for before, after in self.dims.items()}
+        kept = box(keep, planner.analysis.fact(self.node).axes)
+        wanted = {back[dim]: indices for dim, indices in kept.items()}
+        if planner.exists(self.source):
+            for dim, indices in wanted.items():
+                asked = set(indices)
+                have = [i for i in planner.physical(self.source, dim) if i in asked]
+                wanted[dim] = tuple(have + [i for i in indices if i not in set(have)])
+        layout = {self.dims[dim]: indices for dim, indices in wanted.items()}
+        conform = planner.conform(self.source, self.node, wanted)
+        planner.emit(self.node, Keep(), {self.source: conform}, layout)
+
+
+def pointwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
+    """Return the rule for a pointwise or channelwise node, or None for another."""
+    if node.op == "call_module":
+        module = analysis.module(node)
+        if isinstance(module, POINTWISE_MODULES):
+            return PointwiseRule(node)
+        return _pooling(analysis, node, module)
+    if node.target in POINTWISE:
+        return PointwiseRule(node) if torch.is_floating_point(node.meta["example"]) else None
+    if node.target in (torch.mean, "mean"):
+        return _mean(analysis, node)
+    return _functional_pooling(analysis, node)
+
+
+_POOLS = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d),
+    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample),
+)
+_FUNCTIONAL_POOLS = {
+    *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate),
+}
+
+
+def _pooling(analysis: Analysis, node: fx.Node, module: nn.Module) -> Rule | None:
+    known = any(type(module).forward is pool.forward for pool in _POOLS)
+    if not known or not isinstance(module, _POOLS) or getattr(module, "return_indices", False):
+        return None
+    counts_padding = isinstance(module, nn.AvgPool1d | nn.AvgPool2d) and module.count_include_pad
+    return _over_space(analysis, node, counts_padding and _positive(module.padding))
+
+
+def _functional_pooling(analysis: Analysis, node: fx.Node) -> Rule | None:
+    if node.target not in _FUNCTIONAL_POOLS:
+        return None
+    padding: Any = 0
+    if node.target is F.avg_pool2d:
+        padding = node.args[3] if len(node.args) > 3 else node.kwargs.get("padding", 0)
+        counted = node.args[5] if len(node.args) > 5 else node.kwargs.get("count_include_pad", True)
+        padding = padding if counted else 0
+    return _over_space(analysis, node, _positive(padding))
+
+
+def _over_space(analysis: Analysis, node: fx.Node, shrinks: bool) -> Rule | None:
+    fact = analysis.values.get(node.args[0])
+    if not isinstance(fact, Fact) or any(axis != 1 for axis in fact.axes) or len(fact.shape) < 3:
+        return None
+    if len(node.meta["shape"]) != len(fact.shape) or set(node.all_input_nodes) != {node.args[0]}:
+        return None
+    return ChannelwiseRule(node, {d: d for d in range(len(fact.shape))}, shrinks)
+
+
+def _mean(analysis: Analysis, node: fx.Node) -> Rule | None:
+    fact = analysis.values.get(node.args[0])
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    if not isinstance(fact, Fact) or fact.static or dims is None:
+        return None
+    rank = len(fact.shape)
+    gone = {int(d) % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
+    if gone & set(fact.axes):
+        return None
+    kept = [d for d in range(rank) if keepdim or d not in gone]
+    return ChannelwiseRule(node, {d: position for position, d in enumerate(kept)})
+
+
+def _positive(padding: Any) -> bool:
+    return any(p != 0 for p in padding) if isinstance(padding, tuple | list) else padding != 0
+
+
+def _right(values: Tensor, rank: int) -> Tensor:
+    """Align dimensions on the right, as broadcasting does."""
+    return values.reshape([1] * (rank - values.ndim) + list(values.shape))
+
+
+def _reduced(mask: Tensor, fact: Fact) -> Tensor:
+    """Reduce a mask over the result to the channels of one operand."""
+    for _ in range(mask.ndim - len(fact.shape)):
+        mask = mask.any(0)
+    if fact.static:
+        return torch.ones(fact.summary_shape(), dtype=torch.bool)
+    return any_over(mask, fact)
+
+
+def _full_width(fact: Fact, keep: Tensor) -> bool:
+    """Whether an operand has the result's channels, rather than being broadcast along them."""
+    aligned = _right(fact.const, keep.ndim)
+    return not fact.static and aligned.shape == keep.shape
+
+
+def _static_operand(
+    planner: Planner, source: fx.Node, reader: fx.Node, target: Layout
+) -> Conform:
+    """Slice a parameter that only this node reads; select from any other."""
+    fact = planner.analysis.fact(source)
+    select = tuple(
+        (dim, kept)
+        for dim, kept in sorted(target.items())
+        if fact.shape[dim] != 1 and kept != tuple(range(fact.shape[dim]))
+    )
+    if select and source.op == "get_attr" and len(source.users) == 1:
+        planner.emit(source, Parameter(select))
+        return Conform()
+    return Conform(select)
+
