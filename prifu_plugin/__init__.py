@@ -9,3 +9,31 @@ from prifu_plugin.graph.insert import unwrap as unwrap
 from prifu_plugin.graph.insert import wrap as wrap
 from prifu_plugin.graph.sites import Site as Site
 from prifu_plugin.graph.sites import sites as sites
+from prifu_plugin.graph.summary import Summary as Summary
+from prifu_plugin.graph.summary import summary as summary
+from prifu_plugin.prune.plan import Plan as Plan
+from prifu_plugin.prune.report import PruneReport as PruneReport
+from prifu_plugin.prune.run import plan_of as plan
+from prifu_plugin.prune.run import prune as prune
+from prifu_plugin.prune.run import rebuild as rebuild
+from prifu_plugin.prune.run import report as report
+
+__all__ = [
+    "CutFilter",
+    "FilterConfig",
+    "Plan",
+    "PriFU",
+    "PruneReport",
+    "Site",
+    "Summary",
+    "dose_to_beta",
+    "filters",
+    "plan",
+    "prune",
+    "rebuild",
+    "report",
+    "sites",
+    "summary",
+    "unwrap",
+    "wrap",
+]

@@ -16,7 +16,11 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        several = isinstance(result, tuple | list) and any(isinstance(r, Tensor) for r in result)
+        several = (
+            isinstance(result, tuple | list)
+            and bool(result)
+            and all(isinstance(r, Tensor) for r in result)
+        )
         if several:
             n.meta["shape"] = [tuple(r.shape) for r in result]
         elif isinstance(result, Tensor):

@@ -112,7 +112,7 @@ def _is_plain_attention(model: nn.Module, node: fx.Node) -> bool:
         and not module.add_zero_attn
         and extra.get("need_weights", True) is False
         and all(v in (None, False) for k, v in extra.items() if k != "need_weights")
-        and all(_is_first_item(user) for user in node.users)
+        and all(_is_first_item(user) or not user.users for user in node.users)
     )
 
 
@@ -144,6 +144,7 @@ def _lower_attention(graph: fx.Graph, node: fx.Node, attention: nn.Module) -> No
         merged = graph.call_method("reshape", (back, batch, tokens, heads * width))
         result = graph.call_module(f"{path}.out_proj", (merged,))
     for user in list(node.users):
-        user.replace_all_uses_with(result)
+        if user.users:
+            user.replace_all_uses_with(result)
         graph.erase_node(user)
     graph.erase_node(node)

@@ -92,18 +92,19 @@ class Planner:
         return Conform(tuple(select.items()))
 
 
-def make_plan(analysis: Analysis, recipe: dict[str, Any]) -> Plan:
+def make_plan(analysis: Analysis, recipe: dict[str, Any], round_to: int = 1) -> Plan:
     """Run the two backward passes and the forward one that make a plan of facts.
 
     Args:
         analysis: with values and rules filled in.
         recipe: how the model was wrapped.
+        round_to: widths become multiples of it, with dead channels that stay.
 
     Returns:
         The plan.
     """
     _find_need(analysis)
-    _find_keep(analysis)
+    _find_keep(analysis, round_to)
     planner = Planner(analysis)
     for node in analysis.graph.nodes:
         if node in analysis.rules and node not in planner.plans:
@@ -135,39 +136,67 @@ def _find_need(analysis: Analysis) -> None:
                 masks[source] = masks[source] | mask if source in masks else mask
 
 
-def _find_keep(analysis: Analysis) -> None:
+def _find_keep(analysis: Analysis, round_to: int) -> None:
     """Decide what exists: what is live and needed, what an output must show, what is wanted."""
-    wants: dict[fx.Node, Tensor] = {}
+    wants: dict[Any, Tensor] = {}
+    exists: set[fx.Node] = set()
     for node in reversed(analysis.graph.nodes):
         if node.op == "output":
+            exists.add(node)
             for source in tensor_inputs(node, analysis.values):
                 _merge_all(analysis, wants, source)
             continue
+        read = any(user in exists for user in node.users)
         value = analysis.values.get(node)
-        if not isinstance(value, Fact) or node not in analysis.rules:
+        if not isinstance(value, Fact):
+            if read:
+                exists.add(node)
             continue
-        keep = analysis.wanted(node)
-        if node in wants:
-            keep = keep | wants[node]
+        keep = analysis.wanted(node) | wants.get(node, torch.tensor(False))
+        sized = any(user in exists and user.meta["shape"] == () for user in node.users)
+        if sized and not keep.any():
+            keep = _first(value)
+        keep = _aligned(analysis, node, keep, round_to)
         analysis.keep[node] = keep
-        if not keep.any() or value.static:
+        if not keep.any() and not (value.static and read):
             continue
-        asked = analysis.rules[node].want(analysis)
-        sources = [
-            source
-            for source in tensor_inputs(node, analysis.values)
-            if isinstance(analysis.values[source], Fact) and not analysis.fact(source).static
-        ]
-        for source, mask in asked.items():
-            wants[source] = wants[source] | mask if source in wants else mask
-        # What exists needs one operand that exists, for its shape.
-        if sources and not any(
-            (analysis.wanted(s) | wants.get(s, torch.tensor(False))).any() for s in sources
-        ):
-            source = sources[0]
-            first = torch.zeros(analysis.fact(source).summary_shape(), dtype=torch.bool)
-            first.view(-1)[0] = True
-            wants[source] = wants[source] | first if source in wants else first
+        exists.add(node)
+        if not value.static:
+            _pass_wants(analysis, node, wants)
+
+
+def _pass_wants(analysis: Analysis, node: fx.Node, wants: dict[Any, Tensor]) -> None:
+    """Pass a node's wants to its inputs; one of them must exist, for the shape."""
+    for source, mask in analysis.rules[node].want(analysis).items():
+        wants[source] = wants[source] | mask if source in wants else mask
+    sources = [
+        source
+        for source in tensor_inputs(node, analysis.values)
+        if isinstance(analysis.values[source], Fact) and not analysis.fact(source).static
+    ]
+    there = [analysis.wanted(s) | wants.get(s, torch.tensor(False)) for s in sources]
+    if sources and not any(mask.any() for mask in there):
+        wants[sources[0]] = _first(analysis.fact(sources[0]))
+
+
+def _first(fact: Fact) -> Tensor:
+    mask = torch.zeros(fact.summary_shape(), dtype=torch.bool)
+    mask.view(-1)[0] = True
+    return mask
+
+
+def _aligned(analysis: Analysis, node: fx.Node, keep: Tensor, round_to: int) -> Tensor:
+    """Keep some dead channels of what a linear map reads, up to a multiple of round_to."""
+    fact = analysis.fact(node)
+    dims = {analysis.rules[u].aligned_dim(node) for u in node.users if u in analysis.rules} - {None}
+    if round_to == 1 or not keep.any() or len(dims) != 1 or not dims <= set(fact.axes):
+        return keep
+    dim = dims.pop()
+    line = keep.movedim(dim, 0).flatten(1).any(1)
+    spare = (~line).nonzero().flatten()[: -int(line.sum()) % round_to]
+    extra = torch.zeros_like(line)
+    extra[spare] = True
+    return keep | extra.reshape([-1 if d == dim else 1 for d in range(keep.ndim)])
 
 
 def _merge_all(analysis: Analysis, masks: dict[Any, Tensor], source: fx.Node) -> None:

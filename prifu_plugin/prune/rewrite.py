@@ -58,6 +58,8 @@ class _Rewriter:
                 self.values[node] = self.new.node_copy(node)
             elif node.name in self.plans:
                 self.values[node] = self._emit(node, self.plans[node.name])
+                if isinstance(self.values[node], fx.Node):
+                    self.values[node].meta.setdefault("original", node.name)
         _drop_unused(self.new)
         used = {str(n.target) for n in self.new.nodes if n.op in ("call_module", "get_attr")}
         members = {path: member for path, member in self.members.items() if path in used}

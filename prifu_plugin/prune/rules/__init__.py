@@ -35,8 +35,7 @@ def find_rule(analysis: Analysis, node: fx.Node) -> Rule:
     moved = movement_rule(analysis, node)
     if moved is not None:
         return moved
-    analysis.notes.append((node.name, f"no rule for {_describe(analysis, node)}: kept whole"))
-    return OpaqueRule(node)
+    return OpaqueRule(node, _describe(analysis, node))
 
 
 def analyse(root: torch.nn.Module, graph: fx.Graph) -> Analysis:

@@ -75,6 +75,10 @@ class Rule(ABC):
         """Return constant channels of inputs that had better exist, given what is kept here."""
         return {}
 
+    def aligned_dim(self, source: fx.Node) -> int | None:
+        """Return the dimension along which this operation likes aligned widths, if any."""
+        return None
+
     @abstractmethod
     def plan(self, planner: Planner) -> None:
         """Add this node to the plan, given the plans of its inputs."""

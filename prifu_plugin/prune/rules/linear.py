@@ -93,6 +93,10 @@ class LinearRule(Rule):
             del group
         return {self.source: want}
 
+    def aligned_dim(self, source: fx.Node) -> int | None:
+        """Dense linear maps like aligned widths."""
+        return self.map.dim if self.map.groups == 1 else None
+
     def plan(self, planner: Planner) -> None:
         """Slice rows to what is kept and columns to what exists."""
         analysis, linear = planner.analysis, self.map
@@ -330,7 +334,7 @@ def _module_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
     if not isinstance(fact, Fact):
         return None
     forward = type(module).forward
-    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
+    if isinstance(module, nn.Linear) and _is_linear(module):
         return _flat(module.weight, module.bias, len(fact.shape) - 1)
     plain = any(forward is cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -352,6 +356,16 @@ def _module_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
         1,
         padded and module.padding_mode == "zeros",
     )
+
+
+def _is_linear(module: nn.Linear) -> bool:
+    """Whether a Linear, or a subclass with a forward of its own, is weight * x + bias."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, module.in_features, generator=generator).to(module.weight)
+    with torch.no_grad():
+        return torch.equal(module(x), F.linear(x, module.weight, module.bias))
 
 
 def _functional_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:

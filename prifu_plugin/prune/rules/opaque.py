@@ -14,7 +14,16 @@ from prifu_plugin.prune.rules.base import Analysis, Rule
 
 
 class OpaqueRule(Rule):
-    """All outputs live, all inputs needed, the operation as it is."""
+    """All outputs live, all inputs needed, the operation as it is.
+
+    Args:
+        node: the node.
+        what: how the report names its operation.
+    """
+
+    def __init__(self, node: fx.Node, what: str) -> None:
+        super().__init__(node)
+        self.what = what
 
     def const(self, analysis: Analysis) -> Any:
         """Know nothing."""
@@ -24,17 +33,23 @@ class OpaqueRule(Rule):
         return live_everywhere(shapes)
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
-        """Need everything."""
+        """Need everything, if the result is needed."""
+        if not self.node.meta["several"] and not analysis.need[self.node].any():
+            return {}
         return self._all(analysis)
 
     def plan(self, planner: Planner) -> None:
         """Make the inputs whole."""
         analysis = planner.analysis
+        if not self.node.meta["several"] and not analysis.keep[self.node].any():
+            return
         operands = {
             source: planner.conform(source, self.node)
             for source in tensor_inputs(self.node, analysis.values)
             if isinstance(analysis.values[source], Fact) and not analysis.fact(source).static
         }
+        if any(not conform.is_identity for conform in operands.values()):
+            analysis.notes.append((self.node.name, f"no rule for {self.what}: inputs made whole"))
         planner.emit(self.node, Keep(), operands)
 
     def _all(self, analysis: Analysis) -> dict[fx.Node, Tensor]:

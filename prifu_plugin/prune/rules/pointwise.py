@@ -146,15 +146,26 @@ class PointwiseRule(Rule):
 class ChannelwiseRule(Rule):
     """An operation on the other dimensions of each channel that keeps a constant what it is.
 
-    Pooling, means over space, interpolation. `shrinks_constants`: zeros are padded and counted,
-    so that a constant other than 0 is cut off at the border.
+    Pooling, means over space, interpolation.
+
+    Args:
+        node: the node.
+        dims: dimension of the input -> dimension of the result, for those that remain.
+        shrinks_constants: zeros are padded and counted, so that a constant other than 0 is cut
+            off at the border.
+        gone: channel dimensions that a mean runs over; all of their channels are needed.
     """
 
     def __init__(
-        self, node: fx.Node, dims: dict[int, int], shrinks_constants: bool = False
+        self,
+        node: fx.Node,
+        dims: dict[int, int],
+        shrinks_constants: bool = False,
+        gone: set[int] | None = None,
     ) -> None:
         super().__init__(node)
         self.dims = dims
+        self.gone = gone or set()
         self.shrinks_constants = shrinks_constants
         self.source = node.args[0]
         assert isinstance(self.source, fx.Node)
@@ -163,21 +174,23 @@ class ChannelwiseRule(Rule):
         """Keep constants, dimension by dimension."""
         fact, shape = analysis.fact(self.source), self.node.meta["shape"]
         values = fact.const
+        for dim in self.gone:
+            values = values.mean(dim, keepdim=True)
         if self.shrinks_constants:
             values = torch.where(values == 0, values, torch.nan)
-        axes = tuple(sorted(self.dims[axis] for axis in fact.axes))
+        axes = tuple(sorted(self.dims[axis] for axis in fact.axes if axis not in self.gone))
         summary = [size if d in axes else 1 for d, size in enumerate(shape)]
         return Fact(shape, axes, values.reshape(summary).clone())
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Need the same channels."""
         fact = analysis.fact(self.source)
-        return {self.source: analysis.wanted(self.node).reshape(fact.summary_shape())}
+        return {self.source: self._back(analysis.wanted(self.node), fact)}
 
     def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Want the same channels."""
         fact = analysis.fact(self.source)
-        return {self.source: analysis.extra(self.node).reshape(fact.summary_shape())}
+        return {self.source: self._back(analysis.extra(self.node), fact)}
 
     def plan(self, planner: Planner) -> None:
         """Run it on the channels that go on."""
@@ -195,6 +208,11 @@ class ChannelwiseRule(Rule):
         layout = {self.dims[dim]: indices for dim, indices in wanted.items()}
         conform = planner.conform(self.source, self.node, wanted)
         planner.emit(self.node, Keep(), {self.source: conform}, layout)
+
+    def _back(self, mask: Tensor, fact: Fact) -> Tensor:
+        """Bring a mask over the result to the input's channels."""
+        summary = [1 if d in self.gone else s for d, s in enumerate(fact.summary_shape())]
+        return mask.reshape(summary).expand(fact.summary_shape()).clone()
 
 
 def pointwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
@@ -256,10 +274,8 @@ def _mean(analysis: Analysis, node: fx.Node) -> Rule | None:
         return None
     rank = len(fact.shape)
     gone = {int(d) % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
-    if gone & set(fact.axes):
-        return None
     kept = [d for d in range(rank) if keepdim or d not in gone]
-    return ChannelwiseRule(node, {d: position for position, d in enumerate(kept)})
+    return ChannelwiseRule(node, {d: p for p, d in enumerate(kept)}, gone=gone & set(fact.axes))
 
 
 def _positive(padding: Any) -> bool:

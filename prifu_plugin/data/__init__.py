@@ -1,0 +1,1 @@
+"""Data sets for examples and experiments that need no download."""

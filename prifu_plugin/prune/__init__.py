@@ -1,0 +1,1 @@
+"""Dead-channel elimination: capture, facts, plan, rewrite, verify."""

@@ -1,0 +1,185 @@
+"""What prune did: the certificate, the fate of every channel, sizes before and after."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from prifu_plugin.prune.facts import Fact
+from prifu_plugin.prune.plan import Plan
+from prifu_plugin.prune.rules.base import Analysis
+from prifu_plugin.prune.rules.linear import LinearRule
+from prifu_plugin.prune.rules.norm import ChannelAffineRule, StatisticsRule
+from prifu_plugin.prune.verify import Check
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of the channels one layer puts out.
+
+    Attributes:
+        path: module path, or node name for a functional call.
+        type: class name.
+        channels: before.
+        needed: kept, since they are live and needed.
+        constant: kept although constant, since a reader asked: a carrier for a padded
+            convolution, the feed of a depthwise one, alignment, or a tensor's shape.
+        whole: kept although dead, since an operation without a rule needs them whole.
+    """
+
+    path: str
+    type: str
+    channels: int
+    needed: int
+    constant: int
+    whole: int
+
+    @property
+    def removed(self) -> int:
+        """Channels that are gone."""
+        return self.channels - self.needed - self.constant - self.whole
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """The result of `prifu_plugin.prune`, as data.
+
+    Attributes:
+        checks: the certificate: each comparison with the filtered model.
+        seed: of its inputs.
+        layers: fate of the channels, layer by layer.
+        notes: (node, reason) where an operation without a rule made inputs whole.
+        parameters: before (filters not counted), after.
+        macs: multiply-accumulates for one input, before and after.
+        bytes: of parameters and buffers, before and after.
+
+    Example:
+        >>> PruneReport((), 0, (), (), (10, 5), (100, 30), (40, 20)).saved
+        0.7
+    """
+
+    checks: tuple[Check, ...]
+    seed: int
+    layers: tuple[Fate, ...]
+    notes: tuple[tuple[str, str], ...]
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    bytes: tuple[int, int]
+
+    @property
+    def saved(self) -> float:
+        """Share of the multiply-accumulates that is gone."""
+        return 1 - self.macs[1] / self.macs[0] if self.macs[0] else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as a dict that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PruneReport:
+        """Read what `to_dict` wrote, before or after JSON."""
+        checks = tuple(
+            Check(**{**c, "shapes": tuple(tuple(s) for s in c["shapes"])}) for c in data["checks"]
+        )
+        return cls(
+            checks,
+            data["seed"],
+            tuple(Fate(**fate) for fate in data["layers"]),
+            tuple((node, reason) for node, reason in data["notes"]),
+            tuple(data["parameters"]),
+            tuple(data["macs"]),
+            tuple(data["bytes"]),
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"parameters {self.parameters[0]:,} -> {self.parameters[1]:,}, multiply-accumulates "
+            f"{self.macs[0]:,} -> {self.macs[1]:,}, bytes {self.bytes[0]:,} -> {self.bytes[1]:,}"
+        ]
+        lines += [
+            f"exact: {c.dtype} {list(c.shapes)} differs by {c.difference:.1e} of {c.tolerance:.0e}"
+            for c in self.checks
+        ]
+        lines += [f"whole: {node}: {reason}" for node, reason in self.notes]
+        return "\n".join(lines)
+
+
+def fates(analysis: Analysis, plan: Plan) -> tuple[Fate, ...]:
+    """Return the fate of every layer's channels."""
+    layouts = {node.name: dict(node.layout) for node in plan.nodes}
+    found = []
+    for node, rule in analysis.rules.items():
+        if not isinstance(rule, LinearRule | ChannelAffineRule | StatisticsRule):
+            continue
+        fact = analysis.fact(node)
+        dim = (rule.map.dim if isinstance(rule, LinearRule) else rule.dim) % len(fact.shape)
+        module = node.op == "call_module"
+        found.append(
+            _fate(
+                str(node.target) if module else node.name,
+                type(analysis.module(node)).__name__ if module else "linear",
+                fact,
+                _line(analysis.wanted(node), dim),
+                _line(analysis.keep[node], dim),
+                layouts.get(node.name),
+                dim,
+            )
+        )
+    return tuple(found)
+
+
+def count_macs(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> int:
+    """Return the multiply-accumulates of one forward pass at batch 1."""
+    reference = next((p for p in model.parameters()), torch.zeros(()))
+    inputs = [torch.zeros((1, *shape[1:])).to(reference) for shape in shapes]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not counted
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return int(counter.get_total_flops()) // 2
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, filters not counted."""
+    return sum(p.numel() for name, p in model.named_parameters() if ".prifu." not in f".{name}")
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Return the bytes of parameters and buffers, filters not counted."""
+    return sum(
+        value.numel() * value.element_size()
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor) and ".prifu." not in f".{name}"
+    )
+
+
+def _fate(
+    path: str,
+    kind: str,
+    fact: Fact,
+    wanted: Tensor,
+    keep: Tensor,
+    layout: dict[int, tuple[int, ...]] | None,
+    dim: int,
+) -> Fate:
+    size = fact.shape[dim]
+    kept = torch.zeros(size, dtype=torch.bool)
+    if layout is not None:
+        kept[list(layout.get(dim, range(size)))] = True
+    wanted, keep = wanted.expand(size), keep.expand(size)
+    needed = int((kept & wanted).sum())
+    constant = int((kept & keep & ~wanted).sum())
+    return Fate(path, kind, size, needed, constant, int(kept.sum()) - needed - constant)
+
+
+def _line(mask: Tensor, dim: int) -> Tensor:
+    return mask.movedim(dim, 0).flatten(1).any(1) if mask.ndim > 1 else mask

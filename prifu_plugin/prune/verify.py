@@ -1,0 +1,180 @@
+"""Check that a pruned model computes what the filtered one computes, and find where if not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from prifu_plugin.cut import CutFilter
+from prifu_plugin.graph.capture import Captured
+from prifu_plugin.prune.layout import restrict
+from prifu_plugin.prune.plan import Plan
+
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        dtype: "float64" or "float32".
+        shapes: shapes of the inputs.
+        difference: max |pruned - filtered| / max |filtered| over all outputs.
+        tolerance: what it must not exceed: 1e-11 in fp64, 1e-5 in fp32, or four times the
+            filtered model's own rounding error where that is more.
+        rounding: difference of the filtered model from itself in fp64; 0 for fp64 checks.
+    """
+
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+    difference: float
+    tolerance: float
+    rounding: float = 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is within the tolerance; NaN is not."""
+        return self.difference <= self.tolerance
+
+
+def compare(
+    filtered: nn.Module,
+    pruned: nn.Module,
+    shapes: Sequence[tuple[int, ...]],
+    seed: int,
+    precise: nn.Module | None = None,
+) -> Check:
+    """Compare two models on fresh Gaussian inputs, in the dtype of their parameters.
+
+    Noise of a cut filter is switched off on both sides, since it is drawn for other shapes.
+
+    Args:
+        filtered: the reference.
+        pruned: what must equal it.
+        shapes: of the inputs.
+        seed: of the inputs.
+        precise: the filtered model in fp64, to measure the rounding error of a lower precision.
+    """
+    reference = next(filtered.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(shape, generator=generator).to(reference) for shape in shapes]
+    rounding = 0.0
+    with torch.no_grad(), Quiet(filtered), Quiet(pruned):
+        expected, found = filtered(*inputs), pruned(*inputs)
+        if precise is not None:
+            with Quiet(precise):
+                rounding = difference(precise(*(x.double() for x in inputs)), expected)
+    return Check(
+        str(reference.dtype).removeprefix("torch."),
+        tuple(tuple(shape) for shape in shapes),
+        difference(expected, found),
+        max(TOLERANCES.get(reference.dtype, 1e-5), 4 * rounding),
+        rounding,
+    )
+
+
+def difference(expected: Any, found: Any) -> float:
+    """Return the largest relative difference between two outputs of the same structure.
+
+    Example:
+        >>> difference(torch.tensor([2.0, 4.0]), torch.tensor([2.0, 3.0]))
+        0.25
+    """
+    left, right = pytree.tree_leaves(expected), pytree.tree_leaves(found)
+    if len(left) != len(right):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        if not isinstance(a, Tensor):
+            continue
+        if a.shape != b.shape or not torch.isfinite(a).all():
+            return float("inf") if a.shape != b.shape else float("nan")
+        scale = max(float(a.abs().max()), torch.finfo(a.dtype).tiny)
+        gap = float((a - b).abs().max()) / scale
+        worst = gap if gap != gap else max(worst, gap)
+    return worst
+
+
+def takes(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether a model accepts inputs of these shapes."""
+    reference = next(model.parameters())
+    try:
+        with torch.no_grad():
+            model(*(torch.zeros(shape).to(reference) for shape in shapes))
+    except Exception:  # noqa: BLE001 - any refusal is an answer
+        return False
+    return True
+
+
+def culprit(
+    captured: Captured, plan: Plan, pruned: fx.GraphModule, shapes: Sequence[tuple[int, ...]]
+) -> str:
+    """Return the first node whose value differs, with its difference; "" if none does.
+
+    Both graphs run in fp64; each node of the pruned one must be the original restricted to its
+    layout, on the channels that are live and needed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    old = _values(captured.root, captured.graph, inputs)
+    new = _values(pruned, pruned.graph, inputs)
+    layouts = {node.name: dict(node.layout) for node in plan.nodes}
+    for node in captured.graph.nodes:
+        value, found = old.get(node.name), new.get(node.name)
+        needed = node.meta.get("needed")
+        if not isinstance(value, Tensor) or not isinstance(found, Tensor) or needed is None:
+            continue
+        expected = restrict(value, layouts[node.name])
+        mask = restrict(needed, layouts[node.name]).expand(expected.shape)
+        if expected.shape != found.shape:
+            return f"'{node.name}': shape {tuple(found.shape)} for {tuple(expected.shape)}"
+        gap = difference(expected * mask, found * mask)
+        if not gap <= TOLERANCES[torch.float64]:
+            return f"'{node.name}' ({node.op} {node.target}): {gap:.1e}"
+    return ""
+
+
+class Quiet:
+    """Switch off the noise of cut filters, wrapped or pruned, inside a with block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.units = [m for m in model.modules() if isinstance(m, CutFilter)]
+        self.vectors = [
+            buffer for name, buffer in model.named_buffers() if name.endswith("prifu_noise")
+        ]
+
+    def __enter__(self) -> None:
+        self.levels = [unit.noise for unit in self.units]
+        self.copies = [vector.clone() for vector in self.vectors]
+        for unit in self.units:
+            unit.noise = 0.0
+        for vector in self.vectors:
+            vector.zero_()
+
+    def __exit__(self, *_: object) -> None:
+        for unit, level in zip(self.units, self.levels, strict=True):
+            unit.noise = level
+        for vector, value in zip(self.vectors, self.copies, strict=True):
+            vector.copy_(value)
+
+
+def _values(root: nn.Module, graph: fx.Graph, inputs: list[Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            kept = result.clone() if isinstance(result, Tensor) else result
+            found[n.meta.get("original", n.name)] = kept
+            return result
+
+    missing = sum(n.op == "placeholder" for n in graph.nodes) - len(inputs)
+    with torch.no_grad():
+        Recorder(root, graph=graph).run(*inputs, *[None] * missing)
+    return found
