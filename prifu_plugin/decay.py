@@ -159,7 +159,7 @@ def _check_ownership(optimizer: Optimizer, filters: Iterable[PriFU], owned: set[
     held = {
         id(parameter)
         for other in gc.get_objects()
-        if isinstance(other, Optimizer)
+        if issubclass(type(other), Optimizer)
         for group in other.param_groups
         for parameter in group["params"]
     }

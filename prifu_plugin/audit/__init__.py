@@ -1,0 +1,1 @@
+"""What an attacker still reads from uploaded features. Every result is empirical."""

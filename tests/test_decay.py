@@ -1,0 +1,257 @@
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import ConfigError, FilterError, OrderError
+
+BETA, RATE = 0.05, 0.1
+
+
+def make(**settings):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    return prifu.wrap(net, beta=BETA, preserve=False, **settings)
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(16, 4, generator=generator), torch.randint(2, (16,), generator=generator)
+
+
+def loss_of(net, seed=0, scale=1.0):
+    x, y = batch(seed)
+    return nn.functional.cross_entropy(net(x), y) * scale
+
+
+def weight(net):
+    return prifu.filters(net)["1"].weight
+
+
+def filtered(w, alpha=0.1):
+    return torch.where(w > alpha * w.max(), w, torch.zeros_like(w))
+
+
+def test_eq_11_with_sgd():
+    net = make()
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+    for step in range(5):
+        optimizer.zero_grad()
+        loss_of(net, step).backward()
+        before, grad = weight(net).detach().clone(), weight(net).grad.clone()
+        optimizer.step()
+        expected = filtered((1 - RATE * BETA) * before - RATE * grad)
+        torch.testing.assert_close(weight(net).detach(), expected, rtol=0, atol=1e-7)
+    assert abs(prifu.filters(net)["1"].dose - 5 * RATE * BETA) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda p: torch.optim.SGD(p, lr=RATE, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=RATE, momentum=0.9, nesterov=True, weight_decay=0.1),
+        lambda p: torch.optim.Adam(p, lr=RATE),
+        lambda p: torch.optim.Adam(p, lr=RATE, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, lr=RATE, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, lr=RATE, weight_decay=0.1, foreach=True),
+    ],
+)
+def test_decay_stands_beside_the_optimizer_and_other_decay_stays_away(build):
+    net = make()
+    twin = nn.Parameter(weight(net).detach().clone())
+    optimizer, plain = build(net.parameters()), build([twin])
+    plain.param_groups[0]["weight_decay"] = 0.0
+    for step in range(6):
+        optimizer.zero_grad()
+        loss_of(net, step).backward()
+        twin.grad = weight(net).grad.clone()
+        before = weight(net).detach().clone()
+        optimizer.step()
+        plain.step()
+        with torch.no_grad():
+            twin.copy_(filtered(twin - RATE * BETA * before))
+            for value in plain.state[twin].values():
+                if isinstance(value, torch.Tensor) and value.shape == twin.shape:
+                    value[twin == 0] = 0.0
+        torch.testing.assert_close(weight(net).detach(), twin.detach())
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_filtered_channel_stays_zero(momentum):
+    net = make()
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE, momentum=momentum)
+    loss_of(net).backward()
+    optimizer.step()
+    weight(net).data[3] = 1e-4
+    for step in range(20):
+        optimizer.zero_grad()
+        loss_of(net, step).backward()
+        optimizer.step()
+        assert weight(net)[3] == 0
+
+
+def test_adam_state_of_filtered_channels_is_cleared():
+    net = make()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    loss_of(net).backward()
+    optimizer.step()
+    weight(net).data[0] = 0.0
+    optimizer.step()
+    state = optimizer.state[weight(net)]
+    assert state["exp_avg"][0] == 0
+    assert state["exp_avg_sq"][0] == 0
+    assert state["exp_avg"][1] != 0
+
+
+def test_accumulation_decays_once():
+    one, four = make(), make()
+    for net, parts in ((one, 1), (four, 4)):
+        optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+        net.eval()
+        for _ in range(parts):
+            loss_of(net, scale=1 / parts).backward()
+        optimizer.step()
+    torch.testing.assert_close(weight(one), weight(four))
+
+
+def test_clipping_does_not_shrink_the_decay():
+    net = make()
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+    loss_of(net, scale=1e6).backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1e-12)
+    before = weight(net).detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(weight(net).detach(), before * (1 - RATE * BETA))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_scales_nothing_and_skips(fused):
+    reference, scaled = make(), make()
+    plain = torch.optim.SGD(reference.parameters(), lr=RATE)
+    loss_of(reference).backward()
+    plain.step()
+    optimizer = torch.optim.SGD(scaled.parameters(), lr=RATE, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss_of(scaled)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    torch.testing.assert_close(weight(scaled), weight(reference))
+    before = weight(scaled).detach().clone()
+    scaler.scale(loss_of(scaled, scale=float("inf"))).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(weight(scaled).detach(), before)
+
+
+def test_closures_and_frozen_filters():
+    net = make()
+    weight(net).requires_grad_(False)
+    before = weight(net).clone()
+    optimizer = torch.optim.LBFGS([p for p in net.parameters() if p.requires_grad], max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(net)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert torch.equal(weight(net), before)
+    weight(net).requires_grad_(True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+    optimizer.step(closure)
+    assert not torch.equal(weight(net), before)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_an_optimizer_built_before_wrap_is_an_error(inplace):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+    wrapped = prifu.wrap(net, inplace=inplace)
+    loss_of(wrapped).backward()
+    with pytest.raises(OrderError, match="before wrap"):
+        optimizer.step()
+
+
+def test_filters_in_an_optimizer_of_their_own_are_fine():
+    net = make()
+    own = torch.optim.SGD([weight(net)], lr=RATE)
+    others = torch.optim.SGD([p for p in net.parameters() if p is not weight(net)], lr=RATE)
+    loss_of(net).backward()
+    others.step()
+    own.step()
+    assert prifu.filters(net)["1"].dose > 0
+
+
+def test_an_attack_on_a_frozen_extractor_is_fine():
+    net = make()
+    probe = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(probe.parameters(), lr=RATE)
+    probe(net(batch()[0])).sum().backward()
+    optimizer.step()
+
+
+def test_lr_times_beta_of_one_is_refused_before_anything_changes():
+    net = make()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1 / BETA)
+    loss_of(net).backward()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ConfigError, match="lr \\* beta"):
+        optimizer.step()
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_non_finite_weights_are_an_error():
+    net = make()
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+    loss_of(net, scale=float("nan")).backward()
+    with pytest.raises(FilterError, match="'1'"):
+        optimizer.step()
+
+
+def test_a_scheduler_sees_the_groups_it_knows():
+    net = make()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(3):
+            loss_of(net, step).backward()
+            optimizer.step()
+            scheduler.step()
+    saved = optimizer.state_dict()
+    assert len(saved["param_groups"]) == 1
+    optimizer.load_state_dict(saved)
+
+
+def test_resume_equals_an_uninterrupted_run():
+    def steps(net, optimizer, start, stop):
+        for step in range(start, stop):
+            optimizer.zero_grad()
+            loss_of(net, step).backward()
+            optimizer.step()
+
+    whole = make()
+    optimizer = torch.optim.SGD(whole.parameters(), lr=RATE, momentum=0.9)
+    steps(whole, optimizer, 0, 4)
+    saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
+    steps(whole, optimizer, 4, 8)
+    again = make()
+    optimizer = torch.optim.SGD(again.parameters(), lr=RATE, momentum=0.9)
+    again.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    steps(again, optimizer, 4, 8)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_dose_to_beta_refuses_nonsense():
+    with pytest.raises(ConfigError):
+        prifu.dose_to_beta(-1, [0.1])
+    with pytest.raises(ConfigError):
+        prifu.dose_to_beta(1, [])

@@ -1,0 +1,85 @@
+"""The models of the contract suite, and how the tests close half of their channels."""
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import prifu_plugin as prifu
+
+CNNS = [
+    "resnet18", "resnet50", "resnetv2_50", "seresnet50", "vgg16_bn", "densenet121",
+    "test_resnet", "tv_resnet18", "tv_densenet121", "tv_googlenet", "tv_inception_v3",
+]  # fmt: skip
+GROUPED = ["resnext50_32x4d", "regnety_002"]
+DEPTHWISE = [
+    "mobilenetv2_100", "mobilenetv3_small_050", "efficientnet_b0", "test_efficientnet",
+    "convnext_atto", "convnextv2_atto", "tv_shufflenet_v2_x0_5", "tv_mobilenet_v3_small",
+]  # fmt: skip
+TOKENS = [
+    "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224",
+    "mixer_s32_224", "test_vit", "tv_vit_b_16",
+]  # fmt: skip
+ALL = CNNS + GROUPED + DEPTHWISE + TOKENS
+SMALL = ["test_resnet", "test_efficientnet", "test_vit", "tv_shufflenet_v2_x0_5"]
+
+
+def build(name):
+    torch.manual_seed(0)
+    if not name.startswith("tv_"):
+        return timm.create_model(name, num_classes=10)
+    kwargs = {"init_weights": False} if name in ("tv_googlenet", "tv_inception_v3") else {}
+    return getattr(torchvision.models, name[3:])(num_classes=10, **kwargs)
+
+
+def image_size(name):
+    """The resolution a test runs at: the model's own where it is fixed, else a small one."""
+    if name == "test_vit":
+        return 160
+    if name in TOKENS or name == "vgg16_bn":
+        return 224
+    return 160 if name == "tv_inception_v3" else 128
+
+
+def half_off(model, size, seed=0):
+    """Close half of every filter's channels at random; randomize weights and statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.abs().max() == 0:
+            parameter.data.normal_(std=0.02, generator=generator)
+    for unit in prifu.filters(model).values():
+        keep = torch.rand(unit.weight.shape, generator=generator) < 0.5
+        keep[0] |= ~keep.any()
+        weight = 0.08 + 0.04 * torch.rand(unit.weight.shape, generator=generator)
+        unit.weight.data = torch.where(keep, weight, 0.0).to(unit.weight)
+        if unit.bias is not None:
+            unit.bias.data.normal_(std=0.2, generator=generator)
+    _randomize_norms(model, generator)
+    _set_statistics(model, size, generator)
+    return model.eval()
+
+
+def _randomize_norms(model, generator):
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 1 and not isinstance(module, prifu.PriFU):
+            weight.data.uniform_(0.5, 1.0, generator=generator)
+            if getattr(module, "bias", None) is not None:
+                module.bias.data.normal_(std=0.1, generator=generator)
+
+
+def _set_statistics(model, size, generator):
+    """Set running statistics to those of a random batch, then disturb them."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        model.train()
+        with torch.no_grad():
+            model(torch.randn(8, 3, size, size, generator=generator))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        shift = torch.randn(norm.running_mean.shape, generator=generator)
+        norm.running_mean += 0.1 * norm.running_var.sqrt() * shift
+        norm.running_var *= 0.7 + 0.6 * torch.rand(norm.running_var.shape, generator=generator)
