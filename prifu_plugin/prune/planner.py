@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from prifu_plugin.prune.facts import Fact, tensor_inputs
 from prifu_plugin.prune.layout import FILL, Conform, Layout, physical, restrict, simplify
-from prifu_plugin.prune.plan import Kernel, NodePlan, Plan
+from prifu_plugin.prune.plan import Keep, Kernel, NodePlan, Plan
 from prifu_plugin.prune.rules.base import Analysis
 
 
@@ -107,7 +107,9 @@ def make_plan(analysis: Analysis, recipe: dict[str, Any], round_to: int = 1) -> 
     _find_keep(analysis, round_to)
     planner = Planner(analysis)
     for node in analysis.graph.nodes:
-        if node in analysis.rules and node not in planner.plans:
+        if node.op == "output":
+            _plan_output(planner, node)
+        elif node not in planner.plans:
             analysis.rules[node].plan(planner)
     order = [planner.plans[node] for node in analysis.graph.nodes if node in planner.plans]
     return Plan(
@@ -117,6 +119,18 @@ def make_plan(analysis: Analysis, recipe: dict[str, Any], round_to: int = 1) -> 
         tuple(analysis.notes),
         planner.constants,
     )
+
+
+def _plan_output(planner: Planner, node: fx.Node) -> None:
+    """Give the model's outputs all of their channels, in the original order."""
+    values = planner.analysis.values
+    operands = {
+        source: planner.conform(source, node)
+        for source in tensor_inputs(node, values)
+        if isinstance(values[source], Fact) and not planner.analysis.fact(source).static
+    }
+    changed = tuple((s.name, c) for s, c in operands.items() if not c.is_identity)
+    planner.plans[node] = NodePlan(node.name, Keep(), changed)
 
 
 def _find_need(analysis: Analysis) -> None:
@@ -169,11 +183,7 @@ def _pass_wants(analysis: Analysis, node: fx.Node, wants: dict[Any, Tensor]) -> 
     """Pass a node's wants to its inputs; one of them must exist, for the shape."""
     for source, mask in analysis.rules[node].want(analysis).items():
         wants[source] = wants[source] | mask if source in wants else mask
-    sources = [
-        source
-        for source in tensor_inputs(node, analysis.values)
-        if isinstance(analysis.values[source], Fact) and not analysis.fact(source).static
-    ]
+    sources = [s for s in analysis.rules[node].sources(analysis) if not analysis.fact(s).static]
     there = [analysis.wanted(s) | wants.get(s, torch.tensor(False)) for s in sources]
     if sources and not any(mask.any() for mask in there):
         wants[sources[0]] = _first(analysis.fact(sources[0]))

@@ -53,7 +53,11 @@ class _Rewriter:
     def run(self) -> fx.GraphModule:
         for node in self.old.nodes:
             if node.op == "output":
-                self.new.output(self._argument(node, node.args[0]))
+                operands = {
+                    name: self._conformed(node, name, conform)
+                    for name, conform in self.plans[node.name].operands
+                }
+                self.new.output(self._argument(node, node.args[0], operands))
             elif node.op == "placeholder":
                 self.values[node] = self.new.node_copy(node)
             elif node.name in self.plans:

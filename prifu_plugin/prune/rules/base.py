@@ -71,6 +71,14 @@ class Rule(ABC):
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Return which channels of each input the needed results depend on."""
 
+    def sources(self, analysis: Analysis) -> list[fx.Node]:
+        """Return the tensors the result is made of."""
+        return [
+            source
+            for source in self.node.all_input_nodes
+            if isinstance(analysis.values.get(source), Fact)
+        ]
+
     def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Return constant channels of inputs that had better exist, given what is kept here."""
         return {}

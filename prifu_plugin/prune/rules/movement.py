@@ -58,9 +58,11 @@ class MovementRule(Rule):
         return self._back(analysis, lambda node: analysis.extra(node))
 
     def _back(self, analysis: Analysis, mask_of: Any) -> dict[fx.Node, Tensor]:
-        if self.node.meta["several"]:
-            return {}
         fact = analysis.fact(self.source)
+        if self.node.meta["several"]:
+            if _only_items(analysis, self.node):
+                return {}
+            return {self.source: torch.ones(fact.summary_shape(), dtype=torch.bool)}
         moved = self.moved[0]
         mask = mask_of(self.node).expand(moved.labels.shape)
         flat = torch.zeros(math.prod(fact.shape) + 1, dtype=torch.bool)
@@ -69,7 +71,11 @@ class MovementRule(Rule):
 
     def plan(self, planner: Planner) -> None:
         """Plan the whole chain of movements that ends here."""
-        if self.node.meta["several"] or _is_inner(planner.analysis, self.node):
+        if self.node.meta["several"]:
+            if not _only_items(planner.analysis, self.node):
+                _step(planner, self.node)
+            return
+        if _is_inner(planner.analysis, self.node):
             return
         if planner.analysis.keep[self.node].any():
             _plan_chain(planner, self.node)
@@ -77,6 +83,10 @@ class MovementRule(Rule):
 
 class ItemRule(MovementRule):
     """One item of a tuple of tensors: movement from the tensor that was split."""
+
+    def sources(self, analysis: Analysis) -> list[fx.Node]:
+        """The tensor that was split."""
+        return [self.source]
 
 
 def movement_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
@@ -147,6 +157,11 @@ def _is_inner(analysis: Analysis, node: fx.Node) -> bool:
         and node in _data_inputs(user)
         for user in node.users
     )
+
+
+def _only_items(analysis: Analysis, node: fx.Node) -> bool:
+    """Whether a tuple is only read item by item."""
+    return all(isinstance(analysis.rules.get(user), ItemRule) for user in node.users)
 
 
 def _data_inputs(node: fx.Node) -> list[fx.Node]:

@@ -107,5 +107,6 @@ class ScalarRule(Rule):
         return {}
 
     def plan(self, planner: Planner) -> None:
-        """Stay; rewriting answers with original sizes."""
-        planner.emit(self.node, Keep(), {}, {})
+        """Stay if what it asks about does; rewriting answers with original sizes."""
+        if all(planner.exists(source) for source in self.node.all_input_nodes):
+            planner.emit(self.node, Keep(), {}, {})

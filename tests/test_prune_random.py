@@ -1,0 +1,54 @@
+"""Random networks, random masks: the pruned model equals the filtered one in fp64."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from random_net import RandomNet, close_channels
+from torch.utils import _pytree as pytree
+
+import prifu_plugin as prifu
+
+CASES = {
+    "seed": st.integers(0, 10**6),
+    "size": st.integers(1, 12),
+    "bias": st.booleans(),
+    "share": st.sampled_from([0.1, 0.5, 0.9]),
+    "round_to": st.sampled_from([1, 1, 4]),
+}
+
+
+def check(seed, size, bias, share, round_to=1):
+    torch.manual_seed(seed)
+    net = RandomNet(seed, size).double()
+    if not prifu.sites(net):
+        return
+    wrapped = prifu.wrap(net, bias=bias)
+    close_channels(wrapped, share, torch.Generator().manual_seed(seed))
+    pruned = prifu.prune(wrapped, torch.zeros(2, 3, 9, 8), round_to=round_to, verify=False)
+    for shape in ((1, 3, 9, 8), (3, 3, 11, 12)):
+        x = torch.randn(shape, dtype=torch.float64)
+        expected, found = pytree.tree_leaves(wrapped(x)), pytree.tree_leaves(pruned(x))
+        for a, b in zip(expected, found, strict=True):
+            assert a.shape == b.shape
+            scale = max(float(a.detach().abs().max()), 1e-3)
+            assert float((a - b).detach().abs().max()) <= 1e-11 * scale
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(**CASES)
+@example(seed=0, size=6, bias=True, share=0.5, round_to=1)
+def test_random_networks(seed, size, bias, share, round_to):
+    check(seed, size, bias, share, round_to)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(**CASES)
+def test_many_random_networks(seed, size, bias, share, round_to):
+    check(seed, size, bias, share, round_to)
+
+
+@pytest.mark.parametrize("seed", [81, 166, 191, 479, 562, 575, 659])
+def test_networks_that_failed_once(seed):
+    check(seed, 1 + seed % 12, seed % 2 == 0, [0.1, 0.5, 0.9][seed % 3], [1, 1, 4][seed // 3 % 3])

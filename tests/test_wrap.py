@@ -1,0 +1,308 @@
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import timm.layers.grn
+import torch
+import zoo
+from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import ConfigError, NoSiteError, OrderError, PrifuWarning
+
+
+@pytest.fixture(params=zoo.SMALL)
+def case(request):
+    model = zoo.build(request.param).eval()
+    size = 160 if request.param == "test_vit" else 64
+    return model, prifu.wrap(model), torch.randn(2, 3, size, size)
+
+
+def test_every_norm_gets_a_filter_and_the_function_is_preserved(case):
+    model, wrapped, x = case
+    torch.testing.assert_close(wrapped(x), model(x), rtol=1e-4, atol=1e-5)
+    listed = prifu.sites(wrapped)
+    assert all(site.filtered and site.reached == "graph" for site in listed)
+    assert len(listed) == len(prifu.filters(wrapped)) == len(prifu.summary(wrapped).rows) > 0
+
+
+def test_class_attributes_and_names_stay(case):
+    model, wrapped, _ = case
+    assert type(wrapped) is type(model)
+    assert [type(m).__name__ for m in unfiltered(wrapped)] == [
+        type(m).__name__ for m in model.modules()
+    ]
+    for ours, theirs in zip(unfiltered(wrapped), model.modules(), strict=True):
+        assert isinstance(ours, type(theirs))
+    own = {key for key in wrapped.state_dict() if ".prifu." not in key}
+    assert own == set(model.state_dict())
+
+
+def unfiltered(model):
+    return [m for m in model.modules() if not isinstance(m, prifu.PriFU)]
+
+
+def test_checkpoints(case):
+    model, wrapped, x = case
+    fresh = prifu.wrap(copy.deepcopy(model))
+    for unit in prifu.filters(fresh).values():
+        unit.weight.data.uniform_(0, 1)
+    wrapped.load_state_dict(fresh.state_dict())
+    torch.testing.assert_close(wrapped(x), fresh(x))
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(wrapped(x), fresh(x))
+    broken = dict(wrapped.state_dict())
+    del broken[next(key for key in broken if key.endswith("prifu.weight"))]
+    with pytest.raises(RuntimeError, match="prifu.weight"):
+        wrapped.load_state_dict(broken)
+    restored = prifu.unwrap(wrapped)
+    restored.load_state_dict(model.state_dict())
+    assert torch.equal(restored(x), model(x))
+    assert [type(m) for m in restored.modules()] == [type(m) for m in model.modules()]
+    assert not restored._forward_pre_hooks
+
+
+def test_copies_pickles_and_averages(case):
+    _, wrapped, x = case
+    close_first(wrapped)
+    expected = wrapped(x)
+    buffer = io.BytesIO()
+    torch.save(wrapped, buffer)
+    buffer.seek(0)
+    twins = [
+        copy.deepcopy(wrapped),
+        pickle.loads(pickle.dumps(wrapped)),
+        torch.load(buffer, weights_only=False),
+        ModelEmaV3(wrapped).module,
+        torch.optim.swa_utils.AveragedModel(wrapped).module,
+    ]
+    for twin in twins:
+        assert torch.equal(twin(x), expected)
+        assert prifu.summary(twin).open == prifu.summary(wrapped).open
+    twins[0](x).sum().backward()
+    assert all(unit.weight.grad is None for unit in prifu.filters(wrapped).values())
+
+
+def close_first(model):
+    for unit in prifu.filters(model).values():
+        unit.weight.data[0] = 0.0
+
+
+def test_sync_batchnorm_keeps_the_filters(case):
+    _, wrapped, x = case
+    close_first(wrapped)
+    expected = wrapped(x)
+    converted = convert_sync_batchnorm(copy.deepcopy(wrapped)).eval()
+    torch.testing.assert_close(converted(x), expected)
+    assert prifu.summary(converted).open == prifu.summary(wrapped).open
+
+
+def test_torchs_own_sync_batchnorm_conversion():
+    net = prifu.wrap(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).eval()
+    close_first(net)
+    x = torch.randn(2, 3, 4, 4)
+    expected = net(x)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert isinstance(converted[1], nn.SyncBatchNorm)
+    torch.testing.assert_close(converted(x), expected)
+
+
+def test_every_entry_point_is_filtered():
+    model = prifu.wrap(timm.create_model("test_resnet", num_classes=10)).eval()
+    for unit in prifu.filters(model).values():
+        unit.weight.data.zero_()
+    x = torch.randn(1, 3, 64, 64)
+    assert model.forward_features(x).abs().max() == 0
+    assert all(f.abs().max() == 0 for f in model.forward_intermediates(x, intermediates_only=True))
+    model.reset_classifier(3)
+    assert model(x).shape == (1, 3)
+    assert model.get_classifier().out_features == 3
+    model.set_grad_checkpointing(True)
+    assert "bn1.prifu.weight" in dict(model.named_parameters())
+
+
+def test_gradients_reach_every_filter_and_equal_a_separate_product(case):
+    model, wrapped, x = case
+    wrapped, plain = wrapped.double(), model.double()
+    x = x.double()
+    handles = []
+    weights = {}
+    for path, unit in prifu.filters(wrapped).items():
+        dims = [1] * 4 if unit.dim == 1 else [1] * 3
+        dims[unit.dim] = -1
+        if hasattr(plain.get_submodule(path), "act"):
+            return  # a fused activation stands between
+        weights[path] = unit.weight.detach().clone().requires_grad_()
+        scale = weights[path].reshape(dims) * 10
+        module = plain.get_submodule(path)
+        handles.append(module.register_forward_hook(lambda m, i, o, s=scale: o * s))
+    wrapped(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for path, unit in prifu.filters(wrapped).items():
+        torch.testing.assert_close(unit.weight.grad, weights[path].grad, rtol=1e-7, atol=1e-9)
+
+
+def test_the_filter_stands_before_a_fused_activation():
+    from timm.layers import BatchNormAct2d
+
+    net = prifu.wrap(nn.Sequential(BatchNormAct2d(2, act_layer=nn.SiLU)), preserve=False).eval()
+    x = torch.randn(2, 2, 3, 3)
+    expected = nn.functional.silu(0.1 * x / (1 + 1e-5) ** 0.5)
+    torch.testing.assert_close(net(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.BatchNorm1d(4), (3, 4)), (nn.BatchNorm2d(4, affine=False), (3, 4, 2, 2)),
+        (nn.BatchNorm3d(4), (2, 4, 2, 2, 2)), (nn.GroupNorm(2, 4), (2, 4, 3)),
+        (nn.InstanceNorm2d(4), (2, 4, 3, 3)), (nn.LayerNorm(4), (2, 3, 4)),
+        (nn.RMSNorm(4), (2, 3, 4)), (nn.LayerNorm((4, 3, 3)), (2, 4, 3, 3)),
+        (timm.layers.LayerNorm2d(4), (2, 4, 3, 3)), (timm.layers.RmsNorm(4), (2, 3, 4)),
+        (timm.layers.GroupNorm1(4), (2, 4, 3, 3)), (timm.layers.EvoNorm2dS0(4, 2), (2, 4, 3, 3)),
+        (timm.layers.EvoNorm2dB0(4), (2, 4, 3, 3)), (timm.layers.SimpleNorm(4), (2, 3, 4)),
+        (timm.layers.FilterResponseNormAct2d(4), (2, 4, 3, 3)),
+        (timm.layers.grn.GlobalResponseNorm(4), (2, 3, 3, 4)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_kind_of_norm(norm, shape, bias):
+    net = prifu.wrap(nn.Sequential(norm), bias=bias)
+    unit = prifu.filters(net)["0"]
+    x = torch.randn(shape)
+    torch.testing.assert_close(net(x), norm(x))
+    unit.weight.data[1] = 0.0
+    if bias:
+        unit.bias.data[1] = 0.5
+    channel = net(x).movedim(unit.dim, 0)[1]
+    torch.testing.assert_close(channel, torch.full_like(channel, channel.flatten()[0].item()))
+    net(x).square().sum().backward()
+    assert torch.isfinite(unit.weight.grad).all()
+
+
+def test_shared_norms_get_one_filter():
+    norm = nn.BatchNorm1d(4)
+    net = prifu.wrap(nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4), norm))
+    assert list(prifu.filters(net)) == ["1"]
+
+
+def test_weight_standardization_is_no_norm():
+    model = timm.create_model("resnetv2_50d_gn", num_classes=2)
+    assert {site.type for site in prifu.sites(model)} == {"GroupNormAct"}
+
+
+def test_functional_norms_are_listed_with_the_reason():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return nn.functional.layer_norm(self.norm(x), (4,))
+
+    refused = [site for site in prifu.sites(Net()) if site.refused]
+    assert [(site.type, site.reached) for site in refused] == [("layer_norm", "functional")]
+    with pytest.warns(PrifuWarning, match="layer_norm"):
+        prifu.wrap(Net())
+
+
+def test_include_and_exclude():
+    model = zoo.build("test_resnet")
+    chosen = prifu.filters(prifu.wrap(model, include=["layer1", "bn1"], exclude=["*.bn2"]))
+    assert chosen
+    assert all(path.startswith(("layer1", "bn1")) and not path.endswith("bn2") for path in chosen)
+    with pytest.raises(NoSiteError, match="Closest: .*layer1"):
+        prifu.wrap(model, include=["leyer1.0.bn1"])
+
+
+def test_inplace_and_copy():
+    model = zoo.build("test_resnet")
+    assert prifu.wrap(model) is not model
+    assert not any(isinstance(m, prifu.PriFU) for m in model.modules())
+    assert prifu.wrap(model, inplace=True) is model
+    assert prifu.unwrap(model, inplace=True) is model
+    assert not any(isinstance(m, prifu.PriFU) for m in model.modules())
+
+
+@pytest.mark.parametrize("preserve", [True, False])
+def test_cut(preserve):
+    model = zoo.build("test_resnet")
+    x = torch.randn(8, 3, 64, 64)
+    wrapped = prifu.wrap(model, cut="global_pool", noise=0.3, example_inputs=x, preserve=preserve)
+    assert isinstance(wrapped.global_pool.prifu, prifu.CutFilter)
+    wrapped.train()(x).sum().backward()
+    assert prifu.filters(wrapped)["global_pool"].weight.grad.abs().max() > 0
+    wrapped.eval()
+    assert not torch.equal(wrapped(x), wrapped(x))
+    twin = pickle.loads(pickle.dumps(wrapped))
+    assert twin.forward_head(twin.forward_features(x), pre_logits=True).shape[0] == 8
+    assert prifu.unwrap(wrapped)(x).shape == (8, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_channels_last(case, dtype):
+    _, wrapped, x = case
+    wrapped = wrapped.to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=dtype):
+        out = wrapped(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(out.float(), wrapped(x), rtol=0.2, atol=0.2)
+
+
+def test_compile_and_export(case):
+    _, wrapped, x = case
+    close_first(wrapped)
+    expected = wrapped(x)
+    compiled = torch.compile(copy.deepcopy(wrapped), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    exported = torch.export.export(wrapped, (x,)).module()
+    torch.testing.assert_close(exported(x), expected)
+
+
+def test_bad_input_is_refused_and_changes_nothing():
+    model = zoo.build("test_resnet")
+    keys = list(model.state_dict())
+    wrapped = prifu.wrap(model)
+    with pytest.raises(OrderError, match="unwrap"):
+        prifu.wrap(wrapped)
+    with pytest.raises(OrderError, match="DDP"):
+        prifu.wrap(nn.DataParallel(model))
+    with pytest.raises(OrderError, match="torch.compile"):
+        prifu.wrap(torch.compile(model))
+    with pytest.raises(OrderError, match="EMA"):
+        prifu.wrap(torch.optim.swa_utils.AveragedModel(model).eval())
+    for settings in ({"alpha": 1.0}, {"alpha": -0.1}, {"alpha": float("nan")}, {"beta": -1.0}):
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            prifu.wrap(model, inplace=True, **settings)
+    with pytest.raises(ConfigError, match=r"refuses.*\(1, 5, 64, 64\)"):
+        prifu.wrap(model, inplace=True, example_inputs=torch.zeros(1, 5, 64, 64))
+    with pytest.raises(ConfigError, match="cut"):
+        prifu.wrap(model, inplace=True, noise=0.3)
+    with pytest.raises(NoSiteError, match="global_pool"):
+        prifu.wrap(model, inplace=True, cut="globl_pool")
+    with pytest.raises(ConfigError, match="normalization layer"):
+        prifu.wrap(model, inplace=True, cut="bn1")
+    with pytest.raises(OrderError, match="not wrapped"):
+        prifu.unwrap(model)
+    with pytest.raises(OrderError, match="not wrapped"):
+        prifu.summary(model)
+    assert list(model.state_dict()) == keys
+
+
+def test_a_model_without_norms_is_refused():
+    import torchvision
+
+    with pytest.raises(NoSiteError, match="SqueezeNet has no normalization layer"):
+        prifu.wrap(torchvision.models.squeezenet1_1())
+
+
+def test_the_public_surface():
+    assert sorted(prifu.__all__) == prifu.__all__ == [
+        "CutFilter", "FilterConfig", "Plan", "PriFU", "PruneReport", "Site", "Summary",
+        "dose_to_beta", "filters", "plan", "prune", "rebuild", "report", "sites", "summary",
+        "unwrap", "wrap",
+    ]  # fmt: skip
+    assert all(getattr(prifu, name).__doc__ for name in prifu.__all__)
