@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-def least_share(model, shape, batch=6, seed=0):
+def least_share(model, shape, batch=8, seed=0):
     """Return the least share of the model's multiply-accumulates that cannot be saved.
 
     Args:
@@ -21,7 +21,7 @@ def least_share(model, shape, batch=6, seed=0):
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, *shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    x = images(batch, *shape, generator).double().requires_grad_()
     seen, handles = {}, []
 
     def remember(module, inputs, output):
@@ -40,6 +40,15 @@ def least_share(model, shape, batch=6, seed=0):
     total = macs(model, (batch, *shape))
     saved = sum(_saved(module, *call) for module, calls in seen.items() for call in calls)
     return (total - saved) / total
+
+
+def images(batch, channels, height, width, generator):
+    """Draw images that differ at every scale, so that a live channel shows itself."""
+    x = torch.randn(batch, channels, height, width, generator=generator)
+    for size in (1, 3, 8):
+        coarse = torch.randn(batch, channels, size, size, generator=generator)
+        x = x + nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    return x
 
 
 def macs(model, shape):

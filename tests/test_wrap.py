@@ -292,6 +292,13 @@ def test_bad_input_is_refused_and_changes_nothing():
     assert list(model.state_dict()) == keys
 
 
+def test_a_container_as_cut_runs_its_filter_once():
+    net = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), nn.Linear(4, 2), nn.BatchNorm1d(2))
+    x = torch.randn(5, 3)
+    wrapped = prifu.wrap(net, cut="0", example_inputs=x, preserve=False).eval()
+    torch.testing.assert_close(wrapped[0](x), 0.1 * net[0](x) / (1 + 1e-5) ** 0.5)
+
+
 def test_a_model_without_norms_is_refused():
     import torchvision
 

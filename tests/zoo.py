@@ -3,6 +3,7 @@
 import timm
 import torch
 import torchvision
+from probe import images
 from torch import nn
 
 import prifu_plugin as prifu
@@ -77,7 +78,7 @@ def _set_statistics(model, size, generator):
     if norms:
         model.train()
         with torch.no_grad():
-            model(torch.randn(8, 3, size, size, generator=generator))
+            model(images(12, 3, size, size, generator))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         shift = torch.randn(norm.running_mean.shape, generator=generator)

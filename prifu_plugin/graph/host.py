@@ -91,7 +91,12 @@ def _folded_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _output_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return filter_of(self)(base_class(self).forward(self, *args, **kwargs))
+    # The twin lacks the filter, which a container would run as one of its own children.
+    base = base_class(self)
+    twin = object.__new__(base)
+    children = {name: child for name, child in self._modules.items() if name != CHILD}
+    twin.__dict__ = {**self.__dict__, "_modules": children}
+    return filter_of(self)(base.forward(twin, *args, **kwargs))
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:

@@ -273,7 +273,7 @@ def _apply(model: nn.Module, state: WrapState, origin: nn.Parameter | None = Non
         host = model.get_submodule(state.cut)
         cut = CutFilter(state.cut_channels, state.config, dim=state.cut_dim)
         _place(cut.prifu, state.cut, host, first, origin)
-        cut.to(first.device if first is not None else None)
+        cut.to(device=cut.prifu.weight.device, dtype=cut.prifu.weight.dtype)
         cut.train(host.training)
         attach(host, cut)
     state.hooks = {

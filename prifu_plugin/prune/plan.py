@@ -52,6 +52,8 @@ class SliceLinear:
         zero_rows: positions of rows whose result is a constant, held by the bias.
         bias: name of the constant that replaces the bias, "" to slice the original one.
         delta: name of the constant that is added to the weight, for carriers.
+        border: name of the kernel whose response to ones is added to the result: constants that
+            are missing meet a zero-padded border.
         pick: positions of the results that go on, empty for all.
     """
 
@@ -61,6 +63,7 @@ class SliceLinear:
     zero_rows: tuple[int, ...] = ()
     bias: str = ""
     delta: str = ""
+    border: str = ""
     pick: tuple[int, ...] = ()
 
 

@@ -152,7 +152,7 @@ def _find_need(analysis: Analysis) -> None:
 
 def _find_keep(analysis: Analysis, round_to: int) -> None:
     """Decide what exists: what is live and needed, what an output must show, what is wanted."""
-    wants: dict[Any, Tensor] = {}
+    wants = analysis.wants
     exists: set[fx.Node] = set()
     for node in reversed(analysis.graph.nodes):
         if node.op == "output":
@@ -176,11 +176,12 @@ def _find_keep(analysis: Analysis, round_to: int) -> None:
             continue
         exists.add(node)
         if not value.static:
-            _pass_wants(analysis, node, wants)
+            _pass_wants(analysis, node)
 
 
-def _pass_wants(analysis: Analysis, node: fx.Node, wants: dict[Any, Tensor]) -> None:
+def _pass_wants(analysis: Analysis, node: fx.Node) -> None:
     """Pass a node's wants to its inputs; one of them must exist, for the shape."""
+    wants = analysis.wants
     for source, mask in analysis.rules[node].want(analysis).items():
         wants[source] = wants[source] | mask if source in wants else mask
     sources = [s for s in analysis.rules[node].sources(analysis) if not analysis.fact(s).static]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from prifu_plugin.graph.capture import Captured
+from prifu_plugin.prune.border import border_map
 from prifu_plugin.prune.kernels import concat_parts, selected, slice_linear, slice_norm
 from prifu_plugin.prune.layout import FILL, Conform
 from prifu_plugin.prune.plan import (
@@ -24,6 +25,7 @@ from prifu_plugin.prune.plan import (
     SliceNorm,
 )
 from prifu_plugin.prune.rules.movement import SIZED, size_arguments
+from prifu_plugin.prune.verify import NOISE
 
 
 def rewrite(captured: Captured, plan: Plan) -> fx.GraphModule:
@@ -116,7 +118,13 @@ class _Rewriter:
         delta = self._constant(kernel.delta) if kernel.delta else None
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
-            result = self._call(node, slice_linear(module, kernel, bias, delta), (x,), {})
+            layer = slice_linear(module, kernel, bias, delta)
+            result = self._call(node, layer, (x,), {})
+            if kernel.border:
+                weight = self._buffer(kernel.border, self._constant(kernel.border))
+                result = self.new.call_function(
+                    torch.add, (result, border_map(self.new, layer, x, result, weight))
+                )
         else:
             weight, *rest = node.args[1:]
             other = rest[0] if rest else node.kwargs.get("bias")
@@ -177,7 +185,10 @@ class _Rewriter:
         shape = [1] * rank
         shape[kernel.dim] = -1
         value = value.detach().reshape(shape).clone()
-        vector = self._member(f"{node.name}_{name}", nn.Parameter(value) if name != "noise" else value)
+        if name == "noise":
+            vector = self._member(f"{NOISE}{node.name}", value)
+        else:
+            vector = self._member(f"{node.name}_{name}", nn.Parameter(value))
         return self.new.call_function(function, (x, vector))
 
     # Operands.

@@ -15,6 +15,9 @@ from prifu_plugin.graph.capture import Captured
 from prifu_plugin.prune.layout import restrict
 from prifu_plugin.prune.plan import Plan
 
+NOISE = "noise."
+"""Prefix of the buffers of a pruned model that hold noise deviations."""
+
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
 
 
@@ -146,7 +149,7 @@ class Quiet:
     def __init__(self, model: nn.Module) -> None:
         self.units = [m for m in model.modules() if isinstance(m, CutFilter)]
         self.vectors = [
-            buffer for name, buffer in model.named_buffers() if name.endswith("prifu_noise")
+            buffer for name, buffer in model.named_buffers() if name.startswith(NOISE)
         ]
 
     def __enter__(self) -> None:
@@ -175,6 +178,6 @@ def _values(root: nn.Module, graph: fx.Graph, inputs: list[Tensor]) -> dict[str,
             return result
 
     missing = sum(n.op == "placeholder" for n in graph.nodes) - len(inputs)
-    with torch.no_grad():
+    with torch.no_grad(), Quiet(root):
         Recorder(root, graph=graph).run(*inputs, *[None] * missing)
     return found

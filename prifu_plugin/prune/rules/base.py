@@ -26,6 +26,7 @@ class Analysis:
         values: node -> Fact, tuple of facts, or a Python value.
         rules: node -> the rule that holds for it.
         need: node -> mask over its channels: can the output depend on it?
+        wants: node -> mask over its channels: what readers asked for so far.
         keep: node -> mask over its channels: must it, or should it, exist?
         notes: (node, reason) where no rule was found.
     """
@@ -35,6 +36,7 @@ class Analysis:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     rules: dict[fx.Node, Rule] = field(default_factory=dict)
     need: dict[fx.Node, Tensor] = field(default_factory=dict)
+    wants: dict[fx.Node, Tensor] = field(default_factory=dict)
     keep: dict[fx.Node, Tensor] = field(default_factory=dict)
     notes: list[tuple[str, str]] = field(default_factory=list)
 
@@ -49,8 +51,8 @@ class Analysis:
         return self.need[node] & self.fact(node).live
 
     def extra(self, node: fx.Node) -> Tensor:
-        """Return the constants that are to exist all the same, for a reader that asked."""
-        return self.keep[node] & ~self.fact(node).live
+        """Return what is to exist although nobody needs it computed, for a reader that asked."""
+        return self.keep[node] & ~self.wanted(node)
 
     def module(self, node: fx.Node) -> nn.Module:
         """Return the module a node calls."""

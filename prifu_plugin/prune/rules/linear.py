@@ -27,6 +27,7 @@ class LinearMap:
         bias: (out,), zeros if there is none.
         dim: the dimension it maps, in the input's shape.
         padded: zeros are padded around the input, so that a constant is cut off at the border.
+        mappable: a two-dimensional convolution whose padding is given in numbers.
     """
 
     weight: Tensor
@@ -34,6 +35,7 @@ class LinearMap:
     bias: Tensor
     dim: int
     padded: bool
+    mappable: bool = False
 
     @property
     def groups(self) -> int:
@@ -51,6 +53,10 @@ class LinearMap:
         return self.weight.shape[2]
 
 
+NARROW = 48
+"""Live input channels below which a border map is preferred to a carrier."""
+
+
 class LinearRule(Rule):
     """A linear map at one node."""
 
@@ -59,6 +65,17 @@ class LinearRule(Rule):
         self.map = linear
         self.source = node.args[0]
         assert isinstance(self.source, fx.Node)
+
+    def adds_border(self, analysis: Analysis) -> bool:
+        """Whether missing constants at a border are added as a map, rather than carried.
+
+        A carrier is one more channel to compute, here and where it comes from; a map is one more
+        pass over the result. Narrow and grouped convolutions are better off with the map.
+        """
+        if not self.map.mappable or self.map.inputs == 1:
+            return False
+        live = self._line(analysis.fact(self.source).live)
+        return self.map.groups > 1 or int(live.sum()) < NARROW
 
     def const(self, analysis: Analysis) -> Fact:
         """Map constants; live if a live input is connected, or a constant meets the border."""
@@ -85,12 +102,15 @@ class LinearRule(Rule):
         """Want one constant channel per group to exist if constants meet a zero-padded border."""
         fact, linear = analysis.fact(self.source), self.map
         want = torch.zeros(fact.summary_shape(), dtype=torch.bool)
-        if not linear.padded or linear.dim not in fact.axes:
+        if not linear.padded or linear.dim not in fact.axes or self.adds_border(analysis):
             return {}
-        for group, offset, indices in self._border_constants(analysis):
-            carrier = max(indices, key=lambda i: abs(float(self._line(fact.known)[offset + i])))
+        asked = analysis.wants.get(self.source, want)
+        asked = self._line(asked)
+        size = self._line(fact.known).abs()
+        for offset, indices in self._border_constants(analysis):
+            # One that exists already for another reader costs nothing.
+            carrier = max(indices, key=lambda i: (bool(asked[offset + i]), float(size[offset + i])))
             want.select(linear.dim, offset + carrier).fill_(True)
-            del group
         return {self.source: want}
 
     def aligned_dim(self, source: fx.Node) -> int | None:
@@ -125,15 +145,16 @@ class LinearRule(Rule):
             columns, missing = tuple(range(linear.inputs)), []
         zero_rows = self._constant_rows(analysis, rows)
         name = self.node.name
-        bias = delta = ""
+        bias = delta = border_map = ""
         if missing or zero_rows:
             bias = planner.constant(f"{name}__bias", self._bias(analysis, rows, missing, zero_rows))
-        if linear.padded:
-            border = self._border(fact, missing, 0, rows)
-            if border:
-                delta = self._carry(planner, rows, [columns], [border])
+        border = self._border(fact, missing)
+        if border and self.adds_border(analysis):
+            border_map = self._border_map(planner, rows, [border])
+        elif border:
+            delta = self._carry(planner, rows, [columns], [border])
         target = {**others, linear.dim: columns}
-        kernel = SliceLinear(rows, (columns,), 1, zero_rows, bias, delta)
+        kernel = SliceLinear(rows, (columns,), 1, zero_rows, bias, delta, border_map)
         conform = planner.conform(self.source, self.node, target)
         planner.emit(self.node, kernel, {self.source: conform}, {**others, linear.dim: rows})
 
@@ -148,6 +169,7 @@ class LinearRule(Rule):
         constant = {rows[position] for position in zero_rows}
         groups = sorted({row // per_out for row in rows})
         group_rows = [[r for r in rows if r // per_out == g] for g in groups]
+        as_map = self.adds_border(analysis)
         columns: list[list[int]] = []
         borders: list[list[int]] = []
         for g, members in zip(groups, group_rows, strict=True):
@@ -155,9 +177,9 @@ class LinearRule(Rule):
             used = linear.connected[g, computed].any(0)
             local = [i for i in range(per_in) if used[i] and g * per_in + i in have]
             missing = [i for i in range(per_in) if used[i] and g * per_in + i not in have]
-            border = self._border(fact, [g * per_in + i for i in missing], g, members)
+            border = self._border(fact, [g * per_in + i for i in missing])
             border = [i - g * per_in for i in border]
-            if border and not any(self._known(fact, g * per_in + i) != 0 for i in local):
+            if border and not as_map and not any(self._known(fact, g * per_in + i) != 0 for i in local):
                 local.append(max(border, key=lambda i: abs(self._known(fact, g * per_in + i))))
                 border.remove(local[-1])
             columns.append(local)
@@ -177,8 +199,10 @@ class LinearRule(Rule):
         bias = planner.constant(
             f"{self.node.name}__bias", self._bias(analysis, padded_rows, absent, spots)
         )
-        delta = ""
-        if any(borders):
+        delta = border_map = ""
+        if any(borders) and as_map:
+            border_map = self._border_map(planner, padded_rows, borders, groups)
+        elif any(borders):
             delta = self._carry(planner, padded_rows, padded_columns, borders, groups)
         # A pad column has weight 0, so any channel of the group that exists may stand there.
         feed = tuple(
@@ -193,6 +217,7 @@ class LinearRule(Rule):
             spots,
             bias,
             delta,
+            border_map,
             pick if len(pick) < len(padded_rows) else (),
         )
         conform = planner.conform(self.source, self.node, {**others, linear.dim: feed})
@@ -236,8 +261,8 @@ class LinearRule(Rule):
         same = (lines == lines[:1]).all(0) & ~torch.isnan(lines).any(0)
         return tuple(position for position, row in enumerate(rows) if bool(same[row]))
 
-    def _border_constants(self, analysis: Analysis) -> list[tuple[int, int, list[int]]]:
-        """Return per group (group, offset, inputs): constants that kept rows see at the border."""
+    def _border_constants(self, analysis: Analysis) -> list[tuple[int, list[int]]]:
+        """Return (offset, inputs) of groups with constants that kept rows see at the border."""
         linear, fact = self.map, analysis.fact(self.source)
         computed = self._line_any(analysis.keep[self.node] & analysis.fact(self.node).live)
         computed = computed.unflatten(0, (linear.groups, linear.outputs))
@@ -247,18 +272,33 @@ class LinearRule(Rule):
         for group, line in enumerate(seen & visible):
             indices = line.nonzero().flatten().tolist()
             if indices:
-                found.append((group, group * linear.inputs, indices))
+                found.append((group * linear.inputs, indices))
         return found
 
     def _line_any(self, summary: Tensor) -> Tensor:
         return summary.movedim(self.map.dim, -1).flatten(0, -2).any(0)
 
-    def _border(
-        self, fact: Fact, missing: Sequence[int], group: int, rows: Sequence[int]
-    ) -> list[int]:
-        if not self.map.padded:
-            return []
-        return [i for i in missing if self._known(fact, i) != 0]
+    def _border(self, fact: Fact, missing: Sequence[int]) -> list[int]:
+        """Return the missing inputs that a zero-padded border makes visible."""
+        return [i for i in missing if self.map.padded and self._known(fact, i) != 0]
+
+    def _border_map(
+        self,
+        planner: Planner,
+        rows: Sequence[int],
+        borders: Sequence[Sequence[int]],
+        groups: Sequence[int] = (0,),
+    ) -> str:
+        """Return the kernel from ones to what the missing constants contribute, sum of c_k * W_k."""
+        weight = planner.analysis.module(self.node).weight.detach().double()
+        fact, per_in = planner.analysis.fact(self.source), self.map.inputs
+        height = len(rows) // len(groups)
+        kernel = torch.zeros(len(rows), 1, *weight.shape[2:], dtype=torch.float64)
+        for position, row in enumerate(rows):
+            at = position // height
+            for i in borders[at] if row != FILL else ():
+                kernel[position, 0] += self._known(fact, groups[at] * per_in + i) * weight[row, i]
+        return planner.constant(f"{self.node.name}__border", kernel)
 
     def _bias(
         self,
@@ -296,7 +336,7 @@ class LinearRule(Rule):
         module = planner.analysis.module(self.node)
         weight = module.weight.detach().double()
         fact = planner.analysis.fact(self.source)
-        per_out, per_in = self.map.outputs, self.map.inputs
+        per_in = self.map.inputs
         height = len(rows) // len(groups)
         delta = torch.zeros(len(rows), len(columns[0]), *weight.shape[2:], dtype=torch.float64)
         for at, (group, local, border) in enumerate(zip(groups, columns, borders, strict=True)):
@@ -315,7 +355,6 @@ class LinearRule(Rule):
                 for i in border:
                     ratio = self._known(fact, group * per_in + i) / constants[carrier]
                     delta[position, carrier] += ratio * weight[row, i]
-        del per_out
         return planner.constant(f"{self.node.name}__delta", delta)
 
 
@@ -355,6 +394,7 @@ def _module_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
         _bias_or_zeros(module.bias, module.out_channels),
         1,
         padded and module.padding_mode == "zeros",
+        plain and isinstance(module, nn.Conv2d) and not isinstance(padding, str),
     )
 
 

@@ -87,10 +87,13 @@ class PointwiseRule(Rule):
     def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """A constant that is kept here is kept in the operands, which saves a copy."""
         extra = analysis.extra(self.node)
+        facts = {s: analysis.fact(s) for s in tensor_inputs(self.node, analysis.values)}
+        # Among several operands, a 0 is cheaper filled in than computed.
+        several = len(facts) > 1
         return {
-            source: _reduced(extra, analysis.fact(source))
-            for source in tensor_inputs(self.node, analysis.values)
-            if _full_width(analysis.fact(source), extra)
+            source: _reduced(extra, fact) & (fact.const != 0 if several else torch.tensor(True))
+            for source, fact in facts.items()
+            if _full_width(fact, extra)
         }
 
     def plan(self, planner: Planner) -> None:

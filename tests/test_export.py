@@ -1,0 +1,35 @@
+"""ONNX: the pruned model exports, and ONNX Runtime agrees at another batch size."""
+
+import warnings
+
+import pytest
+import torch
+import zoo
+
+import prifu_plugin as prifu
+
+pytestmark = pytest.mark.export
+NAMES = ["resnet18", "mobilenetv2_100", "densenet121", "convnext_atto", "vit_tiny_patch16_224"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_onnx_export_and_compile(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    size = zoo.image_size(name)
+    wrapped = zoo.half_off(prifu.wrap(zoo.build(name)), size)
+    pruned = prifu.prune(wrapped, torch.zeros(1, 3, size, size))
+    x, batch = torch.randn(2, 3, size, size), torch.export.Dim("batch", min=2)
+    program = torch.export.export(pruned, (x,), dynamic_shapes=({0: batch},))
+    other = torch.randn(5, 3, size, size)
+    expected = pruned(other).detach()
+    scale = expected.abs().max()
+    assert (program.module()(other) - expected).abs().max() <= 1e-5 * scale
+    compiled = torch.compile(pruned, fullgraph=True, backend="aot_eager")
+    assert (compiled(other) - expected).abs().max() <= 1e-5 * scale
+    path = tmp_path / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own libraries
+        torch.onnx.export(program, (x,), path, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    assert (torch.from_numpy(found) - expected).abs().max() <= 1e-5 * scale

@@ -1,0 +1,267 @@
+"""prune on small networks: the hard topologies one by one, bad input, what the result can do."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import zoo
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import ConfigError, FilterError, OrderError, VerificationError
+
+
+class Residual(nn.Module):
+    """Two branches with masks of their own, added to a trunk, then a padded convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.left = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.right = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Sigmoid())
+        self.out = nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.out(self.left(x) + self.right(x) + x)
+
+
+def wrapped_with(net, masks, bias=False, value=0.3):
+    """Wrap a network and close the channels whose mask is 0."""
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        parameter.data.normal_()
+    model = prifu.wrap(net, bias=bias).double().eval()
+    for path, mask in masks.items():
+        unit = prifu.filters(model)[path]
+        unit.weight.data = 0.1 * torch.tensor(mask, dtype=torch.float64)
+        if bias:
+            unit.bias.data.fill_(value)
+    return model
+
+
+def exact(model, *shapes, **settings):
+    pruned = prifu.prune(model, torch.zeros(shapes[0]), **settings)
+    for shape in shapes:
+        x = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(pruned(x), model(x), rtol=1e-11, atol=1e-11)
+    return pruned
+
+
+MASKS = {
+    "stem.1": [1, 1, 0, 0, 1, 0, 1, 0],
+    "left.1": [1, 0, 1, 0, 0, 0, 0, 1],
+    "right.1": [0, 0, 0, 1, 0, 0, 1, 1],
+}
+SHAPES = [(2, 3, 9, 8), (1, 3, 9, 8), (3, 3, 5, 13)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_residual_branches_with_different_masks(bias):
+    pruned = exact(wrapped_with(Residual(), MASKS, bias), *SHAPES)
+    assert pruned.get_submodule("left.0").out_channels <= 3 + bias
+    assert pruned.get_submodule("stem.0").out_channels <= 4 + bias
+    # Sigmoid(0) is 0.5: the closed channels of the right branch are constants in the trunk.
+    assert pruned.get_submodule("out").in_channels <= 8
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dead", ["stem.1", "left.1", "right.1"])
+def test_a_whole_dead_layer(dead, bias):
+    masks = {**MASKS, dead: [0] * 8}
+    pruned = exact(wrapped_with(Residual(), masks, bias), *SHAPES)
+    if dead == "left.1" and not bias:
+        assert not any(name.startswith("left.0") for name, _ in pruned.named_modules())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_everything_dead_still_has_the_batch_of_its_input(bias):
+    masks = dict.fromkeys(MASKS, [0] * 8)
+    pruned = exact(wrapped_with(Residual(), masks, bias), *SHAPES)
+    assert pruned(torch.zeros(5, 3, 9, 8, dtype=torch.float64)).shape == (5, 4, 9, 8)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_depthwise_and_grouped(bias):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 3, padding=1, groups=8),
+        nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1, groups=4), nn.Conv2d(8, 2, 1),
+    )  # fmt: skip
+    masks = {"1": [1, 0, 1, 0, 0, 1, 0, 1], "3": [1, 0] * 4 + [0] * 4 + [1] * 4}
+    pruned = exact(wrapped_with(net, masks, bias), *SHAPES)
+    assert pruned.get_submodule("2").groups <= 5 + bias
+    assert pruned.get_submodule("5").groups <= 4
+
+
+def test_shuffle_and_concat_need_no_gather():
+    class Shuffle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+            self.b = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+            self.out = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            y = torch.cat([self.a(x), self.b(x)], 1)
+            b, c, h, w = y.size()
+            return self.out(y.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w))
+
+    pruned = exact(wrapped_with(Shuffle(), {"a.1": [1, 0, 0, 1], "b.1": [0, 1, 0, 0]}), *SHAPES)
+    assert pruned.get_submodule("out").in_channels == 3
+    assert {str(n.target) for n in pruned.graph.nodes if n.op == "call_method"} == set()
+
+
+def test_gate_kills_both_factors():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+            self.squeeze, self.excite = nn.Conv2d(6, 2, 1), nn.Conv2d(2, 6, 1)
+            self.out = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            x = self.body(x)
+            gate = self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+            return self.out(x * gate)
+
+    pruned = exact(wrapped_with(Gate(), {"body.1": [1, 0, 0, 1, 0, 0]}), *SHAPES)
+    assert pruned.get_submodule("excite").out_channels == 2
+    assert pruned.get_submodule("squeeze").in_channels == 2
+
+
+def test_reused_modules_are_sliced_at_each_call():
+    class Reuse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+            self.b = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+            self.shared = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.shared(self.a(x)) - self.shared(self.b(x))
+
+    exact(wrapped_with(Reuse(), {"a.1": [1, 0, 0, 1], "b.1": [0, 1, 1, 1]}), *SHAPES)
+
+
+def test_unknown_operations_are_named_and_sound():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+            self.out = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            return self.out(self.a(x).cumsum(1))
+
+    pruned = exact(wrapped_with(Odd(), {"a.1": [1, 0, 0, 1]}), *SHAPES)
+    assert prifu.report(pruned).notes == (("cumsum", "no rule for cumsum: inputs made whole"),)
+
+
+def test_round_to():
+    masks = {**MASKS, "left.1": [1, 0, 0, 0, 0, 0, 0, 1]}
+    pruned = exact(wrapped_with(Residual(), masks), *SHAPES, round_to=4)
+    assert pruned.get_submodule("left.0").in_channels % 4 == 0
+    with pytest.raises(ConfigError, match="round_to=0"):
+        prifu.prune(wrapped_with(Residual(), MASKS), torch.zeros(SHAPES[0]), round_to=0)
+
+
+def test_the_report_knows_the_fate_of_every_channel():
+    pruned = prifu.prune(wrapped_with(Residual(), MASKS, bias=True), torch.zeros(SHAPES[0]))
+    report = prifu.report(pruned)
+    left = next(fate for fate in report.layers if fate.path == "left.0")
+    assert left.needed == 3
+    assert left.removed + left.needed + left.constant + left.whole == left.channels == 8
+    assert report.macs[1] < report.macs[0]
+    assert prifu.PruneReport.from_dict(report.to_dict()) == report
+    assert "exact: float64" in str(report)
+
+
+def test_cut_noise_survives_pruning():
+    net = wrapped_with(Residual(), {})
+    net = prifu.unwrap(net)
+    example = torch.zeros(SHAPES[0], dtype=torch.float64)
+    model = prifu.wrap(net, cut="left", noise=0.3, example_inputs=example).eval()
+    unit = prifu.filters(model)["left"]
+    unit.weight.data[:5] = 0.0
+    pruned = prifu.prune(model, torch.zeros(SHAPES[0]))
+    x = torch.randn(SHAPES[0], dtype=torch.float64)
+    draws = [torch.stack([m(x).detach() for _ in range(300)]) for m in (model, pruned)]
+    torch.testing.assert_close(draws[0].std(0), draws[1].std(0), rtol=0.25, atol=0.05)
+
+
+def test_the_input_shape_is_remembered_or_asked_for():
+    model = wrapped_with(Residual(), MASKS)
+    with pytest.raises(ConfigError, match="example_inputs"):
+        prifu.prune(model)
+    model(torch.zeros(2, 3, 9, 8, dtype=torch.float64))
+    assert prifu.report(prifu.prune(model)).checks[0].shapes == ((1, 3, 9, 8),)
+    small = prifu.wrap(timm.create_model("test_resnet", num_classes=2))
+    assert prifu.report(prifu.prune(small)).checks[0].shapes == ((1, 3, 160, 160),)
+
+
+def test_bad_input_is_refused():
+    model = wrapped_with(Residual(), MASKS)
+    with pytest.raises(ConfigError, match=r"refuses inputs.*\(1, 5, 9, 8\)"):
+        prifu.prune(model, torch.zeros(1, 5, 9, 8))
+    with pytest.raises(OrderError, match="not wrapped"):
+        prifu.prune(prifu.unwrap(model), torch.zeros(1, 3, 9, 8))
+    with pytest.raises(ConfigError, match="not made by"):
+        prifu.report(model)
+    prifu.filters(model)["left.1"].weight.data[2] = float("nan")
+    with pytest.raises(FilterError, match="left.1"):
+        prifu.prune(model, torch.zeros(1, 3, 9, 8))
+
+
+def test_a_wrong_rewrite_is_caught_and_located(monkeypatch):
+    from prifu_plugin.prune import rewrite
+
+    def wrong(module, kernel, bias, delta):
+        twin = original(module, kernel, bias, delta)
+        twin.weight.data[0] += 1e-3
+        return twin
+
+    original = rewrite.slice_linear
+    monkeypatch.setattr(rewrite, "slice_linear", wrong)
+    model = wrapped_with(Residual(), MASKS)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(VerificationError, match="'stem_0'.*Nothing was changed"):
+        prifu.prune(model, torch.zeros(SHAPES[0]))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_result_trains_pickles_compiles_and_exports():
+    model = zoo.half_off(prifu.wrap(zoo.build("test_resnet")), 64)
+    pruned = prifu.prune(model, torch.zeros(1, 3, 64, 64))
+    x = torch.randn(2, 3, 64, 64)
+    expected = pruned(x).detach()
+    for twin in (copy.deepcopy(pruned), pickle.loads(pickle.dumps(pruned))):
+        assert torch.equal(twin(x), expected)
+    compiled = torch.compile(pruned, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    batch = torch.export.Dim("batch", min=2)
+    exported = torch.export.export(pruned, (x,), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(exported(torch.cat([x, x])), torch.cat([expected, expected]))
+    pruned.train()
+    optimizer = torch.optim.SGD(pruned.parameters(), lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss = nn.functional.cross_entropy(pruned(x), torch.tensor([0, 1]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(p.grad is not None for p in pruned.parameters())
+
+
+def test_gradients_of_the_input_are_exact_too():
+    model = wrapped_with(Residual(), MASKS, bias=True)
+    pruned = prifu.prune(model, torch.zeros(SHAPES[0]))
+    grads = []
+    for net in (model, pruned):
+        x = torch.ones(SHAPES[0], dtype=torch.float64, requires_grad=True)
+        net(x).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
