@@ -48,8 +48,10 @@ def dose_to_beta(dose: float, learning_rates: Iterable[float]) -> float:
     """
     total = sum(learning_rates)
     if dose < 0 or total <= 0:
-        raise ConfigError(f"dose={dose} over learning rates that sum to {total}: pass dose >= 0 "
-                          "and the learning rate of every step.")
+        raise ConfigError(
+            f"dose={dose} over learning rates that sum to {total}: pass dose >= 0 "
+            "and the learning rate of every step."
+        )
     return dose / total
 
 
@@ -102,9 +104,7 @@ _SHIELDED: weakref.WeakKeyDictionary[Optimizer, list[tuple[Group, list[Tensor]]]
 )
 
 
-def _owned_filters(
-    optimizer: Optimizer, filters: dict[int, PriFU]
-) -> list[tuple[PriFU, Group]]:
+def _owned_filters(optimizer: Optimizer, filters: dict[int, PriFU]) -> list[tuple[PriFU, Group]]:
     return [
         (filters[id(parameter)], group)
         for group in optimizer.param_groups

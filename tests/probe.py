@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-def least_share(model, shape, batch=8, seed=0):
+def least_share(model, shape, batch=4, seed=0):
     """Return the least share of the model's multiply-accumulates that cannot be saved.
 
     Args:
@@ -22,7 +22,7 @@ def least_share(model, shape, batch=8, seed=0):
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     x = images(batch, *shape, generator).double().requires_grad_()
-    seen, handles = {}, []
+    seen = {}
 
     def remember(module, inputs, output):
         result = output[0] if isinstance(output, tuple) else output
@@ -30,9 +30,11 @@ def least_share(model, shape, batch=8, seed=0):
             result.retain_grad()
         seen.setdefault(module, []).append((inputs[0].detach(), result))
 
-    for module in model.modules():
-        if isinstance(module, LINEAR) or isinstance(module, nn.MultiheadAttention):
-            handles.append(module.register_forward_hook(remember))
+    handles = [
+        module.register_forward_hook(remember)
+        for module in model.modules()
+        if isinstance(module, (*LINEAR, nn.MultiheadAttention))
+    ]
     out = model(x)
     (out * torch.randn(out.shape, generator=generator, dtype=out.dtype)).sum().backward()
     for handle in handles:

@@ -82,7 +82,8 @@ class RandomNet(nn.Module):
     def _grow_gate(self):
         x = self._pick()
         width = self.widths[x]
-        part = nn.Sequential(nn.Conv2d(width, 3, 1), nn.ReLU(), nn.Conv2d(3, width, 1), nn.Sigmoid())
+        squeeze, excite = nn.Conv2d(width, 3, 1), nn.Conv2d(3, width, 1)
+        part = nn.Sequential(squeeze, nn.ReLU(), excite, nn.Sigmoid())
         self._step(lambda m, a: a * m(a.mean((2, 3), keepdim=True)), [x], width, part)
 
     def _grow_cat(self):

@@ -210,6 +210,13 @@ def test_functional_norms_are_listed_with_the_reason():
         prifu.wrap(Net())
 
 
+def test_listing_sites_leaves_no_trace():
+    model = zoo.build("swin_tiny_patch4_window7_224")
+    before = set(model.__dict__)
+    prifu.sites(model)
+    assert set(model.__dict__) == before
+
+
 def test_include_and_exclude():
     model = zoo.build("test_resnet")
     chosen = prifu.filters(prifu.wrap(model, include=["layer1", "bn1"], exclude=["*.bn2"]))
@@ -293,7 +300,8 @@ def test_bad_input_is_refused_and_changes_nothing():
 
 
 def test_a_container_as_cut_runs_its_filter_once():
-    net = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), nn.Linear(4, 2), nn.BatchNorm1d(2))
+    first = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    net = nn.Sequential(first, nn.Linear(4, 2), nn.BatchNorm1d(2))
     x = torch.randn(5, 3)
     wrapped = prifu.wrap(net, cut="0", example_inputs=x, preserve=False).eval()
     torch.testing.assert_close(wrapped[0](x), 0.1 * net[0](x) / (1 + 1e-5) ** 0.5)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -72,11 +73,11 @@ def quick_attack(train: Part, validation: Part, test: Part, *, seed: int = 0) ->
     )
     # More components than the spread of the data supports are rounding errors.
     rank = max(1, int(np.linalg.matrix_rank(x - x.mean(0), rtol=1e-7)))
-    preparations = {
+    preparations: dict[str, list[Any]] = {
         "standardized": [VarianceThreshold(), StandardScaler()],
         "whitened": [VarianceThreshold(), PCA(min(rank, len(x) - 1), whiten=True)],
     }
-    classifiers = {
+    classifiers: dict[str, Any] = {
         "logistic regression": lambda: LogisticRegression(C=0.1, max_iter=300),
         "MLP": lambda: MLPClassifier((128,), alpha=1e-2, max_iter=60, random_state=seed),
     }

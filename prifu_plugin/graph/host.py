@@ -7,7 +7,6 @@ with the other ways.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -102,7 +101,7 @@ def _output_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """Pickle by the original class, since the hosting one has no name to be found by."""
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-    return _rebuild, (base_class(self), type(self)._prifu_kind), state
+    return _rebuild, (base_class(self), type(self).__dict__["_prifu_kind"]), state
 
 
 def _rebuild(base: type[nn.Module], kind: str) -> nn.Module:
@@ -112,8 +111,16 @@ def _rebuild(base: type[nn.Module], kind: str) -> nn.Module:
     return module
 
 
-@cache
+_CLASSES: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+
+
 def _hosting_class(base: type[nn.Module], kind: str) -> type[nn.Module]:
+    if (base, kind) not in _CLASSES:
+        _CLASSES[base, kind] = _make_hosting_class(base, kind)
+    return _CLASSES[base, kind]
+
+
+def _make_hosting_class(base: type[nn.Module], kind: str) -> type[nn.Module]:
     members = {
         "forward": _folded_forward if kind == "folded" else _output_forward,
         "__reduce_ex__": _reduce,
@@ -128,9 +135,10 @@ def _hosting_class(base: type[nn.Module], kind: str) -> type[nn.Module]:
 
 def _keep_hosting(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     """Rehost a filter whose norm was replaced, as SyncBatchNorm conversion does."""
-    if name == CHILD and isinstance(submodule, PriFU) and not is_host(module):
-        if norm_spec(module) is not None:
-            module.__class__ = _hosting_class(type(module), _kind(module, submodule))
+    arrived = name == CHILD and isinstance(submodule, PriFU) and not is_host(module)
+    if arrived and norm_spec(module) is not None:
+        assert isinstance(submodule, PriFU)
+        module.__class__ = _hosting_class(type(module), _kind(module, submodule))
 
 
 register_module_module_registration_hook(_keep_hosting)

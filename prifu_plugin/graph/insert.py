@@ -213,7 +213,10 @@ def _check_wrappable(model: nn.Module) -> None:
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise OrderError(f"{name} is scripted: wrap the Python model, then script the pruned one.")
-    for attribute, words in (("_orig_mod", "torch.compile"), ("module", "DDP, DataParallel or EMA")):
+    for attribute, words in (
+        ("_orig_mod", "torch.compile"),
+        ("module", "DDP, DataParallel or EMA"),
+    ):
         inner = model._modules.get(attribute)
         if inner is not None and len(model._modules) == 1:
             raise OrderError(
@@ -265,7 +268,8 @@ def _apply(model: nn.Module, state: WrapState, origin: nn.Parameter | None = Non
         host = modules[path]
         spec = norm_spec(host)
         channels = num_channels(host)
-        assert spec is not None and channels is not None
+        assert spec is not None
+        assert channels is not None
         unit = PriFU(channels, state.config, dim=spec.dim)
         _place(unit, path, host, first, origin)
         attach(host, unit)
@@ -309,7 +313,9 @@ def _probe(
     if example_inputs is None:
         shapes = input_shapes(model)
         if shapes is None:
-            raise ConfigError("cut needs example_inputs: pass a batch, such as torch.zeros(2, 3, 224, 224).")
+            raise ConfigError(
+                "cut needs example_inputs: pass a batch, such as torch.zeros(2, 3, 224, 224)."
+            )
         reference = next(model.parameters())
         example_inputs = tuple(torch.zeros((2, *s[1:])).to(reference) for s in shapes)
     if isinstance(example_inputs, Tensor):

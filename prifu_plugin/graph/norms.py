@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +72,7 @@ _TIMM = {
         ),
     },
     "timm.layers.norm_act.": {
-        **dict.fromkeys(
-            ["BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d"], _BATCH_ACT
-        ),
+        **dict.fromkeys(["BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d"], _BATCH_ACT),
         **dict.fromkeys(
             ["GroupNormAct", "GroupNorm1Act", "LayerNormAct2d", "LayerNormAct2dFp32"], _NCHW_ACT
         ),
@@ -137,7 +136,7 @@ def norm_spec(module: nn.Module) -> NormSpec | None:
         spec = _REGISTRY.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
         if spec is None:
             continue
-        if ancestor.forward is not cls.forward:
+        if getattr(ancestor, "forward", None) is not cls.forward:
             return NormSpec(dim=spec.dim, folds=False)
         return _for_instance(module, spec)
     return None
@@ -155,7 +154,7 @@ def num_channels(module: nn.Module) -> int | None:
     return int(weight.numel()) if isinstance(weight, torch.Tensor) else None
 
 
-def _for_instance(module: nn.Module, spec: NormSpec) -> NormSpec:
+def _for_instance(module: Any, spec: NormSpec) -> NormSpec:
     shape = getattr(module, "normalized_shape", None)
     if shape is not None and len(shape) > 1:
         return NormSpec(dim=-len(shape), folds=False, fused=spec.fused)

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from prifu_plugin.errors import CaptureError, NoSiteError
 from prifu_plugin.filter import PriFU
-from prifu_plugin.graph.capture import calls, capture
+from prifu_plugin.graph.capture import Captured, calls, capture
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.norms import FUNCTIONAL_DIMS, base_class, norm_spec, num_channels
 
@@ -51,7 +51,8 @@ def sites(model: nn.Module) -> list[Site]:
         One `Site` per normalization module, then one per functional call.
 
     Example:
-        >>> [(s.path, s.channels) for s in sites(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))]
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        >>> [(site.path, site.channels) for site in sites(net)]
         [('1', 4)]
     """
     graphs = list(_graphs(model))
@@ -113,9 +114,10 @@ def _matches(path: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, pattern + ".*")
 
 
-def _graphs(model: nn.Module) -> Iterator:  # type: ignore[type-arg]
+def _graphs(model: nn.Module) -> Iterator[Captured]:
     """Trace in train and in eval mode, which may call different modules."""
     modes = [(module, module.training) for module in model.modules()]
+    before = set(model.__dict__)
     try:
         for training in (True, False):
             model.train(training)
@@ -126,6 +128,9 @@ def _graphs(model: nn.Module) -> Iterator:  # type: ignore[type-arg]
     finally:
         for module, training in modes:
             module.training = training
+        # A tracer leaves the tensors it met in forward as attributes of the model.
+        for name in set(model.__dict__) - before:
+            del model.__dict__[name]
 
 
 def _module_site(path: str, module: nn.Module, reached: bool) -> Site:

@@ -59,7 +59,9 @@ class Summary:
     def __str__(self) -> str:
         width = max([4, *(len(row.path) for row in self.rows)])
         kind = max([4, *(len(row.type) for row in self.rows)])
-        lines = [f"{'path':{width}}  {'type':{kind}}  {'channels':>8}  {'open':>5}  {'max W':>9}  dose"]
+        lines = [
+            f"{'path':{width}}  {'type':{kind}}  {'channels':>8}  {'open':>5}  {'max W':>9}  dose"
+        ]
         lines += [
             f"{row.path:{width}}  {row.type:{kind}}  {row.channels:8}  {row.open:5}  "
             f"{row.largest:9.3g}  {row.dose:.3g}" + ("  (cut)" if row.is_cut else "")

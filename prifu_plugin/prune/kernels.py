@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from prifu_plugin.cut import CutFilter
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.host import detach, filter_of, folded_parameters, is_host
 from prifu_plugin.prune.layout import FILL
@@ -22,7 +23,7 @@ def selected(value: Tensor, select: tuple[tuple[int, tuple[int, ...]], ...]) -> 
 
 
 def slice_linear(
-    module: nn.Module, kernel: SliceLinear, bias: Tensor | None, delta: Tensor | None
+    module: Any, kernel: SliceLinear, bias: Tensor | None, delta: Tensor | None
 ) -> Any:
     """Return a copy of a linear map with the rows and columns of a kernel."""
     weight = module.weight.detach()
@@ -65,7 +66,7 @@ def slice_norm(
     Returns:
         The layer, and the filter's scale and bias for a product behind it.
     """
-    twin = copy.deepcopy(module)
+    twin: Any = copy.deepcopy(module)
     scale = shift = None
     if is_host(module):
         unit = filter_of(module)
@@ -81,6 +82,22 @@ def slice_norm(
     if channels is not None:
         _slice_members(twin, channels)
     return twin, scale, shift
+
+
+def filter_vectors(unit: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return scale, shift and noise deviation of a filter that stands alone."""
+    if isinstance(unit, CutFilter):
+        return unit.affine()
+    assert isinstance(unit, PriFU)
+    return unit.scale(), unit.bias, None
+
+
+def pure_copy(module: nn.Module) -> nn.Module:
+    """Copy a module that is not sliced, without its in-place effect."""
+    twin: Any = copy.deepcopy(module)
+    if getattr(twin, "inplace", False):
+        twin.inplace = False
+    return twin  # type: ignore[no-any-return]
 
 
 def concat_parts(graph: fx.Graph, parts: list[Any], dim: int) -> Any:
@@ -127,6 +144,8 @@ def _slice_members(module: Any, channels: tuple[int, ...]) -> None:
                 continue
             size = len(channels)
             cut = value.detach()[index.to(value.device)].clone()
-            members[name] = nn.Parameter(cut, value.requires_grad) if members is module._parameters else cut
+            members[name] = (
+                nn.Parameter(cut, value.requires_grad) if members is module._parameters else cut
+            )
     if size is not None and hasattr(module, "num_features"):
         module.num_features = size

@@ -101,7 +101,9 @@ def _is_plain_attention(model: nn.Module, node: fx.Node) -> bool:
     module = model.get_submodule(str(node.target))
     if type(module) is not nn.MultiheadAttention:
         return False
-    query, *others = [*node.args, *(node.kwargs[k] for k in ("key", "value") if k in node.kwargs)]
+    named = [node.kwargs[name] for name in ("key", "value") if name in node.kwargs]
+    given: list[Any] = [*node.args, *named]
+    query, others = given[0], given[1:]
     extra = {k: v for k, v in node.kwargs.items() if k not in ("query", "key", "value")}
     return (
         len(others) == 2
@@ -117,7 +119,7 @@ def _is_plain_attention(model: nn.Module, node: fx.Node) -> bool:
 
 
 def _is_first_item(node: fx.Node) -> bool:
-    return node.target is operator.getitem and node.args[1] == 0
+    return node.target is operator.getitem and bool(node.args[1] == 0)
 
 
 def _lower_attention(graph: fx.Graph, node: fx.Node, attention: nn.Module) -> None:
@@ -134,9 +136,7 @@ def _lower_attention(graph: fx.Graph, node: fx.Node, attention: nn.Module) -> No
         tokens = graph.call_method("size", (x, 1))
         split = graph.call_method("view", (packed, batch, tokens, 3, heads, width))
         turned = graph.call_method("permute", (split, 2, 0, 3, 1, 4))
-        query, key, value = (
-            graph.call_function(operator.getitem, (turned, i)) for i in range(3)
-        )
+        query, key, value = (graph.call_function(operator.getitem, (turned, i)) for i in range(3))
         mixed = graph.call_function(
             F.scaled_dot_product_attention, (query, key, value), {"scale": width**-0.5}
         )

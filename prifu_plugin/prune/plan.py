@@ -153,8 +153,8 @@ class Plan:
         nodes = [
             {
                 "name": node.name,
-                "kernel": {"kind": type(node.kernel).__name__, **dataclasses.asdict(node.kernel)},
-                "operands": [[name, dataclasses.asdict(c)] for name, c in node.operands],
+                "kernel": _fields(node.kernel) | {"kind": type(node.kernel).__name__},
+                "operands": [[name, _fields(c)] for name, c in node.operands],
                 "layout": node.layout,
             }
             for node in self.nodes
@@ -181,6 +181,10 @@ class Plan:
             nodes.append(NodePlan(item["name"], kernel, operands, _frozen(item["layout"])))
         shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
         return cls(tuple(nodes), data["recipe"], shapes, _frozen(data["notes"]))
+
+
+def _fields(value: Kernel | Conform) -> dict[str, Any]:
+    return dataclasses.asdict(value)
 
 
 def _frozen(value: Any) -> Any:

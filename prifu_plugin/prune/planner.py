@@ -199,7 +199,8 @@ def _first(fact: Fact) -> Tensor:
 def _aligned(analysis: Analysis, node: fx.Node, keep: Tensor, round_to: int) -> Tensor:
     """Keep some dead channels of what a linear map reads, up to a multiple of round_to."""
     fact = analysis.fact(node)
-    dims = {analysis.rules[u].aligned_dim(node) for u in node.users if u in analysis.rules} - {None}
+    asked = [analysis.rules[u].aligned_dim(node) for u in node.users if u in analysis.rules]
+    dims = {dim for dim in asked if dim is not None}
     if round_to == 1 or not keep.any() or len(dims) != 1 or not dims <= set(fact.axes):
         return keep
     dim = dims.pop()

@@ -97,6 +97,37 @@ class PruneReport:
             tuple(data["bytes"]),
         )
 
+    def plot(self, axes: Any = None) -> tuple[Any, Any]:
+        """Draw how many channels each convolution and linear layer keeps.
+
+        Args:
+            axes: matplotlib axes to draw on; None makes a new figure.
+
+        Returns:
+            The figure and its axes.
+
+        Raises:
+            ImportError: if matplotlib is missing.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot needs matplotlib: pip install matplotlib") from error
+        if axes is None:
+            axes = Figure(figsize=(9, 3.5), layout="constrained").subplots()
+        layers = [fate for fate in self.layers if fate.type in ("Linear", "Conv1d", "Conv2d")]
+        places = list(range(len(layers)))
+        kept = [fate.channels - fate.removed for fate in layers]
+        axes.bar(places, [fate.channels for fate in layers], color="#d8dee9", label="before")
+        axes.bar(places, kept, color="#2e6f95", label="kept")
+        for place, count in zip(places, kept, strict=True):
+            axes.annotate(str(count), (place, count), ha="center", va="bottom", fontsize=6)
+        paths = [fate.path for fate in layers]
+        axes.set_xticks(places, paths, rotation=60, ha="right", fontsize=7)
+        axes.set(ylabel="channels", title="Channels kept, layer by layer")
+        axes.legend(frameon=False)
+        return axes.figure, axes
+
     def __str__(self) -> str:
         lines = [
             f"parameters {self.parameters[0]:,} -> {self.parameters[1]:,}, multiply-accumulates "

@@ -10,7 +10,14 @@ from torch import Tensor, fx, nn
 
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.prune.border import border_map
-from prifu_plugin.prune.kernels import concat_parts, selected, slice_linear, slice_norm
+from prifu_plugin.prune.kernels import (
+    concat_parts,
+    filter_vectors,
+    pure_copy,
+    selected,
+    slice_linear,
+    slice_norm,
+)
 from prifu_plugin.prune.layout import FILL, Conform
 from prifu_plugin.prune.plan import (
     Alias,
@@ -24,6 +31,7 @@ from prifu_plugin.prune.plan import (
     SliceLinear,
     SliceNorm,
 )
+from prifu_plugin.prune.rules.base import first_input
 from prifu_plugin.prune.rules.movement import SIZED, size_arguments
 from prifu_plugin.prune.verify import NOISE
 
@@ -81,7 +89,8 @@ class _Rewriter:
             value = _get(self.root, str(node.target))
             return self._member(str(node.target), _like(value, selected(value, kernel.select)))
         if isinstance(kernel, Concat):
-            parts = [self._operand(node.args[0][i], operands) for i in kernel.parts]
+            listed: Any = node.args[0] if node.args else node.kwargs["tensors"]
+            parts = [self._operand(listed[i], operands) for i in kernel.parts]
             return concat_parts(self.new, parts, kernel.dim)
         if isinstance(kernel, SliceLinear):
             return self._linear(node, kernel, operands)
@@ -102,7 +111,7 @@ class _Rewriter:
             value = _get(self.root, str(node.target))
             return self._member(str(node.target), _like(value, value))
         if node.op == "call_module":
-            module = self._copied(self.root.get_submodule(str(node.target)))
+            module = pure_copy(self.root.get_submodule(str(node.target)))
             return self._call(node, module, args, kwargs)
         if kernel.sizes or node.target in SIZED or node.target is torch.reshape:
             sizes = self._argument(node, size_arguments(node), operands)
@@ -121,13 +130,12 @@ class _Rewriter:
             layer = slice_linear(module, kernel, bias, delta)
             result = self._call(node, layer, (x,), {})
             if kernel.border:
-                weight = self._buffer(kernel.border, self._constant(kernel.border))
-                result = self.new.call_function(
-                    torch.add, (result, border_map(self.new, layer, x, result, weight))
-                )
+                ones = self._buffer(kernel.border, self._constant(kernel.border))
+                border = border_map(self.new, layer, x, result, ones)
+                result = self.new.call_function(torch.add, (result, border))
         else:
-            weight, *rest = node.args[1:]
-            other = rest[0] if rest else node.kwargs.get("bias")
+            weight: Any = node.args[1]
+            other: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
             named = [weight] + ([other] if isinstance(other, fx.Node) else [])
             values = [_get(self.root, str(n.target)) for n in named]
             layer = nn.Linear(values[0].shape[1], values[0].shape[0], bias=len(values) > 1)
@@ -142,9 +150,7 @@ class _Rewriter:
             result = self.new.call_function(torch.nn.functional.linear, (x, *parameters))
         return self._index(node, result, 1, kernel.pick) if kernel.pick else result
 
-    def _norm(
-        self, node: fx.Node, kernel: SliceNorm | SelectNorm, operands: dict[str, Any]
-    ) -> Any:
+    def _norm(self, node: fx.Node, kernel: SliceNorm | SelectNorm, operands: dict[str, Any]) -> Any:
         module = self.root.get_submodule(str(node.target))
         channels = kernel.channels if isinstance(kernel, SliceNorm) else None
         folded = isinstance(kernel, SliceNorm) or kernel.folded
@@ -163,10 +169,7 @@ class _Rewriter:
 
     def _scale(self, node: fx.Node, kernel: Scale, x: Any) -> Any:
         unit = self.root.get_submodule(str(node.target))
-        if hasattr(unit, "affine"):
-            scale, shift, noise = unit.affine()
-        else:
-            scale, shift, noise = unit.scale(), unit.bias, None
+        scale, shift, noise = filter_vectors(unit)
         rank = len(node.meta["shape"])
         result = self._vector(node, "scale", scale, kernel, rank, torch.mul, x)
         if kernel.shifted:
@@ -235,17 +238,15 @@ class _Rewriter:
         name = f"{node.name}_{source.name if source is not None else 'pick'}_{dim}"
         rank = len((source or node).meta["shape"])
         if FILL in positions:
-            width = max(positions) + 1
             existing = self._width(source, dim)
             padding = [0, 0] * (rank - 1 - dim)
-            if positions[:existing] == tuple(range(existing)) and set(positions[existing:]) == {FILL}:
+            if positions[:existing] == tuple(range(existing)) and set(positions[existing:]) == {
+                FILL
+            }:
                 count = len(positions) - existing
-                return self.new.call_function(
-                    torch.nn.functional.pad, (x, [*padding, 0, count])
-                )
+                return self.new.call_function(torch.nn.functional.pad, (x, [*padding, 0, count]))
             x = self.new.call_function(torch.nn.functional.pad, (x, [*padding, 0, 1]))
             positions = tuple(existing if p == FILL else p for p in positions)
-            del width
         first = positions[0]
         if positions == tuple(range(first, first + len(positions))):
             return self.new.call_method("narrow", (x, dim, first, len(positions)))
@@ -262,10 +263,10 @@ class _Rewriter:
     def _scalar(self, node: fx.Node) -> Any:
         """Answer a question about a shape with the original size where channels are gone."""
         if node.target is getattr and node.args[1] == "shape":
-            return self._sizes(node.args[0])
+            return self._sizes(first_input(node))
         if node.target == "size":
-            sizes = self._sizes(node.args[0])
-            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+            sizes = self._sizes(first_input(node))
+            dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             return sizes if dim is None else sizes[dim]
         args = self._argument(node, node.args)
         if any(isinstance(a, tuple | list) for a in args) and callable(node.target):
@@ -296,7 +297,6 @@ class _Rewriter:
         return self.new.call_module(path, tuple(args), kwargs)
 
     def _member(self, path: str, value: Any) -> fx.Node:
-        path = path if "." in path else path
         self.members[path] = value
         return self.new.get_attr(path)
 
@@ -309,14 +309,6 @@ class _Rewriter:
             value = torch.zeros(self.plan.shapes[name], dtype=torch.float64)
         reference = next((p for p in self.root.parameters()), None)
         return value if reference is None else value.to(reference.device, reference.dtype)
-
-    def _copied(self, module: nn.Module) -> nn.Module:
-        import copy
-
-        twin = copy.deepcopy(module)
-        if getattr(twin, "inplace", False):
-            twin.inplace = False
-        return twin
 
 
 def _like(original: Any, value: Tensor) -> Any:

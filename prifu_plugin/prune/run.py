@@ -1,9 +1,10 @@
-"""prune: remove the zeroed channels of a wrapped model, exactly; rebuild: do it again from a plan."""
+"""prune: remove the zeroed channels of a wrapped model; rebuild: do it again from a plan."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -60,7 +61,8 @@ def prune(
 
     Example:
         >>> import prifu_plugin as prifu
-        >>> net = prifu.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)))
+        >>> layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+        >>> net = prifu.wrap(nn.Sequential(*layers))
         >>> _ = prifu.filters(net)["1"].weight.data[:2].zero_()
         >>> prune(net, torch.zeros(1, 3, 8, 8)).get_submodule("0").out_channels
         2
@@ -159,7 +161,7 @@ def plan_of(pruned: nn.Module) -> Plan:
     return Plan.from_json(_attached(pruned)["plan"])
 
 
-def _attached(pruned: nn.Module) -> dict[str, object]:
+def _attached(pruned: nn.Module) -> dict[str, Any]:
     data = getattr(pruned, "meta", {}).get(META) if isinstance(pruned, fx.GraphModule) else None
     if data is None:
         raise ConfigError(f"{type(pruned).__name__} was not made by prifu_plugin.prune.")
@@ -185,7 +187,12 @@ def _ones(model: nn.Module, shape: Sequence[int]) -> Tensor:
 
 
 def _certify(
-    analysis: Analysis, captured: Captured, plan: Plan, pruned: fx.GraphModule, shapes: Shapes, seed: int
+    analysis: Analysis,
+    captured: Captured,
+    plan: Plan,
+    pruned: fx.GraphModule,
+    shapes: Shapes,
+    seed: int,
 ) -> tuple[Check, ...]:
     """Compare in fp64 first, where every mistake shows, then in the model's own precision."""
     precise = analysis.root

@@ -148,9 +148,7 @@ class Quiet:
 
     def __init__(self, model: nn.Module) -> None:
         self.units = [m for m in model.modules() if isinstance(m, CutFilter)]
-        self.vectors = [
-            buffer for name, buffer in model.named_buffers() if name.startswith(NOISE)
-        ]
+        self.vectors = [buffer for name, buffer in model.named_buffers() if name.startswith(NOISE)]
 
     def __enter__(self) -> None:
         self.levels = [unit.noise for unit in self.units]

@@ -8,7 +8,8 @@ from torch import Tensor, fx
 from prifu_plugin.prune.facts import Fact, is_fact_tuple
 from prifu_plugin.prune.rules.base import Analysis, Rule
 from prifu_plugin.prune.rules.concat import concat_rule
-from prifu_plugin.prune.rules.linear import LinearRule, linear_map
+from prifu_plugin.prune.rules.linear import LinearRule
+from prifu_plugin.prune.rules.linear_map import linear_map
 from prifu_plugin.prune.rules.movement import movement_rule
 from prifu_plugin.prune.rules.norm import norm_rule
 from prifu_plugin.prune.rules.opaque import InputRule, OpaqueRule, ScalarRule, StaticRule

@@ -46,6 +46,12 @@ class Analysis:
         assert isinstance(value, Fact)
         return value
 
+    def input_fact(self, node: fx.Node) -> Fact | None:
+        """Return the fact of a node's first argument, or None if that is no single tensor."""
+        first = node.args[0] if node.args else None
+        value = self.values.get(first) if isinstance(first, fx.Node) else None
+        return value if isinstance(value, Fact) else None
+
     def wanted(self, node: fx.Node) -> Tensor:
         """Return what must be computed of a node: live and needed."""
         return self.need[node] & self.fact(node).live
@@ -92,6 +98,13 @@ class Rule(ABC):
     @abstractmethod
     def plan(self, planner: Planner) -> None:
         """Add this node to the plan, given the plans of its inputs."""
+
+
+def first_input(node: fx.Node) -> fx.Node:
+    """Return the first argument of a node, which its rule knows to be a node."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
 
 
 def mapped(value: Any, replace: Callable[[fx.Node], Any]) -> Any:

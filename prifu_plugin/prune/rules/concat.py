@@ -58,7 +58,9 @@ class ConcatRule(Rule):
             return
         layout = box(keep, fact.axes)
         operands: dict[fx.Node, Conform] = {}
-        parts, order, start = [], [], 0
+        parts: list[int] = []
+        order: list[int] = []
+        start = 0
         asked = set(layout.get(self.dim, ()))
         for position, part in enumerate(self.parts):
             width = analysis.fact(part).shape[self.dim]

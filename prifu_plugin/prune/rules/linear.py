@@ -1,57 +1,19 @@
-"""Linear maps: Linear, convolutions of any dimension and grouping, F.linear with parameters."""
+"""How linear maps move constants and need, and how they are sliced."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from prifu_plugin.prune.facts import Fact, any_over, summarize
 from prifu_plugin.prune.layout import FILL, box
 from prifu_plugin.prune.plan import SliceLinear
 from prifu_plugin.prune.planner import Planner
-from prifu_plugin.prune.rules.base import Analysis, Rule
-
-
-@dataclass(frozen=True)
-class LinearMap:
-    """A linear map along one dimension, without its spatial part.
-
-    Attributes:
-        weight: kernel summed over space, (groups, out per group, in per group).
-        connected: whether any tap is not 0, same shape.
-        bias: (out,), zeros if there is none.
-        dim: the dimension it maps, in the input's shape.
-        padded: zeros are padded around the input, so that a constant is cut off at the border.
-        mappable: a two-dimensional convolution whose padding is given in numbers.
-    """
-
-    weight: Tensor
-    connected: Tensor
-    bias: Tensor
-    dim: int
-    padded: bool
-    mappable: bool = False
-
-    @property
-    def groups(self) -> int:
-        """Number of groups."""
-        return self.weight.shape[0]
-
-    @property
-    def outputs(self) -> int:
-        """Output channels per group."""
-        return self.weight.shape[1]
-
-    @property
-    def inputs(self) -> int:
-        """Input channels per group."""
-        return self.weight.shape[2]
-
+from prifu_plugin.prune.rules.base import Analysis, Rule, first_input
+from prifu_plugin.prune.rules.linear_map import LinearMap
 
 NARROW = 48
 """Live input channels below which a border map is preferred to a carrier."""
@@ -63,8 +25,7 @@ class LinearRule(Rule):
     def __init__(self, node: fx.Node, linear: LinearMap) -> None:
         super().__init__(node)
         self.map = linear
-        self.source = node.args[0]
-        assert isinstance(self.source, fx.Node)
+        self.source = first_input(node)
 
     def adds_border(self, analysis: Analysis) -> bool:
         """Whether missing constants at a border are added as a map, rather than carried.
@@ -140,7 +101,8 @@ class LinearRule(Rule):
             if planner.exists(self.source)
             else tuple(range(linear.inputs))
         )
-        missing = [i for i in range(linear.inputs) if i not in set(columns)]
+        there = set(columns)
+        missing = [i for i in range(linear.inputs) if i not in there]
         if not self._uniform(fact, missing):
             columns, missing = tuple(range(linear.inputs)), []
         zero_rows = self._constant_rows(analysis, rows)
@@ -169,7 +131,7 @@ class LinearRule(Rule):
         constant = {rows[position] for position in zero_rows}
         groups = sorted({row // per_out for row in rows})
         group_rows = [[r for r in rows if r // per_out == g] for g in groups]
-        as_map = self.adds_border(analysis)
+        as_map, known = self.adds_border(analysis), self._line(fact.known).tolist()
         columns: list[list[int]] = []
         borders: list[list[int]] = []
         for g, members in zip(groups, group_rows, strict=True):
@@ -179,8 +141,8 @@ class LinearRule(Rule):
             missing = [i for i in range(per_in) if used[i] and g * per_in + i not in have]
             border = self._border(fact, [g * per_in + i for i in missing])
             border = [i - g * per_in for i in border]
-            if border and not as_map and not any(self._known(fact, g * per_in + i) != 0 for i in local):
-                local.append(max(border, key=lambda i: abs(self._known(fact, g * per_in + i))))
+            if border and not as_map and not any(known[g * per_in + i] for i in local):
+                local.append(max(border, key=lambda i: abs(known[g * per_in + i])))
                 border.remove(local[-1])
             columns.append(local)
             borders.append(border)
@@ -231,7 +193,8 @@ class LinearRule(Rule):
         total = self.map.groups * self.map.inputs
         values = values.movedim(self.map.dim, -1)
         values = values.expand(*values.shape[:-1], total)
-        return values.unflatten(-1, (self.map.groups, self.map.inputs))
+        grouped: Tensor = values.unflatten(-1, (self.map.groups, self.map.inputs))
+        return grouped
 
     def _reached_inputs(self, outputs: Tensor) -> Tensor:
         mask = outputs.movedim(self.map.dim, -1).unflatten(-1, (self.map.groups, self.map.outputs))
@@ -242,9 +205,6 @@ class LinearRule(Rule):
         """Return a summary along the mapped dimension, the others being single or uniform."""
         line = summary.movedim(self.map.dim, -1).flatten(0, -2)[0]
         return line.expand(self.map.groups * self.map.inputs)
-
-    def _known(self, fact: Fact, index: int) -> float:
-        return 0.0 if bool(self._line(fact.live)[index]) else float(self._line(fact.known)[index])
 
     def _uniform(self, fact: Fact, missing: Sequence[int]) -> bool:
         """Whether the missing constants are the same over all other channel dimensions."""
@@ -280,7 +240,10 @@ class LinearRule(Rule):
 
     def _border(self, fact: Fact, missing: Sequence[int]) -> list[int]:
         """Return the missing inputs that a zero-padded border makes visible."""
-        return [i for i in missing if self.map.padded and self._known(fact, i) != 0]
+        if not self.map.padded:
+            return []
+        known = self._line(fact.known).tolist()
+        return [i for i in missing if known[i] != 0]
 
     def _border_map(
         self,
@@ -289,15 +252,14 @@ class LinearRule(Rule):
         borders: Sequence[Sequence[int]],
         groups: Sequence[int] = (0,),
     ) -> str:
-        """Return the kernel from ones to what the missing constants contribute, sum of c_k * W_k."""
-        weight = planner.analysis.module(self.node).weight.detach().double()
-        fact, per_in = planner.analysis.fact(self.source), self.map.inputs
-        height = len(rows) // len(groups)
+        """Return the kernel from ones to what missing constants contribute, sum of c_k * W_k."""
+        weight = _weight(planner.analysis.module(self.node))
+        known, per_in = self._line(planner.analysis.fact(self.source).known), self.map.inputs
         kernel = torch.zeros(len(rows), 1, *weight.shape[2:], dtype=torch.float64)
-        for position, row in enumerate(rows):
-            at = position // height
-            for i in borders[at] if row != FILL else ():
-                kernel[position, 0] += self._known(fact, groups[at] * per_in + i) * weight[row, i]
+        for at, (group, border) in enumerate(zip(groups, borders, strict=True)):
+            values = known[[group * per_in + i for i in border]]
+            places, taps = _rows_of(rows, at, len(groups), weight, border)
+            kernel[places, 0] = torch.einsum("i,ri...->r...", values, taps)
         return planner.constant(f"{self.node.name}__border", kernel)
 
     def _bias(
@@ -314,15 +276,12 @@ class LinearRule(Rule):
             values[list(missing)] = self._line(fact.known)[list(missing)]
         grouped = values.unflatten(0, (linear.groups, linear.inputs))
         bias = torch.einsum("gi,goi->go", grouped, linear.weight).flatten() + linear.bias
-        folded = torch.stack(
-            [bias[row] if row != FILL else torch.zeros((), dtype=bias.dtype) for row in rows]
-        )
-        out = analysis.fact(self.node)
-        for position in zero_rows:
-            row = rows[position]
-            line = out.known.movedim(linear.dim, -1).flatten(0, -2)[0]
-            folded[position] = line[row] if row != FILL else 0.0
-        return folded
+        out = analysis.fact(self.node).known.movedim(linear.dim, -1).flatten(0, -2)[0]
+        index = torch.tensor(rows)
+        at_zero = torch.zeros(len(rows), dtype=torch.bool)
+        at_zero[list(zero_rows)] = True
+        folded = torch.where(at_zero, out[index.clamp_min(0)], bias[index.clamp_min(0)])
+        return torch.where(index == FILL, 0.0, folded)
 
     def _carry(
         self,
@@ -332,105 +291,37 @@ class LinearRule(Rule):
         borders: Sequence[Sequence[int]],
         groups: Sequence[int] = (0,),
     ) -> str:
-        """Return the weight a carrier takes over: the sum of (c_k / c_j) * W_k, exact at borders."""
-        module = planner.analysis.module(self.node)
-        weight = module.weight.detach().double()
-        fact = planner.analysis.fact(self.source)
-        per_in = self.map.inputs
-        height = len(rows) // len(groups)
+        """Return what a carrier's weight takes over, sum of (c_k / c_j) * W_k: exact at borders."""
+        weight = _weight(planner.analysis.module(self.node))
+        known, per_in = self._line(planner.analysis.fact(self.source).known), self.map.inputs
         delta = torch.zeros(len(rows), len(columns[0]), *weight.shape[2:], dtype=torch.float64)
         for at, (group, local, border) in enumerate(zip(groups, columns, borders, strict=True)):
             if not border:
                 continue
-            constants = {
-                p: self._known(fact, group * per_in + i) for p, i in enumerate(local) if i != FILL
-            }
-            carrier = max(constants, key=lambda p: abs(constants[p]))
-            if constants[carrier] == 0:
-                raise AssertionError(f"no carrier at {self.node.name}")
-            for position in range(at * height, (at + 1) * height):
-                row = rows[position]
-                if row == FILL:
-                    continue
-                for i in border:
-                    ratio = self._known(fact, group * per_in + i) / constants[carrier]
-                    delta[position, carrier] += ratio * weight[row, i]
+            size = {p: abs(float(known[group * per_in + i])) for p, i in enumerate(local) if i >= 0}
+            carrier = max(size, key=lambda p: size[p])
+            ratios = known[[group * per_in + i for i in border]]
+            ratios = ratios / known[group * per_in + local[carrier]]
+            places, taps = _rows_of(rows, at, len(groups), weight, border)
+            delta[places, carrier] += torch.einsum("i,ri...->r...", ratios, taps)
         return planner.constant(f"{self.node.name}__delta", delta)
-
-
-def linear_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
-    """Return the linear map of a node, or None if it is something else."""
-    if node.op == "call_module":
-        return _module_map(analysis, node)
-    if node.target is F.linear and len(node.args) >= 2:
-        return _functional_map(analysis, node)
-    return None
-
-
-def _module_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
-    module = analysis.module(node)
-    fact = analysis.values.get(node.args[0])
-    if not isinstance(fact, Fact):
-        return None
-    forward = type(module).forward
-    if isinstance(module, nn.Linear) and _is_linear(module):
-        return _flat(module.weight, module.bias, len(fact.shape) - 1)
-    plain = any(forward is cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return None
-    same = type(module).__name__ == "Conv2dSame"
-    if not (plain or same) or any(axis != 1 for axis in fact.axes):
-        return None
-    if len(fact.shape) != module.weight.ndim:
-        return None
-    taps = module.weight.detach().double().flatten(2)
-    groups, outputs = module.groups, module.out_channels // module.groups
-    padding = module.padding
-    padded = same or (padding == "same" and taps.shape[2] > 1)
-    padded = padded or (not isinstance(padding, str) and any(p != 0 for p in padding))
-    return LinearMap(
-        taps.sum(2).unflatten(0, (groups, outputs)),
-        (taps != 0).any(2).unflatten(0, (groups, outputs)),
-        _bias_or_zeros(module.bias, module.out_channels),
-        1,
-        padded and module.padding_mode == "zeros",
-        plain and isinstance(module, nn.Conv2d) and not isinstance(padding, str),
-    )
-
-
-def _is_linear(module: nn.Linear) -> bool:
-    """Whether a Linear, or a subclass with a forward of its own, is weight * x + bias."""
-    if type(module).forward is nn.Linear.forward:
-        return True
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, module.in_features, generator=generator).to(module.weight)
-    with torch.no_grad():
-        return torch.equal(module(x), F.linear(x, module.weight, module.bias))
-
-
-def _functional_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
-    x, weight, *rest = node.args
-    bias = rest[0] if rest else node.kwargs.get("bias")
-    fact = analysis.values.get(x) if isinstance(x, fx.Node) else None
-    parameters = [p for p in (weight, bias) if p is not None]
-    if not isinstance(fact, Fact) or not all(
-        isinstance(p, fx.Node) and p.op == "get_attr" and len(p.users) == 1 for p in parameters
-    ):
-        return None
-    values = [analysis.fact(p).const for p in parameters if isinstance(p, fx.Node)]
-    return _flat(values[0], values[1] if len(values) > 1 else None, len(fact.shape) - 1)
-
-
-def _flat(weight: Tensor, bias: Tensor | None, dim: int) -> LinearMap:
-    matrix = weight.detach().double().unsqueeze(0)
-    return LinearMap(matrix, matrix != 0, _bias_or_zeros(bias, matrix.shape[1]), dim, False)
-
-
-def _bias_or_zeros(bias: Tensor | None, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.float64) if bias is None else bias.detach().double()
 
 
 def _output_shape(analysis: Analysis, node: fx.Node) -> tuple[int, ...]:
     shape = node.meta["shape"]
-    assert isinstance(shape, tuple) and math.prod(shape) > 0
+    assert isinstance(shape, tuple)
     return shape
+
+
+def _weight(module: Any) -> Tensor:
+    weight: Tensor = module.weight.detach().double()
+    return weight
+
+
+def _rows_of(
+    rows: Sequence[int], group: int, groups: int, weight: Tensor, inputs: Sequence[int]
+) -> tuple[list[int], Tensor]:
+    """Return the positions of a group's rows, pads left out, and their taps on some inputs."""
+    height = len(rows) // groups
+    places = [p for p in range(group * height, (group + 1) * height) if rows[p] != FILL]
+    return places, weight[[rows[p] for p in places]][:, list(inputs)]

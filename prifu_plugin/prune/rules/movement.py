@@ -18,7 +18,7 @@ from prifu_plugin.prune.facts import Fact, any_over, is_fact_tuple, summarize
 from prifu_plugin.prune.layout import FILL, Conform, Layout, restrict, simplify
 from prifu_plugin.prune.plan import Alias, Keep
 from prifu_plugin.prune.planner import Planner
-from prifu_plugin.prune.rules.base import Analysis, Rule, mapped, run
+from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, mapped, run
 
 SIZED = ("view", "reshape", "expand")
 """Methods whose arguments are the sizes of the result, one a dimension."""
@@ -44,9 +44,7 @@ class MovementRule(Rule):
         """Move the constants."""
         fact = analysis.fact(self.source)
         flat = torch.cat([torch.zeros(1).double(), fact.const.expand(fact.shape).flatten()])
-        facts = tuple(
-            summarize(flat[m.labels], tuple(m.labels.shape), m.axes) for m in self.moved
-        )
+        facts = tuple(summarize(flat[m.labels], tuple(m.labels.shape), m.axes) for m in self.moved)
         return facts if self.node.meta["several"] else facts[0]
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
@@ -92,7 +90,8 @@ class ItemRule(MovementRule):
 def movement_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     """Return the rule if a node moves data, found by relabelling; None otherwise."""
     sources = [
-        s for s in node.all_input_nodes
+        s
+        for s in node.all_input_nodes
         if isinstance(analysis.values.get(s), Fact) or is_fact_tuple(analysis.values.get(s))
     ]
     if len(sources) != 1:
@@ -106,8 +105,7 @@ def movement_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     fact = analysis.fact(source)
     size = math.prod(fact.shape)
     labels = torch.arange(1, size + 1, dtype=torch.float64).reshape(fact.shape)
-    table = torch.randn(size + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    table[0] = 0.0
+    table = _table(size)
     try:
         moved = _tensors(_on(analysis, node, source, labels))
         again = _tensors(_on(analysis, node, source, table[labels.long()]))
@@ -118,6 +116,18 @@ def movement_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     if any(not torch.equal(a, table[m.long()]) for m, a in zip(moved, again, strict=True)):
         return None
     return MovementRule(node, source, tuple(_with_axes(m.long(), fact) for m in moved))
+
+
+_TABLES = [torch.zeros(1, dtype=torch.float64)]
+
+
+def _table(size: int) -> Tensor:
+    """Return a random signed value for each label, 0 for label 0; drawn once, for speed."""
+    if len(_TABLES[0]) <= size:
+        generator = torch.Generator().manual_seed(1)
+        _TABLES[0] = torch.randn(2 * size + 1, dtype=torch.float64, generator=generator)
+        _TABLES[0][0] = 0.0
+    return _TABLES[0][: size + 1]
 
 
 def _on(analysis: Analysis, node: fx.Node, source: fx.Node, value: Tensor) -> Any:
@@ -153,8 +163,7 @@ def _with_axes(labels: Tensor, fact: Fact) -> Moved:
 def _is_inner(analysis: Analysis, node: fx.Node) -> bool:
     """Whether only other movements read a node."""
     return bool(node.users) and all(
-        isinstance(analysis.rules.get(user), MovementRule)
-        and node in _data_inputs(user)
+        isinstance(analysis.rules.get(user), MovementRule) and node in _data_inputs(user)
         for user in node.users
     )
 
@@ -173,16 +182,14 @@ def _plan_chain(planner: Planner, end: fx.Node) -> None:
     analysis = planner.analysis
     chain = [end]
     while True:
-        first = chain[0].args[0] if chain[0].args else None
-        assert isinstance(first, fx.Node)
+        first = first_input(chain[0])
         inner = isinstance(analysis.rules.get(first), MovementRule) and (
             first.meta["several"] or (_is_inner(analysis, first) and not planner.exists(first))
         )
         if not inner:
             break
         chain.insert(0, first)
-    start = chain[0].args[0]
-    assert isinstance(start, fx.Node)
+    start = first_input(chain[0])
     if planner.exists(start) and not planner.layouts[start] and bool(analysis.keep[end].all()):
         for node in chain:
             _keep_whole(planner, node)
@@ -277,8 +284,7 @@ def _step(planner: Planner, node: fx.Node) -> None:
     analysis = planner.analysis
     rule = analysis.rules[node]
     assert isinstance(rule, MovementRule)
-    operand = node.args[0]
-    assert isinstance(operand, fx.Node)
+    operand = first_input(node)
     if isinstance(rule, ItemRule) and not isinstance(analysis.values[operand], Fact):
         planner.emit(node, Keep())
         return

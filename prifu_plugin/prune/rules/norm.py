@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -14,7 +16,7 @@ from prifu_plugin.prune.facts import Fact, summarize
 from prifu_plugin.prune.layout import box, simplify
 from prifu_plugin.prune.plan import Scale, SelectNorm, SliceNorm
 from prifu_plugin.prune.planner import Planner
-from prifu_plugin.prune.rules.base import Analysis, Rule, run
+from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, run
 
 
 class ChannelAffineRule(Rule):
@@ -28,8 +30,7 @@ class ChannelAffineRule(Rule):
         self.module = module
         self.dim = dim
         self.closed = scale == 0
-        self.source = node.args[0]
-        assert isinstance(self.source, fx.Node)
+        self.source = first_input(node)
 
     def const(self, analysis: Analysis) -> Fact:
         """Run the layer on the constants; live where a live channel is open."""
@@ -90,8 +91,7 @@ class StatisticsRule(Rule):
         self.module = module
         self.dim = dim
         self.closed = closed
-        self.source = node.args[0]
-        assert isinstance(self.source, fx.Node)
+        self.source = first_input(node)
 
     def const(self, analysis: Analysis) -> Fact:
         """Closed channels are constant; their value is what the layer says on any input."""
@@ -99,7 +99,9 @@ class StatisticsRule(Rule):
         dim = self.dim % len(fact.shape)
         axes = tuple(sorted({*fact.axes, dim}))
         if self.closed is None:
-            return summarize(torch.full([1] * len(fact.shape), torch.nan).double(), fact.shape, axes)
+            return summarize(
+                torch.full([1] * len(fact.shape), torch.nan).double(), fact.shape, axes
+            )
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(fact.shape, dtype=torch.float64, generator=generator)
         out = run(analysis, self.node, lambda n: probe if n is self.source else analysis.values[n])
@@ -125,7 +127,8 @@ class StatisticsRule(Rule):
         folded, shifted = True, False
         if is_host(self.module):
             unit, spec = filter_of(self.module), norm_spec(self.module)
-            assert isinstance(unit, PriFU) and spec is not None
+            assert isinstance(unit, PriFU)
+            assert spec is not None
             folded = can_fold(spec, unit)
             shifted = not folded and unit.bias is not None
         kernel = SelectNorm(self.dim, layout.get(dim), folded, shifted)
@@ -136,9 +139,8 @@ class StatisticsRule(Rule):
 
 def norm_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     """Return the rule for a normalization layer or filter, or None for another module."""
-    module = analysis.module(node)
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not isinstance(analysis.values.get(source), Fact):
+    module: Any = analysis.module(node)
+    if analysis.input_fact(node) is None:
         return None
     if isinstance(module, PriFU):
         return ChannelAffineRule(node, module, module.dim, module.scale().detach())

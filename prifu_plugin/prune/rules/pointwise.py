@@ -13,7 +13,7 @@ from prifu_plugin.prune.facts import Fact, any_over, summarize, tensor_inputs
 from prifu_plugin.prune.layout import Conform, Layout, box
 from prifu_plugin.prune.plan import Alias, Keep, Parameter
 from prifu_plugin.prune.planner import Planner
-from prifu_plugin.prune.rules.base import Analysis, Rule, run
+from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, run
 
 PRODUCTS = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
 SUMS = {operator.add, torch.add, "add"}
@@ -135,9 +135,7 @@ class PointwiseRule(Rule):
             ordered[dim] = tuple(first + [i for i in indices if i not in there])
         return ordered
 
-    def _operand(
-        self, planner: Planner, source: fx.Node, wanted: Layout, rank: int
-    ) -> Conform:
+    def _operand(self, planner: Planner, source: fx.Node, wanted: Layout, rank: int) -> Conform:
         fact = planner.analysis.fact(source)
         shift = rank - len(fact.shape)
         target = {d - shift: kept for d, kept in wanted.items() if d >= shift}
@@ -170,8 +168,7 @@ class ChannelwiseRule(Rule):
         self.dims = dims
         self.gone = gone or set()
         self.shrinks_constants = shrinks_constants
-        self.source = node.args[0]
-        assert isinstance(self.source, fx.Node)
+        self.source = first_input(node)
 
     def const(self, analysis: Analysis) -> Fact:
         """Keep constants, dimension by dimension."""
@@ -261,19 +258,21 @@ def _functional_pooling(analysis: Analysis, node: fx.Node) -> Rule | None:
 
 
 def _over_space(analysis: Analysis, node: fx.Node, shrinks: bool) -> Rule | None:
-    fact = analysis.values.get(node.args[0])
-    if not isinstance(fact, Fact) or any(axis != 1 for axis in fact.axes) or len(fact.shape) < 3:
+    fact = analysis.input_fact(node)
+    if fact is None or any(axis != 1 for axis in fact.axes) or len(fact.shape) < 3:
         return None
-    if len(node.meta["shape"]) != len(fact.shape) or set(node.all_input_nodes) != {node.args[0]}:
+    if len(node.meta["shape"]) != len(fact.shape) or set(node.all_input_nodes) != {
+        first_input(node)
+    }:
         return None
     return ChannelwiseRule(node, {d: d for d in range(len(fact.shape))}, shrinks)
 
 
 def _mean(analysis: Analysis, node: fx.Node) -> Rule | None:
-    fact = analysis.values.get(node.args[0])
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    fact = analysis.input_fact(node)
+    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    if not isinstance(fact, Fact) or fact.static or dims is None:
+    if fact is None or fact.static or dims is None:
         return None
     rank = len(fact.shape)
     gone = {int(d) % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
@@ -305,9 +304,7 @@ def _full_width(fact: Fact, keep: Tensor) -> bool:
     return not fact.static and aligned.shape == keep.shape
 
 
-def _static_operand(
-    planner: Planner, source: fx.Node, reader: fx.Node, target: Layout
-) -> Conform:
+def _static_operand(planner: Planner, source: fx.Node, reader: fx.Node, target: Layout) -> Conform:
     """Slice a parameter that only this node reads; select from any other."""
     fact = planner.analysis.fact(source)
     select = tuple(
@@ -319,4 +316,3 @@ def _static_operand(
         planner.emit(source, Parameter(select))
         return Conform()
     return Conform(select)
-

@@ -1,0 +1,43 @@
+# make demo and make test set everything up by themselves; they need Python 3.11 and git.
+PYTHON ?= python3.11
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+
+.PHONY: demo test lint zoo slow export examples clean
+demo: $(VENV)/stamp
+	$(RUN) examples/quickstart.py
+
+test: $(VENV)/stamp
+	$(RUN) -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+lint: $(VENV)/stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check prifu_plugin
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+# Whole architectures: every model of the contract, with and without bias.
+zoo: $(VENV)/stamp
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m zoo
+
+# Hundreds of random networks.
+slow: $(VENV)/stamp
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow
+
+export: $(VENV)/stamp
+	$(RUN) -m pytest -m export
+
+# Every example as a test, on little data.
+examples: $(VENV)/stamp
+	$(RUN) examples/quickstart.py --smoke --out out/smoke
+	$(RUN) examples/finetune_timm.py --smoke --out out/smoke
+
+clean:
+	rm -rf $(VENV) build *.egg-info out
+
+$(VENV)/stamp: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet $(TORCH)
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@

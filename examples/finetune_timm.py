@@ -1,0 +1,124 @@
+"""Fine-tune any timm architecture with filters, with timm's own parts, and resume.
+
+    python examples/finetune_timm.py --model mobilenetv2_100                 # the embedded digits
+    python examples/finetune_timm.py --model resnet50 --pretrained --data-dir path/to/folders
+    python examples/finetune_timm.py --model resnet50 --resume out/finetune/last.pt
+
+With --data-dir the data are an ImageFolder with train/ and val/. Weights are saved without
+pickled code: the checkpoint holds tensors and numbers, and loads with weights_only=True.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_model
+from timm.data import create_transform, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, accuracy
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+import prifu_plugin as prifu
+from prifu_plugin.data.digits import load_digits
+
+
+def loaders(args, model):
+    """Return training and validation loaders in the model's own data configuration."""
+    if args.data_dir:
+        from torchvision.datasets import ImageFolder
+
+        config = resolve_data_config({}, model=model)
+        train = ImageFolder(f"{args.data_dir}/train", create_transform(**config, is_training=True))
+        val = ImageFolder(f"{args.data_dir}/val", create_transform(**config))
+    else:
+        digits = load_digits(args.seed)
+        sizes = (256, 64) if args.smoke else (4000, 1000)
+        parts = digits.part(0, sizes[0]), digits.part(4000, 4000 + sizes[1])
+        scale = torch.nn.Upsample(args.img_size)
+        train, val = (TensorDataset(scale(part.images), part.parity) for part in parts)
+    return (DataLoader(train, args.batch_size, shuffle=True, drop_last=True),
+            DataLoader(val, args.batch_size))  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(model, loader, device):
+    model.eval()
+    correct = total = 0
+    for images, labels in loader:
+        (top1,) = accuracy(model(images.to(device)), labels.to(device))
+        correct += float(top1) * len(labels)
+        total += len(labels)
+    return correct / total
+
+
+def main(args):
+    torch.manual_seed(args.seed)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=args.num_classes)
+    train, val = loaders(args, model)
+    first = next(iter(val))[0][:2]
+
+    # The decay's dose is what counts: beta follows from it and from the schedule.
+    rates = [args.lr * (1 + math.cos(math.pi * e / args.epochs)) / 2 for e in range(args.epochs)]
+    beta = prifu.dose_to_beta(args.dose, rates * len(train))
+    model = prifu.wrap(model, alpha=args.alpha, beta=beta, example_inputs=first).to(device)
+    optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=0.05)
+    scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=args.epochs)
+    ema = ModelEmaV3(model, decay=0.99)
+    start = 0
+    if args.resume:
+        saved = torch.load(args.resume, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        ema.module.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["epoch"] + 1
+        scheduler.step(start)
+
+    for epoch in range(start, args.epochs):
+        model.train()
+        for images, labels in tqdm(train, desc=f"epoch {epoch}", disable=None):
+            loss = torch.nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ema.update(model)
+        scheduler.step(epoch + 1)
+        state = prifu.summary(model)
+        print(f"epoch {epoch}: loss {loss.item():.3f}, top-1 {evaluate(model, val, device):.1f} %, "
+              f"{state.open} of {state.channels} channels open, dose {state.rows[0].dose:.2f}")
+        torch.save({"model": model.state_dict(), "ema": ema.module.state_dict(), "epoch": epoch,
+                    "optimizer": optimizer.state_dict()}, out / "last.pt")  # fmt: skip
+
+    pruned = prifu.prune(model, first)
+    save_model(pruned, str(out / "pruned.safetensors"))
+    (out / "plan.json").write_text(prifu.plan(pruned).to_json())
+    print(prifu.report(pruned), f"pruned top-1 {evaluate(pruned, val, device):.1f} %", sep="\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default="test_resnet")
+    parser.add_argument("--pretrained", action="store_true")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--num-classes", type=int, default=2)
+    parser.add_argument("--img-size", type=int, default=64, help="of the embedded digits")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--opt", default="adamw")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--alpha", type=float, default=0.1)
+    parser.add_argument("--dose", type=float, default=2.6)
+    parser.add_argument("--resume")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="out/finetune")
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.epochs, arguments.dose = 2, 0.2
+    main(arguments)
