@@ -16,7 +16,7 @@ NAMES = ["resnet18", "mobilenetv2_100", "densenet121", "convnext_atto", "vit_tin
 def test_onnx_export_and_compile(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     size = zoo.image_size(name)
-    wrapped = zoo.half_off(prifu.wrap(zoo.build(name)), size)
+    wrapped = zoo.half_off(prifu.wrap(zoo.build(name)))
     pruned = prifu.prune(wrapped, torch.zeros(1, 3, size, size))
     x, batch = torch.randn(2, 3, size, size), torch.export.Dim("batch", min=2)
     program = torch.export.export(pruned, (x,), dynamic_shapes=({0: batch},))

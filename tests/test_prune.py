@@ -232,7 +232,7 @@ def test_a_wrong_rewrite_is_caught_and_located(monkeypatch):
 
 
 def test_the_result_trains_pickles_compiles_and_exports():
-    model = zoo.half_off(prifu.wrap(zoo.build("test_resnet")), 64)
+    model = zoo.half_off(prifu.wrap(zoo.build("test_resnet")))
     pruned = prifu.prune(model, torch.zeros(1, 3, 64, 64))
     x = torch.randn(2, 3, 64, 64)
     expected = pruned(x).detach()

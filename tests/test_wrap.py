@@ -195,18 +195,58 @@ def test_weight_standardization_is_no_norm():
     assert {site.type for site in prifu.sites(model)} == {"GroupNormAct"}
 
 
-def test_functional_norms_are_listed_with_the_reason():
+class Functional(nn.Module):
+    """Two functional norms in one forward, one of them in training only; weight standardization."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.gamma = nn.Parameter(torch.rand(4))
+
+    def forward(self, x, scale: float = 1.0):
+        weight = nn.functional.layer_norm(self.second.weight, (4,))
+        x = nn.functional.layer_norm(self.first(x) * scale, (4,), self.gamma)
+        if self.training:
+            x = nn.functional.rms_norm(x, (4,))
+        return nn.functional.linear(x, weight)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_functional_norms(nested):
+    net = nn.Sequential(Functional(), nn.ReLU()) if nested else Functional()
+    x = torch.randn(5, 3)
+    wrapped = prifu.wrap(net)
+    prefix = "0." if nested else ""
+    assert set(prifu.filters(wrapped)) == {f"{prefix}layer_norm_1", f"{prefix}rms_norm"}
+    assert all(s.filtered and s.reached == "functional" for s in prifu.sites(wrapped))
+    assert type(wrapped) is type(net) or isinstance(wrapped, Functional)
+    for mode in (True, False):
+        torch.testing.assert_close(wrapped.train(mode)(x), net.train(mode)(x))
+    close_first(wrapped)
+    expected = wrapped(x)
+    assert not torch.equal(expected, net(x))
+    wrapped.load_state_dict(net.state_dict())
+    for twin in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
+        assert torch.equal(twin(x), expected)
+    torch.testing.assert_close(torch.compile(wrapped, fullgraph=True, backend="eager")(x), expected)
+    pruned = prifu.prune(wrapped, x)
+    torch.testing.assert_close(pruned(x), expected)
+    assert "layer_norm_1" in str(prifu.summary(wrapped))
+    assert torch.equal(prifu.unwrap(wrapped)(x), net(x))
+
+
+def test_functional_norms_that_cannot_be_filtered_are_named():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.norm = nn.BatchNorm1d(4)
 
         def forward(self, x):
-            return nn.functional.layer_norm(self.norm(x), (4,))
+            return nn.functional.group_norm(self.norm(x), 2)
 
     refused = [site for site in prifu.sites(Net()) if site.refused]
-    assert [(site.type, site.reached) for site in refused] == [("layer_norm", "functional")]
-    with pytest.warns(PrifuWarning, match="layer_norm"):
+    assert [(site.path, site.reached) for site in refused] == [("group_norm", "functional")]
+    with pytest.warns(PrifuWarning, match="group_norm.*number of channels"):
         prifu.wrap(Net())
 
 

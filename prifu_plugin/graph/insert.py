@@ -16,7 +16,8 @@ from prifu_plugin.config import FilterConfig
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import ConfigError, NoSiteError, OrderError, PrifuWarning
 from prifu_plugin.filter import PriFU
-from prifu_plugin.graph.host import CHILD, attach, detach, filter_of, is_host
+from prifu_plugin.graph.functional import FilterGroup, functional_calls, host_calls
+from prifu_plugin.graph.host import CHILD, attach, detach, is_host
 from prifu_plugin.graph.norms import norm_spec, num_channels
 from prifu_plugin.graph.sites import Site, no_match, norm_modules, select, sites
 
@@ -125,10 +126,10 @@ def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> nn.Module:
         recipe["cut_dim"],
         recipe["cut_channels"],
     )
-    known = dict(model.named_modules())
+    known = {site.path for site in sites(model)} | {path for path, _ in model.named_modules()}
     for path in [*state.paths, *([state.cut] if state.cut else [])]:
         if path not in known:
-            raise no_match(path, list(known))
+            raise no_match(path, sorted(known))
     _apply(model, state)
     return model
 
@@ -171,8 +172,15 @@ def filters(model: nn.Module) -> dict[str, PriFU]:
     """
     found = {}
     for path, module in model.named_modules():
-        if is_host(module):
-            unit = filter_of(module)
+        if not is_host(module):
+            continue
+        unit = module._modules[CHILD]
+        if isinstance(unit, FilterGroup):
+            prefix = f"{path}." if path else ""
+            for name, part in unit.items():
+                assert isinstance(part, PriFU)
+                found[prefix + name] = part
+        else:
             found[path] = unit.prifu if isinstance(unit, CutFilter) else unit
     return found
 
@@ -264,7 +272,10 @@ def _refusals(found: list[Site]) -> str:
 def _apply(model: nn.Module, state: WrapState, origin: nn.Parameter | None = None) -> None:
     modules = dict(norm_modules(model))
     first = next(model.parameters(), None)
+    _apply_functional(model, state, set(modules), first, origin)
     for path in state.paths:
+        if path not in modules:
+            continue
         host = modules[path]
         spec = norm_spec(host)
         channels = num_channels(host)
@@ -285,6 +296,30 @@ def _apply(model: nn.Module, state: WrapState, origin: nn.Parameter | None = Non
         "checkpoint": model.register_load_state_dict_pre_hook(_complete_checkpoint).id,
     }
     model.__dict__[STATE] = state
+
+
+def _apply_functional(
+    model: nn.Module,
+    state: WrapState,
+    modules: set[str],
+    first: nn.Parameter | None,
+    origin: nn.Parameter | None,
+) -> None:
+    """Put filters behind functional normalizations, all of one forward at once."""
+    groups: dict[str, list[str]] = {}
+    for path in state.paths:
+        if path not in modules:
+            owner, _, name = path.rpartition(".")
+            groups.setdefault(owner, []).append(name)
+    for owner, names in groups.items():
+        host = model.get_submodule(owner)
+        units = {}
+        for call in functional_calls(host):
+            if call.name in names and call.channels:
+                unit = PriFU(call.channels, state.config, dim=call.dim)
+                _place(unit, f"{owner}.{call.name}".lstrip("."), host, first, origin)
+                units[call.name] = unit
+        host_calls(host, FilterGroup(units), CHILD)
 
 
 def _place(

@@ -102,7 +102,7 @@ _REGISTRY: dict[str, NormSpec] = {
     for name, spec in names.items()
 }
 
-FUNCTIONAL_DIMS: dict[Callable[..., torch.Tensor], int] = {
+FUNCTIONAL_DIMS: dict[Callable[..., Any] | str, int] = {
     F.batch_norm: 1,
     F.instance_norm: 1,
     F.group_norm: 1,

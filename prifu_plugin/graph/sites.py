@@ -7,13 +7,14 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import nn
 
 from prifu_plugin.errors import CaptureError, NoSiteError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured, calls, capture
+from prifu_plugin.graph.functional import FilterGroup, functional_calls, functional_owners
 from prifu_plugin.graph.host import is_host
-from prifu_plugin.graph.norms import FUNCTIONAL_DIMS, base_class, norm_spec, num_channels
+from prifu_plugin.graph.norms import base_class, norm_spec, num_channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,8 @@ class Site:
     """A normalization call.
 
     Attributes:
-        path: module path; for a functional call, of the module whose forward makes it.
+        path: module path; for a functional call, that of the module whose forward makes it and
+            the call's name.
         type: class or function name.
         channels: number of channels, None if unknown.
         dim: channel dimension.
@@ -58,12 +60,8 @@ def sites(model: nn.Module) -> list[Site]:
     graphs = list(_graphs(model))
     reached = set().union(*(calls(captured) for captured in graphs)) if graphs else set()
     found = [_module_site(path, module, path in reached) for path, module in norm_modules(model)]
-    functional = {
-        (site.path, site.type): site
-        for captured in graphs
-        for site in _functional_sites(captured.graph)
-    }
-    return found + list(functional.values())
+    owners = sorted({path for captured in graphs for path in functional_owners(captured.graph)})
+    return found + [site for path in owners for site in _functional_sites(model, path)]
 
 
 def norm_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -148,23 +146,31 @@ def _module_site(path: str, module: nn.Module, reached: bool) -> Site:
     )
 
 
-def _functional_sites(graph: fx.Graph) -> Iterator[Site]:
-    from_input: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or any(n in from_input for n in node.all_input_nodes):
-            from_input.add(node)
-        if node.op != "call_function" or node.target not in FUNCTIONAL_DIMS:
-            continue
-        # A normalization of parameters alone is weight standardization.
-        if node.all_input_nodes and node.all_input_nodes[0] not in from_input:
-            continue
-        stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+def _functional_sites(model: nn.Module, path: str) -> Iterator[Site]:
+    owner = model.get_submodule(path)
+    prefix = f"{path}." if path else ""
+    try:
+        calls_made = functional_calls(owner)
+    except CaptureError as error:
         yield Site(
-            path=str(list(stack.values())[-1][0]),
-            type=getattr(node.target, "__name__", str(node.target)),
+            path=path,
+            type=base_class(owner).__name__,
             channels=None,
-            dim=FUNCTIONAL_DIMS[node.target],
+            dim=1,
             reached="functional",
             filtered=False,
-            refused="a functional call has no module to carry the filter; use the module form",
+            refused=f"a functional normalization, but {error}",
+        )
+        return
+    group = owner._modules.get("prifu")
+    for call in calls_made:
+        unknown = "its arguments do not tell its number of channels"
+        yield Site(
+            path=prefix + call.name,
+            type=call.function,
+            channels=call.channels,
+            dim=call.dim,
+            reached="functional",
+            filtered=isinstance(group, FilterGroup) and call.name in group,
+            refused="" if call.channels else unknown,
         )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from prifu_plugin.cut import CutFilter
-from prifu_plugin.graph.host import filter_of
+from prifu_plugin.graph.functional import FilterGroup
+from prifu_plugin.graph.host import CHILD
 from prifu_plugin.graph.insert import filters, wrap_state
 from prifu_plugin.graph.norms import base_class
 
@@ -94,16 +95,19 @@ def summary(model: nn.Module) -> Summary:
     rows = []
     for path, unit in filters(model).items():
         unit.check_finite()
-        host = model.get_submodule(path)
+        owner, _, call = path.rpartition(".")
+        inner = model.get_submodule(owner)._modules.get(CHILD)
+        functional = isinstance(inner, FilterGroup) and call in inner
+        host = None if functional else model.get_submodule(path)
         rows.append(
             FilterRow(
                 path,
-                base_class(host).__name__,
+                call if host is None else base_class(host).__name__,
                 unit.weight.numel(),
                 int(unit.open.sum()),
                 float(unit.weight.detach().max()),
                 unit.dose,
-                isinstance(filter_of(host), CutFilter),
+                host is not None and isinstance(host._modules[CHILD], CutFilter),
             )
         )
     return Summary(tuple(rows))
