@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test lint zoo slow export examples clean
+.PHONY: demo test lint docs zoo slow export examples clean
 demo: $(VENV)/stamp
 	$(RUN) examples/quickstart.py
 
@@ -17,21 +17,23 @@ lint: $(VENV)/stamp
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+docs: $(VENV)/stamp
+	$(RUN) -m sphinx -q -W docs out/docs
+
 # Whole architectures: every model of the contract, with and without bias.
 zoo: $(VENV)/stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m zoo
 
 # Hundreds of random networks.
 slow: $(VENV)/stamp
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow --ignore=tests/test_examples.py
 
 export: $(VENV)/stamp
 	$(RUN) -m pytest -m export
 
 # Every example as a test, on little data.
 examples: $(VENV)/stamp
-	$(RUN) examples/quickstart.py --smoke --out out/smoke
-	$(RUN) examples/finetune_timm.py --smoke --out out/smoke
+	$(RUN) -m pytest -m slow tests/test_examples.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info out

@@ -4,8 +4,8 @@
     python examples/finetune_timm.py --model resnet50 --pretrained --data-dir path/to/folders
     python examples/finetune_timm.py --model resnet50 --resume out/finetune/last.pt
 
-With --data-dir the data are an ImageFolder with train/ and val/. Weights are saved without
-pickled code: the checkpoint holds tensors and numbers, and loads with weights_only=True.
+With --data-dir the data are an ImageFolder with train/ and val/. The checkpoint loads with
+weights_only=True.
 """
 
 import argparse
@@ -46,19 +46,19 @@ def loaders(args, model):
 
 @torch.no_grad()
 def evaluate(model, loader, device):
+    """Return top-1 accuracy in percent."""
     model.eval()
-    correct = total = 0
-    for images, labels in loader:
-        (top1,) = accuracy(model(images.to(device)), labels.to(device))
-        correct += float(top1) * len(labels)
-        total += len(labels)
-    return correct / total
+    hits = [
+        float(accuracy(model(images.to(device)), labels.to(device))[0]) * len(labels)
+        for images, labels in loader
+    ]
+    return sum(hits) / len(loader.dataset)
 
 
 def main(args):
+    """Train, save after each epoch, prune at the end."""
     torch.manual_seed(args.seed)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=args.num_classes)
     train, val = loaders(args, model)
@@ -120,5 +120,5 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.epochs, arguments.dose = 2, 0.2
+        arguments.epochs, arguments.dose = min(arguments.epochs, 3), 0.2
     main(arguments)

@@ -1,12 +1,9 @@
 """Wrap, train, prune: what do a parity detector's features tell about the digit and its colour?
 
-A timm resnet18 learns even or odd on real handwritten digits, painted; which digit and which
-colour it is are private. It is trained plainly and wrapped (filters everywhere, one on the
-uploaded features, trained noise) with the same budget. The wrapped one is pruned and compared,
-and a quick attacker reads the features of all.
+A timm resnet18 learns even or odd on painted handwritten digits, plainly and wrapped (filters
+everywhere, one on the uploaded features, trained noise). The wrapped one is pruned and compared.
 
-    python examples/quickstart.py            # two to four minutes on two cores
-    python examples/quickstart.py --smoke    # seconds, numbers without meaning
+    python examples/quickstart.py    # two to four minutes on two cores; with --smoke, seconds
 """
 
 import argparse
@@ -26,13 +23,6 @@ from prifu_plugin.audit.attribute import quick_attack, task_floor
 from prifu_plugin.data.digits import load_digits
 
 RATE, BATCH, EPOCHS, DOSE = 0.05, 64, 10, 2.6
-
-
-def rates(epochs, images):
-    """Warm up, hold, and fall linearly to 0."""
-    steps = epochs * (images // BATCH)
-    warm = max(1, steps // 10)
-    return [RATE * min((i + 1) / warm, 2 * (1 - i / steps), 1.0) for i in range(steps)]
 
 
 def train(model, data, schedule, name):
@@ -68,23 +58,24 @@ def latency_ratios(models, images, rounds):
             start = time.perf_counter()
             model(images)
             spent.append(time.perf_counter() - start)
-    medians = [statistics.median(spent[1:]) for spent in times]
-    return [median / medians[0] for median in medians]
+    return [statistics.median(spent[1:]) / statistics.median(times[0][1:]) for spent in times]
 
 
 def main(smoke=False, out="out/quickstart", seed=0):
     """Run everything and print one table."""
     torch.manual_seed(seed)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(out)).mkdir(parents=True, exist_ok=True)
     digits = load_digits(seed)
     ends = [(0, 2600), (2600, 3600), (3600, 4000), (4000, 5000)]  # disjoint
     task, *attack = (digits.part(a, a + 150 if smoke else b) for a, b in ends)
-    schedule = rates(1 if smoke else EPOCHS, len(task))
+    steps = (1 if smoke else EPOCHS) * (len(task) // BATCH)
+    warm = max(1, steps // 10)
+    schedule = [RATE * min((i + 1) / warm, 2 * (1 - i / steps), 1.0) for i in range(steps)]
 
     net = timm.create_model("resnet18", num_classes=2)
     beta = prifu.dose_to_beta(0.1 if smoke else DOSE, schedule)
-    wrapped = prifu.wrap(net, beta=beta, cut="global_pool", noise=0.3, example_inputs=task.images[:2])
+    example = task.images[:2]
+    wrapped = prifu.wrap(net, beta=beta, cut="global_pool", noise=0.3, example_inputs=example)
     plain = train(net, task, schedule, "plain")
     train(wrapped, task, schedule, "wrapped")
     pruned = prifu.prune(wrapped)
@@ -93,20 +84,19 @@ def main(smoke=False, out="out/quickstart", seed=0):
 
     models = {"plain": plain, "wrapped": wrapped, "pruned": pruned}
     ratios = latency_ratios(list(models.values()), task.images[:32], 5 if smoke else 30)
-    table = Table(title="Even or odd? Private: digit and colour, read by the strongest of 4 attackers")
-    for column in ("", "task", "parameters", "MACs", "file kB", "latency", "digit", "colour"):
-        table.add_column(column, justify="right")
+    columns = ("", "task", "parameters", "MACs", "file kB", "latency", "digit", "colour")
+    table = Table(*columns, title="Even or odd? Private: digit and colour, best of 4 attackers")
     for (name, model), ratio in zip(models.items(), ratios, strict=True):
         file = out / f"{name}.safetensors"
         save_model(model, str(file))
         uploads = [upload(model, part.images) for part in attack]
         right = (uploads[-1][1] == attack[-1].parity).float().mean().item()
         size = report.parameters[name == "pruned"], report.macs[name == "pruned"]
-        table.add_row(name, f"{right:.3f}", *(f"{n:,}" for n in size),
-                      f"{file.stat().st_size // 1000:,}", f"{ratio:.2f}", *leaks(uploads, attack, seed))
+        numbers = [f"{n:,}" for n in (*size, file.stat().st_size // 1000)]
+        table.add_row(name, f"{right:.3f}", *numbers, f"{ratio:.2f}", *leaks(uploads, attack, seed))
     # A control that costs nothing: all that a two-class linear head can see is one number.
-    seen = plain.fc.weight[1] - plain.fc.weight[0]
-    uploads = [((z @ seen)[:, None].detach(), y) for z, y in (upload(plain, p.images) for p in attack)]
+    seen = (plain.fc.weight[1:] - plain.fc.weight[:1]).detach().T
+    uploads = [(z @ seen, y) for z, y in (upload(plain, part.images) for part in attack)]
     table.add_row("plain, logit only", *[""] * 5, *leaks(uploads, attack, seed))
     Console(width=120).print(table)
     report.plot()[0].savefig(out / "channels.png", dpi=150)
@@ -118,7 +108,8 @@ def leaks(uploads, attack, seed):
     """Attack digit and colour; show the floor beside each result."""
     for kind in ("digit", "colour"):
         labels = [getattr(part, kind) for part in attack]
-        found = quick_attack(*((z, s) for (z, _), s in zip(uploads, labels, strict=True)), seed=seed)
+        pairs = [(z, s) for (z, _), s in zip(uploads, labels, strict=True)]
+        found = quick_attack(*pairs, seed=seed)
         floor = task_floor((uploads[0][1], labels[0]), (uploads[-1][1], labels[-1]))
         yield f"{found.accuracy:.3f} (floor {max(floor, found.majority):.3f})"
 

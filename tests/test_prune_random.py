@@ -43,9 +43,10 @@ def test_random_networks(seed, size, bias, share, round_to):
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
-@given(**CASES)
-def test_many_random_networks(seed, size, bias, share, round_to):
+@pytest.mark.parametrize("bias", [False, True])
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(**{name: case for name, case in CASES.items() if name != "bias"})
+def test_many_random_networks(bias, seed, size, share, round_to):
     check(seed, size, bias, share, round_to)
 
 

@@ -94,10 +94,18 @@ class StatisticsRule(Rule):
         self.source = first_input(node)
 
     def const(self, analysis: Analysis) -> Fact:
-        """Closed channels are constant; their value is what the layer says on any input."""
+        """Closed channels are constant, with the value the layer has on any input.
+
+        If all inputs are constant, so is everything: uniform channels have the same statistics at
+        every resolution.
+        """
         fact = analysis.fact(self.source)
         dim = self.dim % len(fact.shape)
         axes = tuple(sorted({*fact.axes, dim}))
+        if not fact.live.any():
+            whole = fact.known.expand(fact.shape)
+            out = run(analysis, self.node, lambda n: whole if n is self.source else n)
+            return summarize(out, fact.shape, axes)
         if self.closed is None:
             return summarize(
                 torch.full([1] * len(fact.shape), torch.nan).double(), fact.shape, axes
