@@ -4,8 +4,7 @@
     python examples/finetune_timm.py --model resnet50 --pretrained --data-dir path/to/folders
     python examples/finetune_timm.py --model resnet50 --resume out/finetune/last.pt
 
-With --data-dir the data are an ImageFolder with train/ and val/. The checkpoint loads with
-weights_only=True.
+With --data-dir the data are an ImageFolder with train/ and val/.
 """
 
 import argparse
@@ -63,7 +62,6 @@ def main(args):
     model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=args.num_classes)
     train, val = loaders(args, model)
     first = next(iter(val))[0][:2]
-
     # The decay's dose is what counts: beta follows from it and from the schedule.
     rates = [args.lr * (1 + math.cos(math.pi * e / args.epochs)) / 2 for e in range(args.epochs)]
     beta = prifu.dose_to_beta(args.dose, rates * len(train))
@@ -79,7 +77,6 @@ def main(args):
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["epoch"] + 1
         scheduler.step(start)
-
     for epoch in range(start, args.epochs):
         model.train()
         for images, labels in tqdm(train, desc=f"epoch {epoch}", disable=None):
@@ -94,7 +91,6 @@ def main(args):
               f"{state.open} of {state.channels} channels open, dose {state.rows[0].dose:.2f}")
         torch.save({"model": model.state_dict(), "ema": ema.module.state_dict(), "epoch": epoch,
                     "optimizer": optimizer.state_dict()}, out / "last.pt")  # fmt: skip
-
     pruned = prifu.prune(model, first)
     save_model(pruned, str(out / "pruned.safetensors"))
     (out / "plan.json").write_text(prifu.plan(pruned).to_json())

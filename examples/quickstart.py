@@ -65,20 +65,18 @@ def main(smoke=False, out="out/quickstart", seed=0):
     """Run everything and print one table."""
     torch.manual_seed(seed)
     (out := Path(out)).mkdir(parents=True, exist_ok=True)
-    digits = load_digits(seed)
     ends = [(0, 2600), (2600, 3600), (3600, 4000), (4000, 5000)]  # disjoint
-    task, *attack = (digits.part(a, a + 150 if smoke else b) for a, b in ends)
+    task, *attack = (load_digits(seed).part(a, a + 150 if smoke else b) for a, b in ends)
     steps = (1 if smoke else EPOCHS) * (len(task) // BATCH)
     warm = max(1, steps // 10)
     schedule = [RATE * min((i + 1) / warm, 2 * (1 - i / steps), 1.0) for i in range(steps)]
 
     net = timm.create_model("resnet18", num_classes=2)
     beta = prifu.dose_to_beta(0.1 if smoke else DOSE, schedule)
-    example = task.images[:2]
-    wrapped = prifu.wrap(net, beta=beta, cut="global_pool", noise=0.3, example_inputs=example)
+    wrapped = prifu.wrap(net, beta=beta, cut="global_pool", noise=0.3)
     plain = train(net, task, schedule, "plain")
     train(wrapped, task, schedule, "wrapped")
-    pruned = prifu.prune(wrapped)
+    pruned = prifu.prune(wrapped)  # at the size of the last forward pass
     report = prifu.report(pruned)
     print(prifu.summary(wrapped), report, sep="\n\n", end="\n\n")
 
@@ -100,8 +98,8 @@ def main(smoke=False, out="out/quickstart", seed=0):
     table.add_row("plain, logit only", *[""] * 5, *leaks(uploads, attack, seed))
     Console(width=120).print(table)
     report.plot()[0].savefig(out / "channels.png", dpi=150)
-    print(f"Channels kept, layer by layer: {out / 'channels.png'}. Test images: {len(attack[-1])}, "
-          "so 95 % intervals are about +-0.03. Empirical: a stronger attacker may read more.")
+    print(f"Picture: {out / 'channels.png'}. {len(attack[-1])} test images: +-0.03 at 95 %. "
+          "Empirical: a stronger attacker may read more.")
 
 
 def leaks(uploads, attack, seed):

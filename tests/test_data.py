@@ -12,7 +12,8 @@ def test_digits_are_real_balanced_and_painted_independently():
     assert 0 <= digits.images.min() <= digits.images.max() <= 1
     assert torch.equal(digits.parity, digits.digit % 2)
     assert digits.digit.bincount().tolist() == [500] * 10
-    shares = torch.stack([(digits.colour[digits.digit == d] == 0).float().mean() for d in range(10)])
+    first = digits.colour == 0
+    shares = torch.stack([first[digits.digit == d].float().mean() for d in range(10)])
     assert (shares - 0.25).abs().max() < 0.08
     corner = digits.images[:, :, 0, 0]
     assert torch.equal(corner, PALETTES[digits.colour, 1])
