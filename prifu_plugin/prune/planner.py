@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from prifu_plugin.prune.facts import Fact, tensor_inputs
-from prifu_plugin.prune.layout import FILL, Conform, Layout, physical, restrict, simplify
+from prifu_plugin.prune.layout import FILL, Conform, Layout, box, physical, restrict, simplify
 from prifu_plugin.prune.plan import Keep, Kernel, NodePlan, Plan
 from prifu_plugin.prune.rules.base import Analysis
 
@@ -60,6 +60,25 @@ class Planner:
     def physical(self, node: fx.Node, dim: int) -> tuple[int, ...]:
         """Return the original indices that exist of a node along a dimension."""
         return physical(self.analysis.fact(node), self.layouts[node], dim)
+
+    def kept(self, node: fx.Node) -> dict[int, tuple[int, ...]] | None:
+        """Return the channels of a node that are to exist, None if there are none."""
+        keep = self.analysis.keep[node]
+        return box(keep, self.analysis.fact(node).axes) if keep.any() else None
+
+    def in_order_of(
+        self, source: fx.Node, wanted: dict[int, tuple[int, ...]]
+    ) -> dict[int, tuple[int, ...]]:
+        """Order the wanted channels as a source has them, so that no gather is needed."""
+        if not self.exists(source):
+            return wanted
+        ordered = {}
+        for dim, kept in wanted.items():
+            asked = set(kept)
+            first = [index for index in self.physical(source, dim) if index in asked]
+            there = set(first)
+            ordered[dim] = tuple(first + [index for index in kept if index not in there])
+        return ordered
 
     def conform(self, source: fx.Node, reader: fx.Node, wanted: Layout | None = None) -> Conform:
         """Plan how a reader gets a source in the layout it wants; whole where none is given.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from prifu_plugin.prune.facts import Fact, any_over, summarize
-from prifu_plugin.prune.layout import Conform, box
+from prifu_plugin.prune.layout import Conform
 from prifu_plugin.prune.plan import Concat
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule
@@ -53,10 +53,9 @@ class ConcatRule(Rule):
     def plan(self, planner: Planner) -> None:
         """Concatenate what exists of the parts."""
         analysis = planner.analysis
-        fact, keep = analysis.fact(self.node), analysis.keep[self.node]
-        if not keep.any():
+        fact, layout = analysis.fact(self.node), planner.kept(self.node)
+        if layout is None:
             return
-        layout = box(keep, fact.axes)
         operands: dict[fx.Node, Conform] = {}
         parts: list[int] = []
         order: list[int] = []
@@ -82,13 +81,8 @@ class ConcatRule(Rule):
     def _local(
         self, planner: Planner, part: fx.Node, start: int, width: int, asked: set[int]
     ) -> tuple[int, ...]:
-        wanted = [index for index in range(width) if start + index in asked]
-        if not planner.exists(part):
-            return tuple(wanted)
-        there = set(wanted)
-        have = [i for i in planner.physical(part, self.dim) if i in there]
-        known = set(have)
-        return tuple(have + [i for i in wanted if i not in known])
+        wanted = tuple(index for index in range(width) if start + index in asked)
+        return planner.in_order_of(part, {self.dim: wanted})[self.dim]
 
     def _operand(
         self, planner: Planner, part: fx.Node, target: dict[int, tuple[int, ...]]

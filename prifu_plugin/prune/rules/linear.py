@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from prifu_plugin.prune.facts import Fact, any_over, summarize
-from prifu_plugin.prune.layout import FILL, box
+from prifu_plugin.prune.layout import FILL
 from prifu_plugin.prune.plan import SliceLinear
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, first_input
@@ -80,13 +80,11 @@ class LinearRule(Rule):
 
     def plan(self, planner: Planner) -> None:
         """Slice rows to what is kept and columns to what exists."""
-        analysis, linear = planner.analysis, self.map
-        keep = analysis.keep[self.node]
-        if not keep.any():
+        kept = planner.kept(self.node)
+        if kept is None:
             return
-        kept = box(keep, analysis.fact(self.node).axes)
-        rows = kept.pop(linear.dim)
-        if linear.groups == 1:
+        rows = kept.pop(self.map.dim)
+        if self.map.groups == 1:
             self._plan_dense(planner, rows, kept)
         else:
             self._plan_grouped(planner, rows, kept)

@@ -13,7 +13,7 @@ from prifu_plugin.graph.host import filter_of, folded_parameters, is_host
 from prifu_plugin.graph.host import folds as can_fold
 from prifu_plugin.graph.norms import norm_spec
 from prifu_plugin.prune.facts import Fact, summarize
-from prifu_plugin.prune.layout import box, simplify
+from prifu_plugin.prune.layout import simplify
 from prifu_plugin.prune.plan import Scale, SelectNorm, SliceNorm
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, run
@@ -62,12 +62,10 @@ class ChannelAffineRule(Rule):
 
     def plan(self, planner: Planner) -> None:
         """Slice the layer's own parameters."""
-        analysis = planner.analysis
-        fact = analysis.fact(self.node)
-        keep = analysis.keep[self.node]
-        if not keep.any():
+        fact, kept = planner.analysis.fact(self.node), planner.kept(self.node)
+        if kept is None:
             return
-        wanted = _in_order_of(planner, self.source, box(keep, fact.axes))
+        wanted = planner.in_order_of(self.source, kept)
         channels = simplify(fact.shape, wanted).get(self.dim % len(fact.shape))
         conform = planner.conform(self.source, self.node, wanted)
         if isinstance(self.module, PriFU | CutFilter):
@@ -124,14 +122,11 @@ class StatisticsRule(Rule):
 
     def plan(self, planner: Planner) -> None:
         """Fold the filter in and select the channels that go on."""
-        analysis = planner.analysis
-        fact = analysis.fact(self.node)
-        keep = analysis.keep[self.node]
-        if not keep.any():
+        fact, kept = planner.analysis.fact(self.node), planner.kept(self.node)
+        if kept is None:
             return
         dim = self.dim % len(fact.shape)
-        channels = box(keep, fact.axes)[dim]
-        layout = simplify(fact.shape, {dim: channels})
+        layout = simplify(fact.shape, {dim: kept[dim]})
         folded, shifted = True, False
         if is_host(self.module):
             unit, spec = filter_of(self.module), norm_spec(self.module)
@@ -189,19 +184,3 @@ class _without_noise:  # noqa: N801 - reads as a phrase where it is used
     def __exit__(self, *_: object) -> None:
         if isinstance(self.module, CutFilter):
             self.module.noise = self.noise
-
-
-def _in_order_of(
-    planner: Planner, source: fx.Node, wanted: dict[int, tuple[int, ...]]
-) -> dict[int, tuple[int, ...]]:
-    """Order the wanted channels as the source has them, so that no gather is needed."""
-    if not planner.exists(source):
-        return wanted
-    ordered = {}
-    for dim, kept in wanted.items():
-        have = planner.physical(source, dim)
-        asked = set(kept)
-        first = [index for index in have if index in asked]
-        there = set(first)
-        ordered[dim] = tuple(first + [index for index in kept if index not in there])
-    return ordered

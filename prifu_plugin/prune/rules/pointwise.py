@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prifu_plugin.prune.facts import Fact, any_over, summarize, tensor_inputs
-from prifu_plugin.prune.layout import Conform, Layout, box
+from prifu_plugin.prune.layout import Conform, Layout
 from prifu_plugin.prune.plan import Alias, Keep, Parameter
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, run
@@ -98,14 +98,13 @@ class PointwiseRule(Rule):
 
     def plan(self, planner: Planner) -> None:
         """Bring all operands to the union of what is kept."""
-        analysis = planner.analysis
-        fact = analysis.fact(self.node)
-        keep = analysis.keep[self.node]
-        if not keep.any():
+        analysis, kept = planner.analysis, planner.kept(self.node)
+        if kept is None:
             return
+        fact = analysis.fact(self.node)
         rank = len(fact.shape)
         sources = list(tensor_inputs(self.node, analysis.values))
-        wanted = self._order(planner, sources, box(keep, fact.axes))
+        wanted = self._order(planner, sources, kept)
         operands = {s: self._operand(planner, s, wanted, rank) for s in sources}
         present = [s for s in sources if planner.exists(s) or analysis.fact(s).static]
         if self.node.target in SUMS and len(sources) == 2 and len(present) == 1:
@@ -194,17 +193,12 @@ class ChannelwiseRule(Rule):
 
     def plan(self, planner: Planner) -> None:
         """Run it on the channels that go on."""
-        keep = planner.analysis.keep[self.node]
-        if not keep.any():
+        kept = planner.kept(self.node)
+        if kept is None:
             return
         back = {after: before for before, after in self.dims.items()}
-        kept = box(keep, planner.analysis.fact(self.node).axes)
         wanted = {back[dim]: indices for dim, indices in kept.items()}
-        if planner.exists(self.source):
-            for dim, indices in wanted.items():
-                asked = set(indices)
-                have = [i for i in planner.physical(self.source, dim) if i in asked]
-                wanted[dim] = tuple(have + [i for i in indices if i not in set(have)])
+        wanted = planner.in_order_of(self.source, wanted)
         layout = {self.dims[dim]: indices for dim, indices in wanted.items()}
         conform = planner.conform(self.source, self.node, wanted)
         planner.emit(self.node, Keep(), {self.source: conform}, layout)
