@@ -50,6 +50,14 @@ def test_many_random_networks(bias, seed, size, share, round_to):
     check(seed, size, bias, share, round_to)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(12))
+def test_six_hundred_seeds(block):
+    for seed in range(3000 + 50 * block, 3050 + 50 * block):
+        share, round_to = [0.1, 0.5, 0.9][seed % 3], [1, 1, 4][seed // 3 % 3]
+        check(seed, 1 + seed % 12, seed % 2 == 0, share, round_to)
+
+
 @pytest.mark.parametrize("seed", [81, 166, 191, 479, 562, 575, 659, 1698])
 def test_networks_that_failed_once(seed):
     check(seed, 1 + seed % 12, seed % 2 == 0, [0.1, 0.5, 0.9][seed % 3], [1, 1, 4][seed // 3 % 3])

@@ -28,6 +28,8 @@ class _Recorder(fx.Interpreter):
         else:
             n.meta["shape"] = ()
         n.meta["several"] = several
+        if isinstance(result, Tensor) and result.ndim == 0:
+            n.meta["zero_dim"] = True
         n.meta["example"] = result if not isinstance(result, Tensor) else result.new_empty(0)
         if n.op == "get_attr" and (several or isinstance(result, Tensor)):
             n.meta["static"] = result

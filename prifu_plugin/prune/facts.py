@@ -69,6 +69,13 @@ def summarize(values: Tensor, shape: tuple[int, ...], axes: tuple[int, ...]) -> 
     return Fact(shape, axes, values.expand(summary).clone())
 
 
+def first_channel(fact: Fact) -> Tensor:
+    """Return a mask over a tensor's channels with the first one set."""
+    mask = torch.zeros(fact.summary_shape(), dtype=torch.bool)
+    mask.view(-1)[0] = True
+    return mask
+
+
 def any_over(mask: Tensor, like: Fact) -> Tensor:
     """Reduce a mask, broadcastable to the tensor, to its channels: true if true anywhere."""
     for dim, size in enumerate(like.summary_shape()):

@@ -65,17 +65,28 @@ _PURE_FUNCTIONS: dict[Any, Callable[..., Any]] = {
 
 def _make_pure(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
     """Replace an in-place operation; whoever reads its operand afterwards reads the result."""
+    if not node.args and "input" in node.kwargs:
+        node.args = (node.kwargs["input"],)
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "input"}
     if not _is_inplace(node, model):
         return
     if node.op == "call_function":
-        node.target = _PURE_FUNCTIONS.get(node.target, node.target)
+        node.target = _pure_function(node)
     elif node.op == "call_method":
         node.target = str(node.target).removesuffix("_")
+        if not hasattr(torch.Tensor, node.target):
+            raise CaptureError(f"'{node.name}' overwrites a tensor in place ({node.target}_).")
     node.kwargs = {k: False if k == "inplace" else v for k, v in node.kwargs.items()}
     operand = node.args[0]
     if not isinstance(operand, fx.Node):
         raise CaptureError(f"'{node.name}' writes in place into something that is no tensor.")
     later = set(_after(node))
+    for alias in _aliases(operand) - {operand}:
+        if any(user in later for user in alias.users):
+            raise CaptureError(
+                f"'{node.name}' writes in place into '{operand.name}', which shares memory with "
+                f"'{alias.name}', read afterwards. Write it out of place."
+            )
     operand.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
 
 
@@ -85,7 +96,56 @@ def _is_inplace(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_method":
         name = str(node.target)
         return name.endswith("_") and not name.endswith("__")
-    return node.target in _PURE_FUNCTIONS or bool(node.kwargs.get("inplace"))
+    name = getattr(node.target, "__name__", "")
+    named = name.endswith("_") and not name.endswith("__")
+    return (
+        node.target in _PURE_FUNCTIONS
+        or (named and node.op == "call_function")
+        or bool(node.kwargs.get("inplace"))
+        or node.kwargs.get("out") is not None
+    )
+
+
+def _pure_function(node: fx.Node) -> Callable[..., Any]:
+    target: Any = node.target
+    if node.kwargs.get("out") is not None:
+        raise CaptureError(f"'{node.name}' writes into out=. Assign its result instead.")
+    if target in _PURE_FUNCTIONS:
+        pure: Callable[..., Any] = _PURE_FUNCTIONS[target]
+        return pure
+    name = str(getattr(target, "__name__", ""))
+    if not name.endswith("_"):
+        return target  # type: ignore[no-any-return]
+    for home in (F, torch):
+        twin = getattr(home, name.removesuffix("_"), None)
+        if twin is not None:
+            return twin  # type: ignore[no-any-return]
+    raise CaptureError(f"'{node.name}' overwrites a tensor in place ({name}).")
+
+
+_VIEWS = {
+    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "squeeze"),
+    *("unsqueeze", "expand", "narrow", "select", "chunk", "split", "unbind", "movedim", "detach"),
+    *("contiguous", "getitem", "diagonal", "swapaxes", "swapdims", "view_as", "expand_as"),
+}
+
+
+def _aliases(node: fx.Node) -> set[fx.Node]:
+    """Return the nodes that may share memory with one, through views of it or above it."""
+    found, open_nodes = {node}, [node]
+    while open_nodes:
+        at = open_nodes.pop()
+        near = [user for user in at.users if _is_view(user) and user.args[0] is at]
+        if _is_view(at) and isinstance(at.args[0], fx.Node):
+            near.append(at.args[0])
+        open_nodes += [other for other in near if other not in found]
+        found.update(near)
+    return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return bool(node.args) and name in _VIEWS
 
 
 def _after(node: fx.Node) -> list[fx.Node]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from prifu_plugin.prune.facts import Fact, tensor_inputs
+from prifu_plugin.prune.facts import Fact, first_channel, tensor_inputs
 from prifu_plugin.prune.layout import FILL, Conform, Layout, box, physical, restrict, simplify
 from prifu_plugin.prune.plan import Keep, Kernel, NodePlan, Plan
 from prifu_plugin.prune.rules.base import Analysis
@@ -184,11 +184,12 @@ def _find_keep(analysis: Analysis, round_to: int) -> None:
         if not isinstance(value, Fact):
             if read:
                 exists.add(node)
+                _pass_wants(analysis, node)
             continue
         keep = analysis.wanted(node) | wants.get(node, torch.tensor(False))
         sized = any(user in exists and user.meta["shape"] == () for user in node.users)
         if sized and not keep.any():
-            keep = _first(value)
+            keep = first_channel(value)
         keep = _aligned(analysis, node, keep, round_to)
         analysis.keep[node] = keep
         if not keep.any() and not (value.static and read):
@@ -206,13 +207,7 @@ def _pass_wants(analysis: Analysis, node: fx.Node) -> None:
     sources = [s for s in analysis.rules[node].sources(analysis) if not analysis.fact(s).static]
     there = [analysis.wanted(s) | wants.get(s, torch.tensor(False)) for s in sources]
     if sources and not any(mask.any() for mask in there):
-        wants[sources[0]] = _first(analysis.fact(sources[0]))
-
-
-def _first(fact: Fact) -> Tensor:
-    mask = torch.zeros(fact.summary_shape(), dtype=torch.bool)
-    mask.view(-1)[0] = True
-    return mask
+        wants[sources[0]] = first_channel(analysis.fact(sources[0]))
 
 
 def _aligned(analysis: Analysis, node: fx.Node, keep: Tensor, round_to: int) -> Tensor:

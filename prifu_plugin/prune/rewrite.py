@@ -87,7 +87,7 @@ class _Rewriter:
             return self._alias(node, plan, operands)
         if isinstance(kernel, Parameter):
             value = _get(self.root, str(node.target))
-            return self._member(str(node.target), _like(value, selected(value, kernel.select)))
+            return self._member(self._place(node), _like(value, selected(value, kernel.select)))
         if isinstance(kernel, Concat):
             listed: Any = node.args[0] if node.args else node.kwargs["tensors"]
             parts = [self._operand(listed[i], operands) for i in kernel.parts]
@@ -109,7 +109,7 @@ class _Rewriter:
         kwargs = self._argument(node, node.kwargs, operands)
         if node.op == "get_attr":
             value = _get(self.root, str(node.target))
-            return self._member(str(node.target), _like(value, value))
+            return self._member(self._place(node), _like(value, value))
         if node.op == "call_module":
             module = pure_copy(self.root.get_submodule(str(node.target)))
             return self._call(node, module, args, kwargs)
@@ -268,6 +268,10 @@ class _Rewriter:
             sizes = self._sizes(first_input(node))
             dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             return sizes if dim is None else sizes[dim]
+        if node.target in ("numel", "nelement") and isinstance(node.args[0], fx.Node):
+            asked = self.values[node.args[0]]
+            sizes = asked if isinstance(asked, tuple) else self._sizes(node.args[0])
+            return self._product(sizes)
         args = self._argument(node, node.args)
         if any(isinstance(a, tuple | list) for a in args) and callable(node.target):
             return node.target(*args)
@@ -275,6 +279,12 @@ class _Rewriter:
         if not _has_nodes((args, kwargs)):
             return node.meta["example"]
         return self.new.create_node(node.op, node.target, tuple(args), kwargs)
+
+    def _product(self, sizes: tuple[Any, ...]) -> Any:
+        total: Any = 1
+        for size in sizes:
+            total = self.new.call_function(operator.mul, (total, size))
+        return total
 
     def _sizes(self, source: fx.Node) -> tuple[Any, ...]:
         plan = self.plans.get(source.name)
@@ -295,6 +305,13 @@ class _Rewriter:
             path = f"{path}_call{count}"
         self.members[path] = module
         return self.new.call_module(path, tuple(args), kwargs)
+
+    def _place(self, node: fx.Node) -> str:
+        """Return a path for a parameter; not inside a layer that has a sliced one of its own."""
+        path = str(node.target)
+        owner, _, name = path.rpartition(".")
+        called = any(n.op == "call_module" and n.target == owner for n in self.old.nodes)
+        return f"{owner.replace('.', '_')}_{name}_whole" if called else path
 
     def _member(self, path: str, value: Any) -> fx.Node:
         self.members[path] = value

@@ -69,7 +69,9 @@ def compare(
     inputs = [torch.randn(shape, generator=generator).to(reference) for shape in shapes]
     rounding = 0.0
     with torch.no_grad(), Quiet(filtered), Quiet(pruned):
-        expected, found = filtered(*inputs), pruned(*inputs)
+        # Copies, since a model may overwrite its input.
+        expected = filtered(*(x.clone() for x in inputs))
+        found = pruned(*(x.clone() for x in inputs))
         if precise is not None:
             with Quiet(precise):
                 rounding = difference(precise(*(x.double() for x in inputs)), expected)
@@ -92,16 +94,29 @@ def difference(expected: Any, found: Any) -> float:
     left, right = pytree.tree_leaves(expected), pytree.tree_leaves(found)
     if len(left) != len(right):
         return float("inf")
-    worst = 0.0
-    for a, b in zip(left, right, strict=True):
-        if not isinstance(a, Tensor):
-            continue
-        if a.shape != b.shape or not torch.isfinite(a).all():
-            return float("inf") if a.shape != b.shape else float("nan")
-        scale = max(float(a.abs().max()), torch.finfo(a.dtype).tiny)
-        gap = float((a - b).abs().max()) / scale
-        worst = gap if gap != gap else max(worst, gap)
-    return worst
+    gaps = [_gap(a, b) for a, b in zip(left, right, strict=True)]
+    return float("nan") if any(gap != gap for gap in gaps) else max(gaps, default=0.0)
+
+
+def _gap(a: Any, b: Any) -> float:
+    """Return the relative difference of two leaves: inf for another kind, nan for no evidence."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return 0.0 if type(a) is type(b) and a == b else float("inf")
+    if a.shape != b.shape:
+        return float("inf")
+    a, b = a.detach().double(), b.detach().double()
+    finite = torch.isfinite(a)
+    if a.numel() and not finite.any():
+        return float("nan")
+    odd = ~finite
+    if not torch.equal(finite, torch.isfinite(b)) or not torch.equal(
+        torch.nan_to_num(a[odd]), torch.nan_to_num(b[odd])
+    ):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = max(float(a[finite].abs().max()), torch.finfo(torch.float64).tiny)
+    return float((a - b)[finite].abs().max()) / scale
 
 
 def takes(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> bool:

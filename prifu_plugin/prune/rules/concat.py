@@ -126,6 +126,9 @@ def concat_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
         return None
     if len(set(parts)) != len(parts):
         return None
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    assert isinstance(dim, int)
+    named = node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    dim = node.args[1] if len(node.args) > 1 else named
+    ranks = {len(analysis.fact(p).shape) for p in parts}
+    if not isinstance(dim, int) or ranks != {len(node.meta["shape"])}:
+        return None
     return ConcatRule(node, list(parts), dim % len(node.meta["shape"]))

@@ -8,6 +8,7 @@ all there is to know: constants, need and layouts follow by indexing.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,11 +98,14 @@ def movement_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     if len(sources) != 1:
         return None
     source = sources[0]
+    if not node.args or node.args[0] is not source or "zero_dim" in source.meta:
+        return None
     if is_fact_tuple(analysis.values[source]):
         split = analysis.rules[source]
-        if not isinstance(split, MovementRule) or not isinstance(node.args[1], int):
+        item = node.args[1] if node.target is operator.getitem else None
+        if not isinstance(split, MovementRule) or not isinstance(item, int):
             return None
-        return ItemRule(node, split.source, (split.moved[node.args[1]],))
+        return ItemRule(node, split.source, (split.moved[item],))
     fact = analysis.fact(source)
     size = math.prod(fact.shape)
     labels = torch.arange(1, size + 1, dtype=torch.float64).reshape(fact.shape)

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from prifu_plugin.prune.facts import Fact, live_everywhere, tensor_inputs
+from prifu_plugin.prune.facts import Fact, first_channel, live_everywhere, tensor_inputs
 from prifu_plugin.prune.plan import Keep
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule
+
+SIZE_QUERIES = {
+    *("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "dtype", "device"),
+    *("is_cuda", "requires_grad", "is_floating_point", "layout"),
+}
+"""Questions about a tensor that rewriting answers as the original would."""
 
 
 class OpaqueRule(Rule):
@@ -37,6 +43,14 @@ class OpaqueRule(Rule):
         if not self.node.meta["several"] and not analysis.need[self.node].any():
             return {}
         return self._all(analysis)
+
+    def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Each input must exist, for its shape."""
+        return {
+            source: first_channel(analysis.fact(source))
+            for source in self.sources(analysis)
+            if not analysis.fact(source).static and not analysis.wanted(source).any()
+        }
 
     def plan(self, planner: Planner) -> None:
         """Make the inputs whole."""
@@ -103,8 +117,21 @@ class ScalarRule(Rule):
         return self.node.meta["example"]
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
-        """A size asks for existence, not for values."""
-        return {}
+        """A size asks for existence, not for values; another question for the whole tensor."""
+        return self._whole(analysis)
+
+    def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Another question than for a size is asked of the whole tensor."""
+        return self._whole(analysis)
+
+    def _whole(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        attribute = self.node.args[1] if self.node.target is getattr else self.node.target
+        if attribute in SIZE_QUERIES or self.node.op == "placeholder":
+            return {}
+        return {
+            source: torch.ones(analysis.fact(source).summary_shape(), dtype=torch.bool)
+            for source in self.sources(analysis)
+        }
 
     def plan(self, planner: Planner) -> None:
         """Stay if what it asks about does; rewriting answers with original sizes."""

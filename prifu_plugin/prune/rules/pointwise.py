@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from prifu_plugin.prune.facts import Fact, any_over, summarize, tensor_inputs
+from prifu_plugin.prune.facts import Fact, any_over, first_channel, summarize, tensor_inputs
 from prifu_plugin.prune.layout import Conform, Layout
 from prifu_plugin.prune.plan import Alias, Keep, Parameter
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, run
 
 PRODUCTS = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
+SCALINGS = {*PRODUCTS, operator.truediv, torch.div, torch.true_divide, "div", "true_divide"}
 SUMS = {operator.add, torch.add, "add"}
 
 POINTWISE = {
@@ -56,6 +57,10 @@ class PointwiseRule(Rule):
             for source in facts:
                 zero = (known[source] == 0) & ~_right(facts[source].live, len(shape))
                 live = live & ~zero
+        if any(n not in facts and n.op != "get_attr" for n in self.node.all_input_nodes):
+            # A size may stand in the formula: what it makes of constants holds at one resolution.
+            zero = out == 0 if self.node.target in SCALINGS else torch.tensor(False)
+            live = live | ~zero
         axes = sorted(
             {
                 dim + len(shape) - len(fact.shape)
@@ -87,14 +92,35 @@ class PointwiseRule(Rule):
     def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """A constant that is kept here is kept in the operands, which saves a copy."""
         extra = analysis.extra(self.node)
+        asked = self._shapes(analysis)
         facts = {s: analysis.fact(s) for s in tensor_inputs(self.node, analysis.values)}
         # Among several operands, a 0 is cheaper filled in than computed.
         several = len(facts) > 1
-        return {
-            source: _reduced(extra, fact) & (fact.const != 0 if several else torch.tensor(True))
-            for source, fact in facts.items()
-            if _full_width(fact, extra)
-        }
+        for source, fact in facts.items():
+            if _full_width(fact, extra):
+                visible = fact.const != 0 if several else torch.tensor(True)
+                mask = _reduced(extra, fact) & visible
+                asked[source] = asked[source] | mask if source in asked else mask
+        return asked
+
+    def _shapes(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
+        """Ask a dead operand for one channel if the result has its size from it alone."""
+        facts = {s: analysis.fact(s) for s in tensor_inputs(self.node, analysis.values)}
+        rank = len(analysis.fact(self.node).shape)
+        there = [s for s, f in facts.items() if f.static or analysis.wanted(s).any()]
+        covered = [
+            any(dim >= rank - len(facts[s].shape) and facts[s].shape[dim - rank] > 1 for s in there)
+            for dim in range(rank)
+        ]
+        asked = {}
+        for source, fact in facts.items():
+            gives = [
+                fact.shape[dim - rank] > 1 and not covered[dim]
+                for dim in range(rank - len(fact.shape), rank)
+            ]
+            if source not in there and any(gives):
+                asked[source] = first_channel(fact)
+        return asked
 
     def plan(self, planner: Planner) -> None:
         """Bring all operands to the union of what is kept."""
@@ -107,7 +133,8 @@ class PointwiseRule(Rule):
         wanted = self._order(planner, sources, kept)
         operands = {s: self._operand(planner, s, wanted, rank) for s in sources}
         present = [s for s in sources if planner.exists(s) or analysis.fact(s).static]
-        if self.node.target in SUMS and len(sources) == 2 and len(present) == 1:
+        plain = self.node.target in SUMS and not self.node.kwargs and len(self.node.args) == 2
+        if plain and len(sources) == 2 and len(present) == 1:
             gone = next(s for s in sources if s not in present)
             known = analysis.fact(gone).known
             same_shape = analysis.fact(present[0]).shape == fact.shape
@@ -217,7 +244,11 @@ def pointwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
             return PointwiseRule(node)
         return _pooling(analysis, node, module)
     if node.target in POINTWISE:
-        return PointwiseRule(node) if torch.is_floating_point(node.meta["example"]) else None
+        facts = [analysis.fact(n) for n in tensor_inputs(node, analysis.values)]
+        ranks = max((len(fact.shape) for fact in facts), default=0)
+        same = ranks == len(node.meta["shape"])
+        floating = torch.is_floating_point(node.meta["example"])
+        return PointwiseRule(node) if same and floating else None
     if node.target in (torch.mean, "mean"):
         return _mean(analysis, node)
     return _functional_pooling(analysis, node)
@@ -266,10 +297,13 @@ def _mean(analysis: Analysis, node: fx.Node) -> Rule | None:
     fact = analysis.input_fact(node)
     dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    if fact is None or fact.static or dims is None:
+    if fact is None or fact.static or "keepdims" in node.kwargs:
         return None
     rank = len(fact.shape)
-    gone = {int(d) % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
+    listed = dims if isinstance(dims, list | tuple) else [dims]
+    if not listed or not all(isinstance(d, int) for d in listed):
+        return None
+    gone = {d % rank for d in listed}
     kept = [d for d in range(rank) if keepdim or d not in gone]
     return ChannelwiseRule(node, {d: p for p, d in enumerate(kept)}, gone=gone & set(fact.axes))
 

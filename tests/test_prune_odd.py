@@ -1,0 +1,154 @@
+"""Odd forwards: each is pruned exactly, or refused with a word that helps; never wrong."""
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import CaptureError, PrifuError
+from prifu_plugin.prune.verify import difference
+
+
+class Odd(nn.Module):
+    """Two filtered branches a and b of 8 channels, and a body that does something odd with them."""
+
+    def __init__(self, body, width):
+        super().__init__()
+        self.c1, self.n1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.c2, self.n2 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.t = nn.Conv2d(width, 4, 3, padding=1)
+        self.body = body
+
+    def forward(self, x):
+        return self.body(self.t, x, self.n1(self.c1(x)), self.n2(self.c2(x)))
+
+
+def read_twice(t, x, a, b):
+    c = b + 1
+    b.relu_()
+    return t(c * b)
+
+
+EXACT = {
+    "operand read before and after": read_twice,
+    "functional in place": lambda t, x, a, b: t(F.leaky_relu_(b) + b),
+    "in place, chained": lambda t, x, a, b: t(b.mul_(a).add_(b)),
+    "cat of one tensor twice": (lambda t, x, a, b: t(torch.cat([b, b], 1)), 16),
+    "cat by axis": (lambda t, x, a, b: t(torch.cat([a, b], axis=1)), 16),
+    "cat along a computed dimension": (lambda t, x, a, b: t(torch.cat([a, b], a.dim() - 3)), 16),
+    "cat of chunks": lambda t, x, a, b: t(torch.cat(b.chunk(2, 1)[::-1], 1)),
+    "cat of spatial chunks": lambda t, x, a, b: t(torch.cat(b.chunk(2, 3), 2)),
+    "stack of unbound": lambda t, x, a, b: t(torch.stack(b.unbind(1), 1)),
+    "stack": lambda t, x, a, b: t(torch.stack([a, b]).sum(0)),
+    "keyword arguments": lambda t, x, a, b: torch.permute(input=b, dims=(0, 2, 3, 1)),
+    "pad with a value": (lambda t, x, a, b: t(F.pad(b, (0, 0, 0, 0, 2, 2), value=1.0)), 12),
+    "sum over channels": lambda t, x, a, b: t(a * b.sum(1, keepdim=True)),
+    "mean over a computed dimension": lambda t, x, a, b: b.mean(b.dim() - 1),
+    "softmax over channels": lambda t, x, a, b: t(b.softmax(1)),
+    "matrix product": lambda t, x, a, b: a.flatten(2) @ b.flatten(2).transpose(1, 2),
+    "broadcast of a gate": lambda t, x, a, b: t(a.mean((2, 3), keepdim=True) + b),
+    "scaled sum": lambda t, x, a, b: t(torch.add(a, b, alpha=0.5)),
+    "size in a formula": lambda t, x, a, b: t(b / (b.shape[1] * b.shape[2]) ** 0.5),
+    "numel": lambda t, x, a, b: b.sum() / b.numel() + b.sum((1, 2, 3)) / b.shape[1:].numel(),
+    "scalar tensors": lambda t, x, a, b: torch.cat([a.sum()[None], b.sum().unsqueeze(0)]),
+    "dtype of another tensor": lambda t, x, a, b: b.mean((2, 3)).to(x),
+    "comparison": lambda t, x, a, b: t(a * (b > 0)),
+    "where": lambda t, x, a, b: t(torch.where(b > 0, a, 0.0)),
+    "integers out": lambda t, x, a, b: (t(b).argmax(1), t(b) > 0, b.size(1), b.stride()),
+    "dict out": lambda t, x, a, b: {"a": a, "t": t(b), "none": None, "x": x},
+    "parameter out": lambda t, x, a, b: (t(b), b.mean()),
+    "difference of equals": lambda t, x, a, b: t(b - b) + 1,
+    "repeat": (lambda t, x, a, b: t(b.repeat(1, 2, 1, 1)), 16),
+    "flip and roll": lambda t, x, a, b: t(b.flip(1).roll(3, 1)),
+    "interpolate": lambda t, x, a, b: t(F.interpolate(b, scale_factor=2, mode="bilinear")),
+    "pixel shuffle": (lambda t, x, a, b: t(F.pixel_shuffle(b, 2)), 2),
+    "unfold": (lambda t, x, a, b: t(F.unfold(b, 3, padding=1).unflatten(2, x.shape[2:])), 72),
+    "einsum": lambda t, x, a, b: torch.einsum("nchw,ndhw->ncd", a, b),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dead", [(), ("n1",), ("n2",), ("n1", "n2")])
+@pytest.mark.parametrize("name", EXACT)
+def test_exact(name, dead):
+    body, width = EXACT[name] if isinstance(EXACT[name], tuple) else (EXACT[name], 8)
+    for seed, bias in ((0, False), (1, True)):
+        torch.manual_seed(seed)
+        model = prifu.wrap(Odd(body, width), bias=bias).double().eval()
+        for path, unit in prifu.filters(model).items():
+            unit.weight.data[torch.rand(8) < 0.5] = 0.0
+            if path in dead:
+                unit.weight.data.zero_()
+            if bias:
+                unit.bias.data.normal_()
+        pruned = prifu.prune(model, torch.zeros(2, 3, 8, 12))
+        for shape in ((1, 3, 8, 12), (3, 3, 14, 10)):
+            x = torch.randn(shape, dtype=torch.float64)
+            found, expected = pruned(x.clone()), model(x.clone())
+            assert pytree.tree_structure(found) == pytree.tree_structure(expected)
+            assert difference(expected, found) <= 1e-11
+
+
+def into_a_view(t, x, a, b):
+    b.view(b.size(0), -1).relu_()
+    return t(b)
+
+
+def assignment(t, x, a, b):
+    b[:, 0] = 1.0
+    return t(b)
+
+
+def overwritten(t, x, a, b):
+    b.copy_(a)
+    return t(b)
+
+
+def into_out(t, x, a, b):
+    torch.add(a, b, out=b)
+    return t(b)
+
+
+@pytest.mark.parametrize("body", [into_a_view, assignment, overwritten, into_out])
+def test_refused(body):
+    model = prifu.wrap(Odd(body, 8))
+    with pytest.raises(CaptureError):
+        prifu.prune(model, torch.zeros(2, 3, 8, 12))
+
+
+def test_an_update_of_a_slice_is_caught():
+    def body(t, x, a, b):
+        part = b[:, :4]
+        part += 1
+        return t(b)
+
+    with pytest.raises(PrifuError):
+        prifu.prune(prifu.wrap(Odd(body, 8)), torch.zeros(2, 3, 8, 12))
+
+
+def test_a_layers_own_weight_as_output():
+    class Net(Odd):
+        def forward(self, x):
+            return super().forward(x), self.c1.weight
+
+    model = prifu.wrap(Net(lambda t, x, a, b: t(a), 8))
+    prifu.filters(model)["n1"].weight.data[:6] = 0.0
+    pruned = prifu.prune(model, torch.zeros(2, 3, 8, 12))
+    assert pruned(torch.zeros(2, 3, 8, 12))[1].shape == (8, 3, 3, 3)
+    assert pruned.get_submodule("c1").out_channels == 2
+
+
+def test_difference_knows_what_is_no_evidence():
+    one = torch.ones(2)
+    assert difference(one, one * 1.5) == 0.5
+    assert difference((one, 3), (one, 4)) == float("inf")
+    assert difference(one, torch.ones(3)) == float("inf")
+    assert difference(torch.tensor([1, 2]), torch.tensor([1, 3])) == 0.5
+    assert difference(one > 0, one > 0) == 0
+    assert difference(one * torch.nan, one * torch.nan) != 0
+    assert difference(torch.tensor([1.0, torch.inf]), torch.tensor([1.0, torch.inf])) == 0
+    assert difference(torch.tensor([1.0, torch.inf]), torch.tensor([1.0, -torch.inf])) > 1
+    assert operator.eq(difference([], []), 0.0)
