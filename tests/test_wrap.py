@@ -339,6 +339,21 @@ def test_bad_input_is_refused_and_changes_nothing():
     assert list(model.state_dict()) == keys
 
 
+@pytest.mark.parametrize("cut", ["0", "2", "3", ""])
+def test_any_module_as_cut_prunes_to_a_plain_model(cut):
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    x = torch.randn(2, 3, 8, 8)
+    net = nn.Sequential(*layers) if cut else nn.Sequential(nn.Sequential(*layers), nn.ReLU())
+    path = cut or "0"
+    model = prifu.wrap(net, cut=path, example_inputs=x).eval()
+    for unit in prifu.filters(model).values():
+        unit.weight.data[:2] = 0.0
+    pruned = prifu.prune(model, x)
+    torch.testing.assert_close(pruned(x), model(x))
+    assert not any(type(m).__module__.startswith("prifu_plugin") for m in pruned.modules())
+    assert not any("prifu_plugin" in str(type(m).forward) for m in pruned.modules())
+
+
 def test_a_container_as_cut_runs_its_filter_once():
     first = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     net = nn.Sequential(first, nn.Linear(4, 2), nn.BatchNorm1d(2))

@@ -41,10 +41,10 @@ class ModelTracer(fx.Tracer):
         """Whether the graph keeps this module as one call."""
         if isinstance(m, PriFU | CutFilter) or norm_spec(m) is not None:
             return True
-        if isinstance(m, (*self._opaque, *_LAYERS)):
-            return True
         if is_host(m):
             return False
+        if isinstance(m, (*self._opaque, *_LAYERS)):
+            return True
         return super().is_leaf_module(m, module_qualified_name)
 
 

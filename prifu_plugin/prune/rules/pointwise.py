@@ -267,8 +267,11 @@ def _pooling(analysis: Analysis, node: fx.Node, module: nn.Module) -> Rule | Non
     known = any(type(module).forward is pool.forward for pool in _POOLS)
     if not known or not isinstance(module, _POOLS) or getattr(module, "return_indices", False):
         return None
-    counts_padding = isinstance(module, nn.AvgPool1d | nn.AvgPool2d) and module.count_include_pad
-    return _over_space(analysis, node, counts_padding and _positive(module.padding))
+    shrinks = isinstance(module, nn.AvgPool1d | nn.AvgPool2d) and (
+        (module.count_include_pad and _positive(module.padding))
+        or getattr(module, "divisor_override", None) is not None
+    )
+    return _over_space(analysis, node, shrinks)
 
 
 def _functional_pooling(analysis: Analysis, node: fx.Node) -> Rule | None:
@@ -276,6 +279,8 @@ def _functional_pooling(analysis: Analysis, node: fx.Node) -> Rule | None:
         return None
     padding: Any = 0
     if node.target is F.avg_pool2d:
+        if len(node.args) > 6 or node.kwargs.get("divisor_override") is not None:
+            return None
         padding = node.args[3] if len(node.args) > 3 else node.kwargs.get("padding", 0)
         counted = node.args[5] if len(node.args) > 5 else node.kwargs.get("count_include_pad", True)
         padding = padding if counted else 0
