@@ -6,7 +6,6 @@ import copy
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,37 +13,20 @@ from torch import Tensor, nn
 
 from prifu_plugin.config import FilterConfig
 from prifu_plugin.cut import CutFilter
-from prifu_plugin.errors import ConfigError, NoSiteError, OrderError, PrifuWarning
+from prifu_plugin.errors import ConfigError, NoSiteError, PrifuWarning
 from prifu_plugin.filter import PriFU
+from prifu_plugin.graph.checks import channel_dim, check_wrappable, probe_cut
 from prifu_plugin.graph.functional import FilterGroup, functional_calls, host_calls
 from prifu_plugin.graph.host import CHILD, attach, detach, is_host
 from prifu_plugin.graph.norms import norm_spec, num_channels
 from prifu_plugin.graph.sites import Site, no_match, norm_modules, select, sites
-
-STATE = "_prifu_state"
-
-
-@dataclass
-class WrapState:
-    """What wrap remembers on the model: its settings and the inputs it last saw."""
-
-    config: FilterConfig
-    paths: tuple[str, ...]
-    cut: str | None = None
-    cut_dim: int = 1
-    cut_channels: int = 0
-    hooks: dict[str, int] = field(default_factory=dict)
-    input_shapes: tuple[tuple[int, ...], ...] | None = None
-
-    def recipe(self) -> dict[str, Any]:
-        """Return what `apply_recipe` needs to wrap a fresh model alike."""
-        return {
-            "config": self.config.to_dict(),
-            "paths": list(self.paths),
-            "cut": self.cut,
-            "cut_dim": self.cut_dim,
-            "cut_channels": self.cut_channels,
-        }
+from prifu_plugin.graph.state import (
+    STATE,
+    WrapState,
+    complete_checkpoint,
+    remember_inputs,
+    wrap_state,
+)
 
 
 def wrap(
@@ -102,10 +84,10 @@ def wrap(
     )
     if noise > 0 and cut is None:
         raise ConfigError(f"noise={noise} needs a cut: pass cut= the path of the uploaded module.")
-    _check_wrappable(model)
+    check_wrappable(model)
     state = WrapState(config, tuple(_chosen(model, include, exclude)), cut)
     if cut is not None or example_inputs is not None:
-        uploaded = _probe(model, example_inputs, cut)
+        uploaded = probe_cut(model, example_inputs, cut)
         if uploaded is not None:
             state.cut_dim = channel_dim(uploaded)
             state.cut_channels = uploaded.shape[state.cut_dim]
@@ -118,7 +100,7 @@ def wrap(
 
 def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> nn.Module:
     """Wrap a fresh model, in place, exactly as another one was wrapped."""
-    _check_wrappable(model)
+    check_wrappable(model)
     state = WrapState(
         FilterConfig(**recipe["config"]),
         tuple(recipe["paths"]),
@@ -185,60 +167,6 @@ def filters(model: nn.Module) -> dict[str, PriFU]:
     return found
 
 
-def wrap_state(model: nn.Module) -> WrapState:
-    """Return what wrap remembered, or raise OrderError if the model is not wrapped."""
-    state = model.__dict__.get(STATE)
-    if not isinstance(state, WrapState):
-        raise OrderError(
-            f"{type(model).__name__} is not wrapped. Call prifu_plugin.wrap(model) first; if it "
-            "is inside DDP, torch.compile or EMA, pass the module inside."
-        )
-    return state
-
-
-def input_shapes(model: nn.Module) -> tuple[tuple[int, ...], ...] | None:
-    """Return the input shapes of the last forward pass, or of timm's pretrained_cfg."""
-    state = model.__dict__.get(STATE)
-    if isinstance(state, WrapState) and state.input_shapes is not None:
-        return state.input_shapes
-    settings = getattr(model, "pretrained_cfg", None)
-    size = settings.get("input_size") if isinstance(settings, dict) else None
-    if size is None:
-        return None
-    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    spatial = tuple(fixed) if isinstance(fixed, tuple) else tuple(size[1:])
-    stem = next((p for p in model.parameters() if p.ndim == 4), None)
-    channels = stem.shape[1] if stem is not None and stem.shape[1] != 1 else size[0]
-    return ((1, channels, *spatial),)
-
-
-def channel_dim(x: Tensor) -> int:
-    """Return the channel dimension of an uploaded tensor: 1, or -1 for tokens (N, L, C)."""
-    return x.ndim - 1 if x.ndim == 3 else 1
-
-
-def _check_wrappable(model: nn.Module) -> None:
-    name = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
-        raise OrderError(f"{name} is scripted: wrap the Python model, then script the pruned one.")
-    for attribute, words in (
-        ("_orig_mod", "torch.compile"),
-        ("module", "DDP, DataParallel or EMA"),
-    ):
-        inner = model._modules.get(attribute)
-        if inner is not None and len(model._modules) == 1:
-            raise OrderError(
-                f"{name} is a {words} wrapper around {type(inner).__name__}. Wrap the model "
-                f"inside first, prifu_plugin.wrap(model.{attribute}), then wrap it again."
-            )
-    for path, module in model.named_modules():
-        if isinstance(module, PriFU):
-            raise OrderError(
-                f"{name} has a filter already, at '{path}'. Call prifu_plugin.unwrap(model) "
-                "first, or set alpha and beta on prifu_plugin.filters(model)."
-            )
-
-
 def _chosen(
     model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> list[str]:
@@ -292,8 +220,8 @@ def _apply(model: nn.Module, state: WrapState, origin: nn.Parameter | None = Non
         cut.train(host.training)
         attach(host, cut)
     state.hooks = {
-        "inputs": model.register_forward_pre_hook(_remember_inputs).id,
-        "checkpoint": model.register_load_state_dict_pre_hook(_complete_checkpoint).id,
+        "inputs": model.register_forward_pre_hook(remember_inputs).id,
+        "checkpoint": model.register_load_state_dict_pre_hook(complete_checkpoint).id,
     }
     model.__dict__[STATE] = state
 
@@ -339,73 +267,3 @@ def _place(
         dtype = beside.dtype if beside.dtype == torch.float64 else torch.float32
         unit.to(device=beside.device, dtype=dtype)
     unit.train(host.training)
-
-
-def _probe(
-    model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...] | None, cut: str | None
-) -> Tensor | None:
-    """Run the model once, unchanged, and return the output of the cut."""
-    if example_inputs is None:
-        shapes = input_shapes(model)
-        if shapes is None:
-            raise ConfigError(
-                "cut needs example_inputs: pass a batch, such as torch.zeros(2, 3, 224, 224)."
-            )
-        reference = next(model.parameters())
-        example_inputs = tuple(torch.zeros((2, *s[1:])).to(reference) for s in shapes)
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    known = dict(model.named_modules())
-    if cut is not None and cut not in known:
-        raise no_match(cut, [path for path in known if path])
-    if cut is not None and norm_spec(known[cut]) is not None:
-        raise ConfigError(
-            f"cut='{cut}' is a normalization layer, which gets a filter of its own. Cut at the "
-            "module around it, or at the activation behind it."
-        )
-    seen: list[Any] = []
-    handles = []
-    if cut is not None:
-        handles.append(known[cut].register_forward_hook(lambda m, i, o: seen.append(o)))
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(*example_inputs)
-    except Exception as error:
-        shapes_given = [tuple(x.shape) for x in example_inputs]
-        raise ConfigError(
-            f"{type(model).__name__} refuses example_inputs of shape {shapes_given}: "
-            f"{str(error).splitlines()[0]}. Pass a batch as the model takes it, (N, C, H, W)."
-        ) from None
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
-    if cut is None:
-        return None
-    if not seen or not isinstance(seen[0], Tensor) or seen[0].ndim < 2:
-        raise ConfigError(
-            f"cut='{cut}' ({type(known[cut]).__name__}) does not return one tensor (N, C, ...). "
-            "Cut at a module that does."
-        )
-    return seen[0]
-
-
-def _remember_inputs(model: nn.Module, args: tuple[Any, ...]) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if args and all(isinstance(x, Tensor) for x in args):
-        model.__dict__[STATE].input_shapes = tuple(tuple(x.shape) for x in args)
-
-
-def _complete_checkpoint(
-    model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    """Let a checkpoint from before wrap load: where it has no filter at all, keep ours."""
-    if any(key.startswith(prefix) and f".{CHILD}." in f".{key}" for key in state_dict):
-        return
-    for key, value in model.state_dict().items():
-        if f".{CHILD}." in f".{key}":
-            state_dict[prefix + key] = value

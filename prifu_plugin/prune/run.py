@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from prifu_plugin.errors import ConfigError, VerificationError
 from prifu_plugin.graph.capture import Captured
-from prifu_plugin.graph.insert import apply_recipe, filters, input_shapes, wrap_state
+from prifu_plugin.graph.insert import apply_recipe, filters
+from prifu_plugin.graph.state import input_shapes, wrap_state
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.lower import lower
 from prifu_plugin.prune.plan import Plan

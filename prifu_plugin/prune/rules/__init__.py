@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from prifu_plugin.prune.facts import Fact, is_fact_tuple
 from prifu_plugin.prune.rules.base import Analysis, Rule
+from prifu_plugin.prune.rules.channelwise import channelwise_rule
 from prifu_plugin.prune.rules.concat import concat_rule
 from prifu_plugin.prune.rules.linear import LinearRule
 from prifu_plugin.prune.rules.linear_map import linear_map
@@ -30,7 +31,8 @@ def find_rule(analysis: Analysis, node: fx.Node) -> Rule:
         if linear is not None:
             return LinearRule(node, linear)
         found = norm_rule(analysis, node) if node.op == "call_module" else None
-        found = found or pointwise_rule(analysis, node) or concat_rule(analysis, node)
+        for recognize in (pointwise_rule, channelwise_rule, concat_rule):
+            found = found or recognize(analysis, node)
         if found is not None:
             return found
     moved = movement_rule(analysis, node)

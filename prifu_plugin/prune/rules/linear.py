@@ -129,21 +129,9 @@ class LinearRule(Rule):
         constant = {rows[position] for position in zero_rows}
         groups = sorted({row // per_out for row in rows})
         group_rows = [[r for r in rows if r // per_out == g] for g in groups]
-        as_map, known = self.adds_border(analysis), self._line(fact.known).tolist()
-        columns: list[list[int]] = []
-        borders: list[list[int]] = []
-        for g, members in zip(groups, group_rows, strict=True):
-            computed = [r - g * per_out for r in members if r not in constant]
-            used = linear.connected[g, computed].any(0)
-            local = [i for i in range(per_in) if used[i] and g * per_in + i in have]
-            missing = [i for i in range(per_in) if used[i] and g * per_in + i not in have]
-            border = self._border(fact, [g * per_in + i for i in missing])
-            border = [i - g * per_in for i in border]
-            if border and not as_map and not any(known[g * per_in + i] for i in local):
-                local.append(max(border, key=lambda i: abs(known[g * per_in + i])))
-                border.remove(local[-1])
-            columns.append(local)
-            borders.append(border)
+        as_map = self.adds_border(analysis)
+        members = [[r for r in m if r not in constant] for m in group_rows]
+        columns, borders = self._group_inputs(fact, groups, members, set(have), as_map)
         width = max(1, *(len(c) for c in columns))
         height = max(len(r) for r in group_rows)
         padded_columns = tuple(tuple(c + [FILL] * (width - len(c))) for c in columns)
@@ -183,6 +171,32 @@ class LinearRule(Rule):
         conform = planner.conform(self.source, self.node, {**others, linear.dim: feed})
         layout = {**others, linear.dim: tuple(padded_rows[p] for p in pick)}
         planner.emit(self.node, kernel, {self.source: conform}, layout)
+
+    def _group_inputs(
+        self,
+        fact: Fact,
+        groups: Sequence[int],
+        members: Sequence[Sequence[int]],
+        have: set[int],
+        as_map: bool,
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Return for each group the inputs it reads, and the constants its border shows."""
+        linear, per_in = self.map, self.map.inputs
+        known = self._line(fact.known).tolist()
+        columns: list[list[int]] = []
+        borders: list[list[int]] = []
+        for g, rows in zip(groups, members, strict=True):
+            used = linear.connected[g, [r - g * linear.outputs for r in rows]].any(0)
+            local = [i for i in range(per_in) if used[i] and g * per_in + i in have]
+            missing = [i for i in range(per_in) if used[i] and g * per_in + i not in have]
+            border = self._border(fact, [g * per_in + i for i in missing])
+            border = [i - g * per_in for i in border]
+            if border and not as_map and not any(known[g * per_in + i] for i in local):
+                local.append(max(border, key=lambda i: abs(known[g * per_in + i])))
+                border.remove(local[-1])
+            columns.append(local)
+            borders.append(border)
+        return columns, borders
 
     # Helpers, from here down.
 

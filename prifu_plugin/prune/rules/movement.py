@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,17 +19,10 @@ from prifu_plugin.prune.layout import FILL, Conform, Layout, restrict, simplify
 from prifu_plugin.prune.plan import Alias, Keep
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, mapped, run
+from prifu_plugin.prune.rules.relabel import Moved, moved_labels
 
 SIZED = ("view", "reshape", "expand")
 """Methods whose arguments are the sizes of the result, one a dimension."""
-
-
-@dataclass(frozen=True)
-class Moved:
-    """Where the elements of one result came from: labels of the source, 0 for a padded zero."""
-
-    labels: Tensor
-    axes: tuple[int, ...]
 
 
 class MovementRule(Rule):
@@ -106,59 +98,8 @@ def movement_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
         if not isinstance(split, MovementRule) or not isinstance(item, int):
             return None
         return ItemRule(node, split.source, (split.moved[item],))
-    fact = analysis.fact(source)
-    size = math.prod(fact.shape)
-    labels = torch.arange(1, size + 1, dtype=torch.float64).reshape(fact.shape)
-    table = _table(size)
-    try:
-        moved = _tensors(_on(analysis, node, source, labels))
-        again = _tensors(_on(analysis, node, source, table[labels.long()]))
-    except Exception:  # noqa: BLE001 - an operation that refuses labels is no movement
-        return None
-    if not moved or any(not _are_labels(m, size) for m in moved):
-        return None
-    if any(not torch.equal(a, table[m.long()]) for m, a in zip(moved, again, strict=True)):
-        return None
-    return MovementRule(node, source, tuple(_with_axes(m.long(), fact) for m in moved))
-
-
-_TABLES = [torch.zeros(1, dtype=torch.float64)]
-
-
-def _table(size: int) -> Tensor:
-    """Return a random signed value for each label, 0 for label 0; drawn once, for speed."""
-    if len(_TABLES[0]) <= size:
-        generator = torch.Generator().manual_seed(1)
-        _TABLES[0] = torch.randn(2 * size + 1, dtype=torch.float64, generator=generator)
-        _TABLES[0][0] = 0.0
-    return _TABLES[0][: size + 1]
-
-
-def _on(analysis: Analysis, node: fx.Node, source: fx.Node, value: Tensor) -> Any:
-    return run(analysis, node, lambda n: value if n is source else analysis.values[n])
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    items = result if isinstance(result, tuple | list) else [result]
-    if not all(isinstance(i, Tensor) and i.dtype == torch.float64 for i in items):
-        return []
-    return [item.clone() for item in items]
-
-
-def _are_labels(values: Tensor, size: int) -> bool:
-    whole = torch.isfinite(values) & (values == values.round()) & (values >= 0) & (values <= size)
-    return values.ndim > 0 and values.numel() > 0 and bool(whole.all())
-
-
-def _with_axes(labels: Tensor, fact: Fact) -> Moved:
-    """Find the dimensions of the result along which a channel index of the source varies."""
-    axes = set()
-    for axis in fact.axes:
-        index = (labels - 1).clamp_min(0) // math.prod(fact.shape[axis + 1 :]) % fact.shape[axis]
-        for dim in range(labels.ndim):
-            if labels.shape[dim] > 1 and bool((index != index.narrow(dim, 0, 1)).any()):
-                axes.add(dim)
-    return Moved(labels, tuple(sorted(axes)))
+    moved = moved_labels(analysis, node, source)
+    return MovementRule(node, source, moved) if moved else None
 
 
 # Planning. A chain of movements is planned as a whole where only its end is read.

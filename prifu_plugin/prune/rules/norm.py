@@ -39,7 +39,7 @@ class ChannelAffineRule(Rule):
         summary = list(fact.summary_shape())
         summary[dim] = fact.shape[dim]
         noise = self.module.noise if isinstance(self.module, CutFilter) else 0.0
-        with torch.no_grad(), _without_noise(self.module):
+        with torch.no_grad(), _Silent(self.module):
             out = self.module(fact.known.expand(summary))
         closed = along(self.closed, len(fact.shape), dim)
         live = torch.ones(summary, dtype=torch.bool) if noise else fact.live.expand(summary)
@@ -170,7 +170,7 @@ def norm_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     return StatisticsRule(node, module, spec.dim, closed)
 
 
-class _without_noise:  # noqa: N801 - reads as a phrase where it is used
+class _Silent:
     """Switch a filter's noise off inside a with block."""
 
     def __init__(self, module: nn.Module) -> None:

@@ -1,9 +1,8 @@
-"""Operations on each element: activations, sums, products; and channel-preserving pooling."""
+"""Operations on each element: activations, sums, products."""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from prifu_plugin.prune.facts import Fact, any_over, first_channel, summarize, t
 from prifu_plugin.prune.layout import Conform, Layout
 from prifu_plugin.prune.plan import Alias, Keep, Parameter
 from prifu_plugin.prune.planner import Planner
-from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, run
+from prifu_plugin.prune.rules.base import Analysis, Rule, run
 
 PRODUCTS = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
 SCALINGS = {*PRODUCTS, operator.truediv, torch.div, torch.true_divide, "div", "true_divide"}
@@ -170,151 +169,18 @@ class PointwiseRule(Rule):
         return planner.conform(source, self.node, target)
 
 
-class ChannelwiseRule(Rule):
-    """An operation on the other dimensions of each channel that keeps a constant what it is.
-
-    Pooling, means over space, interpolation.
-
-    Args:
-        node: the node.
-        dims: dimension of the input -> dimension of the result, for those that remain.
-        shrinks_constants: zeros are padded and counted, so that a constant other than 0 is cut
-            off at the border.
-        gone: channel dimensions that a mean runs over; all of their channels are needed.
-    """
-
-    def __init__(
-        self,
-        node: fx.Node,
-        dims: dict[int, int],
-        shrinks_constants: bool = False,
-        gone: set[int] | None = None,
-    ) -> None:
-        super().__init__(node)
-        self.dims = dims
-        self.gone = gone or set()
-        self.shrinks_constants = shrinks_constants
-        self.source = first_input(node)
-
-    def const(self, analysis: Analysis) -> Fact:
-        """Keep constants, dimension by dimension."""
-        fact, shape = analysis.fact(self.source), self.node.meta["shape"]
-        values = fact.const
-        for dim in self.gone:
-            values = values.mean(dim, keepdim=True)
-        if self.shrinks_constants:
-            values = torch.where(values == 0, values, torch.nan)
-        axes = tuple(sorted(self.dims[axis] for axis in fact.axes if axis not in self.gone))
-        summary = [size if d in axes else 1 for d, size in enumerate(shape)]
-        return Fact(shape, axes, values.reshape(summary).clone())
-
-    def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
-        """Need the same channels."""
-        fact = analysis.fact(self.source)
-        return {self.source: self._back(analysis.wanted(self.node), fact)}
-
-    def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
-        """Want the same channels."""
-        fact = analysis.fact(self.source)
-        return {self.source: self._back(analysis.extra(self.node), fact)}
-
-    def plan(self, planner: Planner) -> None:
-        """Run it on the channels that go on."""
-        kept = planner.kept(self.node)
-        if kept is None:
-            return
-        back = {after: before for before, after in self.dims.items()}
-        wanted = {back[dim]: indices for dim, indices in kept.items()}
-        wanted = planner.in_order_of(self.source, wanted)
-        layout = {self.dims[dim]: indices for dim, indices in wanted.items()}
-        conform = planner.conform(self.source, self.node, wanted)
-        planner.emit(self.node, Keep(), {self.source: conform}, layout)
-
-    def _back(self, mask: Tensor, fact: Fact) -> Tensor:
-        """Bring a mask over the result to the input's channels."""
-        summary = [1 if d in self.gone else s for d, s in enumerate(fact.summary_shape())]
-        return mask.reshape(summary).expand(fact.summary_shape()).clone()
-
-
 def pointwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
-    """Return the rule for a pointwise or channelwise node, or None for another."""
+    """Return the rule for a pointwise node, or None for another."""
     if node.op == "call_module":
         module = analysis.module(node)
-        if isinstance(module, POINTWISE_MODULES):
-            return PointwiseRule(node)
-        return _pooling(analysis, node, module)
+        return PointwiseRule(node) if isinstance(module, POINTWISE_MODULES) else None
     if node.target in POINTWISE:
         facts = [analysis.fact(n) for n in tensor_inputs(node, analysis.values)]
         ranks = max((len(fact.shape) for fact in facts), default=0)
         same = ranks == len(node.meta["shape"])
         floating = torch.is_floating_point(node.meta["example"])
         return PointwiseRule(node) if same and floating else None
-    if node.target in (torch.mean, "mean"):
-        return _mean(analysis, node)
-    return _functional_pooling(analysis, node)
-
-
-_POOLS = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d),
-    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample),
-)
-_FUNCTIONAL_POOLS = {
-    *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate),
-}
-
-
-def _pooling(analysis: Analysis, node: fx.Node, module: nn.Module) -> Rule | None:
-    known = any(type(module).forward is pool.forward for pool in _POOLS)
-    if not known or not isinstance(module, _POOLS) or getattr(module, "return_indices", False):
-        return None
-    shrinks = isinstance(module, nn.AvgPool1d | nn.AvgPool2d) and (
-        (module.count_include_pad and _positive(module.padding))
-        or getattr(module, "divisor_override", None) is not None
-    )
-    return _over_space(analysis, node, shrinks)
-
-
-def _functional_pooling(analysis: Analysis, node: fx.Node) -> Rule | None:
-    if node.target not in _FUNCTIONAL_POOLS:
-        return None
-    padding: Any = 0
-    if node.target is F.avg_pool2d:
-        if len(node.args) > 6 or node.kwargs.get("divisor_override") is not None:
-            return None
-        padding = node.args[3] if len(node.args) > 3 else node.kwargs.get("padding", 0)
-        counted = node.args[5] if len(node.args) > 5 else node.kwargs.get("count_include_pad", True)
-        padding = padding if counted else 0
-    return _over_space(analysis, node, _positive(padding))
-
-
-def _over_space(analysis: Analysis, node: fx.Node, shrinks: bool) -> Rule | None:
-    fact = analysis.input_fact(node)
-    if fact is None or any(axis != 1 for axis in fact.axes) or len(fact.shape) < 3:
-        return None
-    if len(node.meta["shape"]) != len(fact.shape) or set(node.all_input_nodes) != {
-        first_input(node)
-    }:
-        return None
-    return ChannelwiseRule(node, {d: d for d in range(len(fact.shape))}, shrinks)
-
-
-def _mean(analysis: Analysis, node: fx.Node) -> Rule | None:
-    fact = analysis.input_fact(node)
-    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    if fact is None or fact.static or "keepdims" in node.kwargs:
-        return None
-    rank = len(fact.shape)
-    listed = dims if isinstance(dims, list | tuple) else [dims]
-    if not listed or not all(isinstance(d, int) for d in listed):
-        return None
-    gone = {d % rank for d in listed}
-    kept = [d for d in range(rank) if keepdim or d not in gone]
-    return ChannelwiseRule(node, {d: p for p, d in enumerate(kept)}, gone=gone & set(fact.axes))
-
-
-def _positive(padding: Any) -> bool:
-    return any(p != 0 for p in padding) if isinstance(padding, tuple | list) else padding != 0
+    return None
 
 
 def _right(values: Tensor, rank: int) -> Tensor:

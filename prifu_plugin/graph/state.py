@@ -1,0 +1,82 @@
+"""What wrap remembers on a model, and the two hooks that go with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prifu_plugin.config import FilterConfig
+from prifu_plugin.errors import OrderError
+from prifu_plugin.graph.host import CHILD
+
+STATE = "_prifu_state"
+
+
+@dataclass
+class WrapState:
+    """What wrap remembers on the model: its settings and the inputs it last saw."""
+
+    config: FilterConfig
+    paths: tuple[str, ...]
+    cut: str | None = None
+    cut_dim: int = 1
+    cut_channels: int = 0
+    hooks: dict[str, int] = field(default_factory=dict)
+    input_shapes: tuple[tuple[int, ...], ...] | None = None
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what `apply_recipe` needs to wrap a fresh model alike."""
+        return {
+            "config": self.config.to_dict(),
+            "paths": list(self.paths),
+            "cut": self.cut,
+            "cut_dim": self.cut_dim,
+            "cut_channels": self.cut_channels,
+        }
+
+
+def wrap_state(model: nn.Module) -> WrapState:
+    """Return what wrap remembered, or raise OrderError if the model is not wrapped."""
+    state = model.__dict__.get(STATE)
+    if not isinstance(state, WrapState):
+        raise OrderError(
+            f"{type(model).__name__} is not wrapped. Call prifu_plugin.wrap(model) first; if it "
+            "is inside DDP, torch.compile or EMA, pass the module inside."
+        )
+    return state
+
+
+def input_shapes(model: nn.Module) -> tuple[tuple[int, ...], ...] | None:
+    """Return the input shapes of the last forward pass, or of timm's pretrained_cfg."""
+    state = model.__dict__.get(STATE)
+    if isinstance(state, WrapState) and state.input_shapes is not None:
+        return state.input_shapes
+    settings = getattr(model, "pretrained_cfg", None)
+    size = settings.get("input_size") if isinstance(settings, dict) else None
+    if size is None:
+        return None
+    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    spatial = tuple(fixed) if isinstance(fixed, tuple) else tuple(size[1:])
+    stem = next((p for p in model.parameters() if p.ndim == 4), None)
+    channels = stem.shape[1] if stem is not None and stem.shape[1] != 1 else size[0]
+    return ((1, channels, *spatial),)
+
+
+def remember_inputs(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Note the shapes of a forward pass, for prune (a forward pre-hook)."""
+    if torch.compiler.is_compiling():
+        return
+    if args and all(isinstance(x, Tensor) for x in args):
+        model.__dict__[STATE].input_shapes = tuple(tuple(x.shape) for x in args)
+
+
+def complete_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a checkpoint from before wrap load: where it has no filter at all, keep ours."""
+    if any(key.startswith(prefix) and f".{CHILD}." in f".{key}" for key in state_dict):
+        return
+    for key, value in model.state_dict().items():
+        if f".{CHILD}." in f".{key}":
+            state_dict[prefix + key] = value
