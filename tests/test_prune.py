@@ -201,6 +201,27 @@ def test_the_input_shape_is_remembered_or_asked_for():
     assert prifu.report(prifu.prune(small)).checks[0].shapes == ((1, 3, 160, 160),)
 
 
+@pytest.mark.parametrize("chans", [1, 3, 6])
+def test_the_input_shape_of_timm_models(chans):
+    model = prifu.wrap(timm.create_model("test_vit", num_classes=2, in_chans=chans))
+    assert prifu.report(prifu.prune(model)).checks[0].shapes == ((1, chans, 160, 160),)
+
+
+def test_a_parameter_given_to_a_module_does_not_stop_the_count():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place, self.drop = nn.Parameter(torch.ones(1, 4)), nn.Dropout()
+            self.norm, self.out = nn.LayerNorm(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(self.norm(x + self.drop(self.place.expand(x.shape[0], -1))))
+
+    pruned = prifu.prune(prifu.wrap(Net()), torch.zeros(2, 4))
+    assert prifu.report(pruned).macs == (8, 8)
+    assert all(parameter.requires_grad for parameter in pruned.parameters())
+
+
 def test_bad_input_is_refused():
     model = wrapped_with(Residual(), MASKS)
     with pytest.raises(ConfigError, match=r"refuses inputs.*\(1, 5, 9, 8\)"):

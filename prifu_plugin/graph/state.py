@@ -55,13 +55,13 @@ def input_shapes(model: nn.Module) -> tuple[tuple[int, ...], ...] | None:
     if isinstance(state, WrapState) and state.input_shapes is not None:
         return state.input_shapes
     settings = getattr(model, "pretrained_cfg", None)
-    size = settings.get("input_size") if isinstance(settings, dict) else None
-    if size is None:
+    if not isinstance(settings, dict) or settings.get("input_size") is None:
         return None
+    size = settings["input_size"]
     fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
     spatial = tuple(fixed) if isinstance(fixed, tuple) else tuple(size[1:])
-    stem = next((p for p in model.parameters() if p.ndim == 4), None)
-    channels = stem.shape[1] if stem is not None and stem.shape[1] != 1 else size[0]
+    first = dict(model.named_modules()).get(str(settings.get("first_conv")))
+    channels = getattr(first, "in_channels", size[0])
     return ((1, channels, *spatial),)
 
 

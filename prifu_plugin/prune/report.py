@@ -171,11 +171,17 @@ def count_macs(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> int:
     inputs = [torch.zeros((1, *shape[1:])).to(reference) for shape in shapes]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not counted
+    # The counter hooks gradients of what modules are given, and trips over bare parameters.
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return int(counter.get_total_flops()) // 2
 
 
