@@ -9,7 +9,7 @@ demo: $(VENV)/stamp
 	$(RUN) examples/quickstart.py
 
 test: $(VENV)/stamp
-	$(RUN) -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=94
 
 lint: $(VENV)/stamp
 	$(VENV)/bin/ruff check .
