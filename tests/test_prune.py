@@ -222,6 +222,20 @@ def test_a_parameter_given_to_a_module_does_not_stop_the_count():
     assert all(parameter.requires_grad for parameter in pruned.parameters())
 
 
+def test_a_tie_is_decided_once():
+    # 0.1 is alpha * 1.0 in fp32, but not in fp64: the mask of the model's own precision holds.
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+    model = prifu.wrap(net).eval()
+    weight = prifu.filters(model)["1"].weight.data
+    weight.fill_(0.1)
+    weight[0] = 1.0
+    assert prifu.summary(model).open == 1
+    pruned = prifu.prune(model, torch.zeros(1, 3, 8, 8))
+    assert pruned.get_submodule("0").out_channels == 1
+    checks = prifu.report(pruned).checks
+    assert all(check.tolerance <= 1e-3 and check.rounding < 1e-4 for check in checks)
+
+
 def test_bad_input_is_refused():
     model = wrapped_with(Residual(), MASKS)
     with pytest.raises(ConfigError, match=r"refuses inputs.*\(1, 5, 9, 8\)"):

@@ -83,7 +83,7 @@ def prune(
         )
     captured = lower(filtered)
     record_examples(filtered, captured.graph, [_ones(filtered, (2, *s[1:])) for s in shapes])
-    precise = copy.deepcopy(filtered).double()
+    precise = _precise(filtered)
     analysis = analyse(precise, captured.graph)
     recipe = {**state.recipe(), "input_shapes": [list(shape) for shape in shapes]}
     plan = make_plan(analysis, recipe, round_to)
@@ -167,6 +167,17 @@ def _attached(pruned: nn.Module) -> dict[str, Any]:
     if data is None:
         raise ConfigError(f"{type(pruned).__name__} was not made by prifu_plugin.prune.")
     return data  # type: ignore[no-any-return]
+
+
+def _precise(filtered: nn.Module) -> nn.Module:
+    """Copy a model to fp64 with the masks it has: a tie must not be decided again there."""
+    precise = copy.deepcopy(filtered).double()
+    units = zip(filters(filtered).values(), filters(precise).values(), strict=True)
+    for unit, twin in units:
+        # An open weight is above 0, so alpha = 0 keeps it open whatever rounding says.
+        twin.weight.data.masked_fill_(unit.closed, 0.0)
+        twin.alpha = 0.0
+    return precise
 
 
 def _shapes(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...] | None) -> Shapes:
