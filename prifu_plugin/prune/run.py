@@ -38,8 +38,9 @@ def prune(
 
     The result is a plain torch.fx.GraphModule with the original submodule names: trainable,
     exportable, without filters. It is compared with the filtered model on fresh inputs, in fp64
-    and in the model's own precision, at other batch sizes and, where the model takes it, at
-    another resolution. `prifu_plugin.report(pruned)` returns the certificate and the fate of
+    and in the model's own precision, at other batch sizes and, for one image input that the model
+    takes at another resolution, there too. What a forward does only at sizes that were not
+    compared is not certified. `prifu_plugin.report(pruned)` returns the certificate and the fate of
     every channel, `prifu_plugin.plan(pruned)` the plan from which `rebuild` makes the model again.
 
     Args:
