@@ -6,6 +6,7 @@ import pytest
 import timm
 import timm.layers.grn
 import torch
+import torch.nn.functional as F
 import zoo
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
@@ -376,3 +377,91 @@ def test_the_public_surface():
         "unwrap", "wrap",
     ]  # fmt: skip
     assert all(getattr(prifu, name).__doc__ for name in prifu.__all__)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_the_fast_path_of_transformer_layers_is_filtered(norm_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
+    model = prifu.wrap(nn.Sequential(encoder)).double().eval()
+    assert {site.reached for site in prifu.sites(model)} == {"graph"}
+    for unit in prifu.filters(model).values():
+        unit.weight.data[torch.rand(8) < 0.5] = 0.0
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    slow = model(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), slow, rtol=0, atol=1e-12)
+        pruned = prifu.prune(model, x)
+        torch.testing.assert_close(pruned(x), slow, rtol=0, atol=1e-11)
+    assert not [m for m in pruned.modules() if isinstance(m, prifu.PriFU)]
+
+
+class OptionalMask(nn.Module):
+    """A functional normalization in a forward with a branch on None, a flag and a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, mask=None, *, twice=False, shift=0.0):
+        x = self.linear(x)
+        if mask is not None:
+            x = x * mask
+        if twice:
+            x = x + x.square()
+        if shift:
+            x = x + shift * torch.sin(x)
+        return F.layer_norm(x, (8,))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_functional_normalization_with_arguments(training):
+    torch.manual_seed(0)
+    plain = OptionalMask().train(training)
+    model = prifu.wrap(plain)
+    x, mask = torch.randn(2, 5, 8), torch.rand(2, 5, 1)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for args in ((x,), (x, None), (x, mask)):
+            for kwargs in ({}, {"twice": True}, {"shift": 0.5}, {"shift": 0.7, "twice": True}):
+                torch.testing.assert_close(twin(*args, **kwargs), plain(*args, **kwargs))
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            twin(x, wrong=1)
+
+
+def test_tracing_leaves_no_trace():
+    class Storing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.last, self.calls, self.seen = None, 0, []
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x):
+            self.last, self.calls = self.norm(self.conv(x)), self.calls + 1
+            self.seen.append(self.last)
+            self.mean.add_(1.0)
+            return self.last
+
+    model = Storing()
+    prifu.sites(model)
+    assert (model.last, model.calls, model.seen) == (None, 0, [])
+    assert torch.equal(model.mean, torch.zeros(4))
+    wrapped = prifu.wrap(nn.Sequential(model, nn.Conv2d(4, 2, 1)))
+    assert (wrapped[0].last, wrapped[0].seen, model.last) == (None, [], None)
+    prifu.prune(wrapped, torch.zeros(1, 3, 4, 4))
+    assert (wrapped[0].last, wrapped[0].seen) == (None, [])
+
+
+def test_a_norm_that_is_never_called_is_named():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, x):
+            return F.layer_norm(self.linear(x), (8,), self.norm.weight, self.norm.bias)
+
+    with pytest.warns(PrifuWarning, match="never calls 'norm'"):
+        model = prifu.wrap(Reads())
+    assert set(prifu.filters(model)) == {"norm", "layer_norm"}

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import fx, nn
+from torch.nn.modules import transformer
 
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.norms import norm_spec
+from prifu_plugin.graph.undisturbed import undisturbed
 
 
 @dataclass(frozen=True)
@@ -45,16 +51,21 @@ class ModelTracer(fx.Tracer):
             return False
         if isinstance(m, (*self._opaque, *_LAYERS)):
             return True
+        if any(norm_spec(child) is not None for child in m.modules()):
+            return False  # nn.TransformerEncoderLayer and kin: torch's own, with norms inside
         return super().is_leaf_module(m, module_qualified_name)
 
 
-def capture(model: nn.Module) -> Captured:
+def capture(model: nn.Module, given: int | None = None) -> Captured:
     """Trace a model in the mode it is in (train or eval).
 
-    Arguments of forward that have defaults keep them, so that "x is None" is decided now.
+    Arguments of forward that have defaults keep them, so that "x is None" is decided now; the
+    graph does not take them any more.
 
     Args:
-        model: any module; it is not changed.
+        model: any module; it is not changed, but for tensors its forward makes: the graph reads
+            them from attributes named _tensor_constant0 and so on.
+        given: how many positional inputs are given, defaults or not.
 
     Returns:
         The graph, with targets that are paths in `model`.
@@ -68,22 +79,41 @@ def capture(model: nn.Module) -> Captured:
     """
     defaults = {
         name: parameter.default
-        for name, parameter in inspect.signature(model.forward).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
+        for at, (name, parameter) in enumerate(inspect.signature(model.forward).parameters.items())
+        if parameter.default is not inspect.Parameter.empty and (given is None or at >= given)
     }
     try:
-        graph = ModelTracer().trace(model, concrete_args=defaults or None)
+        with undisturbed(model, keep=CONSTANT), _traceable_torch():
+            graph = ModelTracer().trace(model, concrete_args=defaults or None)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be traced: {error}. Its forward branches on the value "
             "of a tensor, or uses an operation torch.fx does not know."
         ) from error
+    _drop_defaults(graph, defaults)
     return Captured(model, graph)
 
 
 def calls(captured: Captured) -> set[str]:
     """Return the paths of the modules that a graph calls."""
     return {str(node.target) for node in captured.graph.nodes if node.op == "call_module"}
+
+
+CONSTANT = "_tensor_constant"
+"""Prefix of the attributes in which torch.fx leaves tensors that a forward makes."""
+
+
+def _drop_defaults(graph: fx.Graph, defaults: dict[str, Any]) -> None:
+    """Remove the inputs that were decided, and the assertions that they are what they are."""
+    for node in list(graph.nodes):
+        name = re.sub(r"_\d+$", "", str(node.target))
+        if node.op != "placeholder" or node.target in defaults or name not in defaults:
+            continue
+        for user in list(node.users):
+            for last in list(user.users):
+                graph.erase_node(last)
+            graph.erase_node(user)
+        graph.erase_node(node)
 
 
 # Subclasses elsewhere than in torch.nn are layers too (weight standardization, same padding).
@@ -96,3 +126,19 @@ def _timm_leaves() -> tuple[list[type[nn.Module]], list[Callable[..., Any]]]:
     if layers is None:
         return [], []
     return list(layers.get_notrace_modules()), list(layers.get_notrace_functions())
+
+
+@contextmanager
+def _traceable_torch() -> Iterator[None]:
+    """Switch off what torch's transformer layers decide on values, for the length of a trace.
+
+    Their fast path reads the parameters of norms directly; the length of a sequence serves only
+    to compare a mask with the causal one.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with mock.patch.object(transformer, "_get_seq_len", lambda *_: None, create=True):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

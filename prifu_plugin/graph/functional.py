@@ -1,21 +1,24 @@
 """Filters behind functional normalizations: F.layer_norm and kin inside a module's forward.
 
 There is no layer to carry the filter, so the module that makes the call does: its forward is
-traced alone, its children whole, once in train and once in eval mode, and the filter's call is put
-behind the normalization. The module keeps its class name, children and parameters.
+traced alone, its children whole, and the filter's call is put behind the normalization. A forward
+that branches on its mode or on arguments that are no tensors is traced once for each combination
+it meets. The module keeps its class name, children and parameters.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from prifu_plugin.errors import CaptureError
+from prifu_plugin.errors import CaptureError, PrifuWarning
 from prifu_plugin.graph.norms import FUNCTIONAL_DIMS, base_class
+from prifu_plugin.graph.undisturbed import undisturbed
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ def functional_calls(module: nn.Module) -> list[FunctionalCall]:
         CaptureError: if the forward cannot be traced by itself.
     """
     found: dict[str, FunctionalCall] = {}
-    for graph in _graphs(module).values():
-        for node in _calls(graph):
+    values = _default_values(module)
+    for training in (True, False):
+        for node in _calls(_trace(module, training, values)[0]):
             name = getattr(node.target, "__name__", "norm")
             channels = _channels(module, node)
             found[node.name] = FunctionalCall(
@@ -78,20 +82,12 @@ def host_calls(module: nn.Module, filters: FilterGroup, child: str) -> None:
 
 def _rehost(module: nn.Module, child: str) -> None:
     base = base_class(module)
-    filters = module._modules[child]
-    assert isinstance(filters, FilterGroup)
     module.__class__ = base
-    forwards = {}
-    for training, graph in _graphs(module).items():
-        for node in list(_calls(graph)):
-            if node.name in filters:
-                with graph.inserting_after(node):
-                    call = graph.call_module(f"{child}.{node.name}", (node,))
-                for user in [user for user in node.users if user is not call]:
-                    user.replace_input_with(node, call)
-        forwards[training] = _compiled(graph)
+    forwards: Forwards = {}
+    for training in (True, False):
+        _add_forward(forwards, module, child, training, _default_values(module))
     members = {
-        "forward": _switching(base, forwards),
+        "forward": _choosing(base, child, forwards),
         "__reduce_ex__": _reduction(base, child),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -100,6 +96,36 @@ def _rehost(module: nn.Module, child: str) -> None:
         "_prifu_kind": "functional",
     }
     module.__class__ = type(base.__name__, (base,), members)
+
+
+Forwards = dict[tuple[Any, ...], Any]
+"""Key -> compiled forward; None where numbers have to be in the key too."""
+
+
+def _add_forward(
+    forwards: Forwards, module: nn.Module, child: str, training: bool, values: dict[str, Any]
+) -> Any:
+    """Compile a forward that passes through the filters, for one combination of arguments."""
+    filters = module._modules[child]
+    assert isinstance(filters, FilterGroup)
+    graph, numbers = _trace(module, training, values)
+    for node in list(_calls(graph)):
+        if node.name in filters:
+            with graph.inserting_after(node):
+                call = graph.call_module(f"{child}.{node.name}", (node,))
+            for user in [user for user in node.users if user is not call]:
+                user.replace_input_with(node, call)
+        elif values != _default_values(module):
+            warnings.warn(
+                f"{base_class(module).__name__} makes the normalization '{node.name}' only when "
+                "it is called with other arguments than its defaults: it has no filter.",
+                PrifuWarning,
+                stacklevel=2,
+            )
+    if numbers:
+        forwards[_key(training, values)] = None
+    forwards[_key(training, values, numbers)] = _compiled(graph)
+    return forwards[_key(training, values, numbers)]
 
 
 def _reduction(base: type[nn.Module], child: str) -> Any:
@@ -123,26 +149,67 @@ def _blank(base: type[nn.Module], child: str) -> nn.Module:
     return module
 
 
-def _graphs(module: nn.Module) -> dict[bool, fx.Graph]:
-    modes = [(m, m.training) for m in module.modules()]
-    before = set(module.__dict__)
-    graphs = {}
+_DECIDED = (type(None), bool, str)
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    # Of the class, since self.forward of a host is the one that chooses.
+    forward: Any = base_class(module).forward
+    found = dict(list(inspect.signature(forward).parameters.items())[1:])
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in found.values()):
+        raise CaptureError(f"the forward of {type(module).__name__} takes *args or **kwargs")
+    return found
+
+
+def _default_values(module: nn.Module) -> dict[str, Any]:
+    """Return the default of each argument; those without one are tensors."""
+    return {
+        name: _ANY if parameter.default is parameter.empty else parameter.default
+        for name, parameter in _parameters(module).items()
+    }
+
+
+_ANY = object()
+"""Stands for an argument that stays one: a tensor, a number."""
+
+
+def _key(training: bool, values: dict[str, Any], numbers: bool = False) -> tuple[Any, ...]:
+    kinds = (*_DECIDED, int, float) if numbers else _DECIDED
+    return training, numbers, *(v if isinstance(v, kinds) else _ANY for v in values.values())
+
+
+def _trace(module: nn.Module, training: bool, values: dict[str, Any]) -> tuple[fx.Graph, bool]:
+    """Trace a forward with what is None, a flag or a word decided; numbers too if need be."""
+    decided = {name: v for name, v in values.items() if isinstance(v, _DECIDED)}
+    numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
     try:
-        for training in (True, False):
+        return _trace_with(module, training, decided), False
+    except CaptureError:
+        if not numbers.keys() - decided.keys():
+            raise
+        return _trace_with(module, training, {**decided, **numbers}), True
+
+
+def _trace_with(module: nn.Module, training: bool, decided: dict[str, Any]) -> fx.Graph:
+    try:
+        with undisturbed(module):
+            before = set(module.__dict__)
             module.train(training)
-            graphs[training] = _OwnTracer().trace(module)
-        if set(module.__dict__) - before:
-            raise ValueError("it makes tensors of its own")
+            graph = _OwnTracer().trace(module, concrete_args=decided or None)
+            if set(module.__dict__) - before:
+                raise ValueError("it makes tensors of its own")
     except Exception as error:
         raise CaptureError(
             f"the forward of {type(module).__name__} cannot be traced by itself: {error}"
         ) from error
-    finally:
-        for part, training in modes:
-            part.training = training
-        for name in set(module.__dict__) - before:
-            del module.__dict__[name]
-    return graphs
+    # The argument stays, for the caller's sake; what it is was decided.
+    names = set(_parameters(module))
+    for node in [n for n in graph.nodes if n.op == "placeholder" and n.target not in names]:
+        for user in list(node.users):
+            for last in list(user.users):
+                graph.erase_node(last)
+            graph.erase_node(user)
+    return graph
 
 
 def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -177,17 +244,42 @@ def _compiled(graph: fx.Graph) -> Any:
     return scope["forward"]
 
 
-def _switching(base: type[nn.Module], forwards: dict[bool, Any]) -> Any:
-    """Write a forward with the original's parameters that picks the graph of the mode it is in."""
+def _choosing(base: type[nn.Module], child: str, forwards: Forwards) -> Any:
+    """Write a forward with the original's signature that picks the graph for its arguments."""
     original: Any = base.forward
-    names = list(inspect.signature(original).parameters)[1:]
-    listed = ", ".join(names)
-    source = (
-        f"def forward(self, {listed}):\n"
-        f"    if self.training:\n        return in_train(self, {listed})\n"
-        f"    return in_eval(self, {listed})\n"
-    )
-    scope: dict[str, Any] = {"in_train": forwards[True], "in_eval": forwards[False]}
+    signature = inspect.signature(original)
+    parameters = list(signature.parameters.values())
+    listed, defaults = [], {}
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in listed:
+            listed.append("*")
+        if parameter.default is parameter.empty:
+            listed.append(parameter.name)
+        else:
+            defaults[parameter.name] = parameter.default
+            listed.append(f"{parameter.name}=defaults[{parameter.name!r}]")
+    own, *names = [parameter.name for parameter in parameters]
+    values = ", ".join(f"{name!r}: {name}" for name in names)
+    source = f"def forward({', '.join(listed)}):\n    return call({own}, {{{values}}})\n"
+
+    def call(module: nn.Module, values: dict[str, Any]) -> Any:
+        key = _key(module.training, values)
+        found = forwards.get(key) or forwards.get(_key(module.training, values, numbers=True))
+        if found is None:
+            found = _add_forward_again(forwards, module, child, values)
+        return found(module, *values.values())
+
+    scope: dict[str, Any] = {"call": call, "defaults": defaults}
     exec(compile(source, "<filtered forward>", "exec"), scope)
-    scope["forward"].__defaults__ = original.__defaults__
     return scope["forward"]
+
+
+def _add_forward_again(
+    forwards: Forwards, module: nn.Module, child: str, values: dict[str, Any]
+) -> Any:
+    cls = module.__class__
+    module.__class__ = base_class(module)
+    try:
+        return _add_forward(forwards, module, child, module.training, values)
+    finally:
+        module.__class__ = cls

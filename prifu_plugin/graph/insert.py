@@ -189,6 +189,16 @@ def _chosen(
     chosen = select([site.path for site in usable], include, exclude)
     if not chosen:
         raise NoSiteError("include and exclude leave no normalization layer. Relax the patterns.")
+    unused = [site.path for site in usable if site.reached == "never" and site.path in chosen]
+    if unused:
+        warnings.warn(
+            f"The forward of {type(model).__name__} never calls '{unused[0]}'"
+            + (f" and {len(unused) - 1} other normalization layers" if unused[1:] else "")
+            + ". Filters there stay untrained, and a forward that reads their parameters instead "
+            "bypasses them; leave them out with exclude=.",
+            PrifuWarning,
+            stacklevel=3,
+        )
     return chosen
 
 
@@ -212,6 +222,8 @@ def _apply(model: nn.Module, state: WrapState, origin: nn.Parameter | None = Non
         unit = PriFU(channels, state.config, dim=spec.dim)
         _place(unit, path, host, first, origin)
         attach(host, unit)
+        if _may_be_bypassed(model.get_submodule(path.rpartition(".")[0])):
+            unit.register_forward_pre_hook(_do_nothing)
     if state.cut is not None:
         host = model.get_submodule(state.cut)
         cut = CutFilter(state.cut_channels, state.config, dim=state.cut_dim)
@@ -224,6 +236,20 @@ def _apply(model: nn.Module, state: WrapState, origin: nn.Parameter | None = Non
         "checkpoint": model.register_load_state_dict_pre_hook(complete_checkpoint).id,
     }
     model.__dict__[STATE] = state
+
+
+def _may_be_bypassed(owner: nn.Module) -> bool:
+    """Whether a module is torch's own, which may have a kernel that reads its norms' parameters.
+
+    nn.TransformerEncoderLayer has, and leaves it unused where a module inside has a hook.
+    """
+    containers = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    classes = [cls for cls in type(owner).__mro__ if cls not in containers]
+    return any(cls.__module__.startswith("torch.nn.modules.") for cls in classes)
+
+
+def _do_nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Be a hook that torch can see."""
 
 
 def _apply_functional(

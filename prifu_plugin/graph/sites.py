@@ -15,6 +15,7 @@ from prifu_plugin.graph.capture import Captured, calls, capture
 from prifu_plugin.graph.functional import FilterGroup, functional_calls, functional_owners
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.norms import base_class, norm_spec, num_channels
+from prifu_plugin.graph.undisturbed import undisturbed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,8 @@ class Site:
         channels: number of channels, None if unknown.
         dim: channel dimension.
         reached: "graph" if the traced graph calls it, "slot" if it was found in the module tree
-            only (the trace failed, or keeps the module around it whole), "functional" for calls
-            of torch.nn.functional.
+            only (the trace failed, or keeps the module around it whole), "never" if the trace
+            shows that forward does not call it, "functional" for calls of torch.nn.functional.
         filtered: whether a filter stands behind it.
         refused: why no filter can be put there, or "".
     """
@@ -58,8 +59,11 @@ def sites(model: nn.Module) -> list[Site]:
         [('1', 4)]
     """
     graphs = list(_graphs(model))
-    reached = set().union(*(calls(captured) for captured in graphs)) if graphs else set()
-    found = [_module_site(path, module, path in reached) for path, module in norm_modules(model)]
+    called = set().union(*(calls(captured) for captured in graphs)) if graphs else set()
+    found = [
+        _module_site(path, module, _reached(path, called, len(graphs) == 2))
+        for path, module in norm_modules(model)
+    ]
     owners = sorted({path for captured in graphs for path in functional_owners(captured.graph)})
     return found + [site for path in owners for site in _functional_sites(model, path)]
 
@@ -114,24 +118,24 @@ def _matches(path: str, pattern: str) -> bool:
 
 def _graphs(model: nn.Module) -> Iterator[Captured]:
     """Trace in train and in eval mode, which may call different modules."""
-    modes = [(module, module.training) for module in model.modules()]
-    before = set(model.__dict__)
-    try:
+    with undisturbed(model):
         for training in (True, False):
             model.train(training)
             try:
                 yield capture(model)
             except CaptureError:
                 continue
-    finally:
-        for module, training in modes:
-            module.training = training
-        # A tracer leaves the tensors it met in forward as attributes of the model.
-        for name in set(model.__dict__) - before:
-            del model.__dict__[name]
 
 
-def _module_site(path: str, module: nn.Module, reached: bool) -> Site:
+def _reached(path: str, called: set[str], complete: bool) -> str:
+    if path in called:
+        return "graph"
+    parts = path.split(".")
+    around = {".".join(parts[:count]) for count in range(len(parts))}
+    return "slot" if around & called or not complete else "never"
+
+
+def _module_site(path: str, module: nn.Module, reached: str) -> Site:
     spec = norm_spec(module)
     assert spec is not None
     channels = num_channels(module)
@@ -140,7 +144,7 @@ def _module_site(path: str, module: nn.Module, reached: bool) -> Site:
         type=base_class(module).__name__,
         channels=channels,
         dim=spec.dim,
-        reached="graph" if reached else "slot",
+        reached=reached,
         filtered=is_host(module) and isinstance(module._modules.get("prifu"), PriFU),
         refused="" if channels else "its number of channels is not known before a forward pass",
     )

@@ -1,0 +1,60 @@
+"""Undo what a forward pass stores on a model: attributes, lists, buffers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module, keep: str | None = None) -> Iterator[None]:
+    """Restore the modes, attributes and buffers of all modules behind a with block.
+
+    A traced forward would otherwise leave proxies in what it assigns to self.
+
+    Args:
+        model: any module.
+        keep: prefix of new attributes to keep.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    attributes = [(module, dict(module.__dict__), _contents(module)) for module in model.modules()]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, before, contents in attributes:
+            _restore(module.__dict__, before, keep)
+            for container, items in contents:
+                _refill(container, items)
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    return [(v, copy.copy(v)) for v in module.__dict__.values() if isinstance(v, list | dict | set)]
+
+
+def _restore(now: dict[str, Any], before: dict[str, Any], keep: str | None) -> None:
+    for name in set(now) - set(before):
+        if keep is None or not name.startswith(keep):
+            del now[name]
+    for name, value in before.items():
+        if now.get(name) is not value:
+            now[name] = value
+
+
+def _refill(container: Any, items: Any) -> None:
+    container.clear()
+    if isinstance(container, list):
+        container.extend(items)
+    else:
+        container.update(items)
