@@ -138,7 +138,7 @@ def _traceable_torch() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with mock.patch.object(transformer, "_get_seq_len", lambda *_: None, create=True):
+        with mock.patch.object(transformer, "_get_seq_len", return_value=None, create=True):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -69,7 +69,7 @@ def remember_inputs(model: nn.Module, args: tuple[Any, ...]) -> None:
     """Note the shapes of a forward pass, for prune (a forward pre-hook)."""
     if torch.compiler.is_compiling():
         return
-    if args and all(isinstance(x, Tensor) for x in args):
+    if args and all(isinstance(x, Tensor) and x.is_floating_point() for x in args):
         model.__dict__[STATE].input_shapes = tuple(tuple(x.shape) for x in args)
 
 

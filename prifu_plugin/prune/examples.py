@@ -1,4 +1,4 @@
-"""Run a graph once and record on each node what it returned: shapes, sizes, parameter values."""
+"""Run a graph and record on each node what it returned: shapes, sizes, parameter values."""
 
 from __future__ import annotations
 
@@ -16,22 +16,12 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        several = (
-            isinstance(result, tuple | list)
-            and bool(result)
-            and all(isinstance(r, Tensor) for r in result)
-        )
-        if several:
-            n.meta["shape"] = [tuple(r.shape) for r in result]
-        elif isinstance(result, Tensor):
-            n.meta["shape"] = tuple(result.shape) or (1,)
-        else:
-            n.meta["shape"] = ()
-        n.meta["several"] = several
+        n.meta["several"] = _is_several(result)
+        n.meta["shape"] = _shape(result)
         if isinstance(result, Tensor) and result.ndim == 0:
             n.meta["zero_dim"] = True
         n.meta["example"] = result if not isinstance(result, Tensor) else result.new_empty(0)
-        if n.op == "get_attr" and (several or isinstance(result, Tensor)):
+        if n.op == "get_attr" and n.meta["shape"]:
             n.meta["static"] = result
         elif n.op in ("call_function", "call_method", "call_module") and n.meta["shape"]:
             tensors = [i for i in n.all_input_nodes if i.meta["shape"]]
@@ -40,14 +30,59 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def record_examples(root: nn.Module, graph: fx.Graph, inputs: Sequence[Tensor]) -> None:
-    """Run a graph on inputs and record "shape", "several", "example" and "static" on its nodes.
+class _SecondRecorder(fx.Interpreter):
+    """Note the same at other sizes; what follows from parameters and sizes is not static."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(root, garbage_collect_values=True, graph=graph)
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        example = result if not isinstance(result, Tensor) else None
+        n.meta["other"] = (_shape(result), example)
+        moves = any("varies" in i.meta for i in n.all_input_nodes)
+        if "static" in n.meta and (moves or not _same(n.meta["static"], result)):
+            del n.meta["static"]
+            n.meta["varies"] = True
+        return result
+
+
+def record_examples(
+    root: nn.Module,
+    graph: fx.Graph,
+    inputs: Sequence[Tensor],
+    others: Sequence[Tensor] | None = None,
+) -> None:
+    """Run a graph and record "shape", "several", "example" and "static" on its nodes.
 
     Args:
         root: the model in eval mode.
         graph: a graph on it.
         inputs: example inputs, in the order of the graph's placeholders.
+        others: inputs of another batch size, and of another size if the model takes one; what
+            they give is recorded as "other".
     """
-    defaults = [None] * (sum(n.op == "placeholder" for n in graph.nodes) - len(inputs))
     with torch.no_grad():
-        _Recorder(root, graph).run(*inputs, *defaults)
+        _Recorder(root, graph).run(*inputs)
+        if others is not None:
+            _SecondRecorder(root, graph).run(*others)
+
+
+def _is_several(result: Any) -> bool:
+    listed = isinstance(result, tuple | list) and bool(result)
+    return listed and all(isinstance(r, Tensor) for r in result)
+
+
+def _shape(result: Any) -> Any:
+    """Return the shape of a tensor, shapes of a tuple of tensors, () for anything else."""
+    if _is_several(result):
+        return [tuple(r.shape) for r in result]
+    return (tuple(result.shape) or (1,)) if isinstance(result, Tensor) else ()
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and torch.equal(first, second)
+    pairs = zip(first, second, strict=False)
+    return len(first) == len(second) and all(_same(a, b) for a, b in pairs)

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import Captured, capture
 
 
-def lower(model: nn.Module) -> Captured:
+def lower(model: nn.Module, given: int | None = None) -> Captured:
     """Capture a model in eval mode as a graph of pure operations.
 
     In-place operations become their pure twins, nn.MultiheadAttention becomes the linear maps it
@@ -22,11 +26,12 @@ def lower(model: nn.Module) -> Captured:
 
     Args:
         model: a module in eval mode; it is not changed, the graph refers to it.
+        given: how many positional inputs are given.
 
     Raises:
         CaptureError: if the model cannot be traced.
     """
-    captured = capture(model)
+    captured = capture(model, given)
     graph = captured.graph
     for node in list(graph.nodes):
         if _is_assertion(node):
@@ -38,6 +43,25 @@ def lower(model: nn.Module) -> Captured:
     _drop_unused(graph)
     graph.lint()
     return captured
+
+
+def plain_layers(model: nn.Module) -> nn.Module:
+    """Replace computed weights by their values, in place: parametrizations, old-style norms, masks.
+
+    What they compute from does not change in eval mode.
+    """
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                nn.utils.remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                nn.utils.remove_spectral_norm(module, hook.name)
+            elif isinstance(hook, BasePruningMethod):
+                torch.nn.utils.prune.remove(module, hook._tensor_name)
+    return model
 
 
 def _is_assertion(node: fx.Node) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prifu_plugin.prune.facts import Fact
+from prifu_plugin.prune.inputs import Inputs, takes
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.rules.base import Analysis
 from prifu_plugin.prune.rules.linear import LinearRule
@@ -165,10 +165,9 @@ def fates(analysis: Analysis, plan: Plan) -> tuple[Fate, ...]:
     return tuple(found)
 
 
-def count_macs(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> int:
+def count_macs(model: nn.Module, inputs: Inputs) -> int:
     """Return the multiply-accumulates of one forward pass at batch 1."""
-    reference = next((p for p in model.parameters()), torch.zeros(()))
-    inputs = [torch.zeros((1, *shape[1:])).to(reference) for shape in shapes]
+    single = inputs.batch(1) if takes(model, inputs.batch(1)) else inputs
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not counted
     # The counter hooks gradients of what modules are given, and trips over bare parameters.
@@ -177,12 +176,12 @@ def count_macs(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> int:
         parameter.requires_grad_(False)
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(*inputs)
+            model(*single.draw(model, 0))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for parameter in trained:
             parameter.requires_grad_(True)
-    return int(counter.get_total_flops()) // 2
+    return int(counter.get_total_flops()) // 2 // single.shapes[0][0]
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from prifu_plugin.errors import ConfigError, VerificationError
+from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError, VerificationError
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.insert import apply_recipe, filters
 from prifu_plugin.graph.state import input_shapes, wrap_state
 from prifu_plugin.prune.examples import record_examples
-from prifu_plugin.prune.lower import lower
+from prifu_plugin.prune.inputs import Inputs, refusal, takes
+from prifu_plugin.prune.lower import lower, plain_layers
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.planner import make_plan
+from prifu_plugin.prune.precise import precise, reference
 from prifu_plugin.prune.report import PruneReport, count_bytes, count_macs, count_parameters, fates
 from prifu_plugin.prune.rewrite import rewrite
 from prifu_plugin.prune.rules import Analysis, analyse
-from prifu_plugin.prune.verify import Check, compare, culprit, takes
+from prifu_plugin.prune.verify import Check, compare, culprit
 
-Shapes = tuple[tuple[int, ...], ...]
 META = "prifu"
 
 
@@ -74,33 +75,29 @@ def prune(
         raise ConfigError(f"round_to={round_to} is not a positive number of channels.")
     for unit in filters(model).values():
         unit.check_finite()
-    shapes = _shapes(model, example_inputs)
+    inputs = _inputs(model, example_inputs)
     device = next(model.parameters()).device
-    filtered = copy.deepcopy(model).cpu().eval()
-    if not takes(filtered, shapes):
-        raise ConfigError(
-            f"{type(model).__name__} refuses inputs of shape {list(shapes)}. Pass "
-            "example_inputs= a batch as the model takes it."
+    with torch.inference_mode(False):
+        filtered = plain_layers(copy.deepcopy(model).cpu().eval())
+        runs = _runs(filtered, inputs)
+        captured = _captured(filtered, runs)
+        exact = precise(captured)
+        analysis = analyse(exact.root, exact.graph)
+        recipe = {**state.recipe(), "inputs": runs[0].to_dict(), "graph": _fingerprint(captured)}
+        plan = make_plan(analysis, recipe, round_to)
+        pruned = rewrite(captured, plan)
+        checks: tuple[Check, ...] = ()
+        if verify:
+            checks = _certify(analysis, captured, exact, plan, pruned, runs, seed)
+        report = PruneReport(
+            checks,
+            seed,
+            fates(analysis, plan),
+            plan.notes,
+            (count_parameters(filtered), count_parameters(pruned)),
+            (count_macs(filtered, runs[0]), count_macs(pruned, runs[0])),
+            (count_bytes(filtered), count_bytes(pruned)),
         )
-    captured = lower(filtered)
-    record_examples(filtered, captured.graph, [_ones(filtered, (2, *s[1:])) for s in shapes])
-    precise = _precise(filtered)
-    analysis = analyse(precise, captured.graph)
-    recipe = {**state.recipe(), "input_shapes": [list(shape) for shape in shapes]}
-    plan = make_plan(analysis, recipe, round_to)
-    pruned = rewrite(captured, plan)
-    checks: tuple[Check, ...] = ()
-    if verify:
-        checks = _certify(analysis, captured, plan, pruned, shapes, seed)
-    report = PruneReport(
-        checks,
-        seed,
-        fates(analysis, plan),
-        plan.notes,
-        (count_parameters(filtered), count_parameters(pruned)),
-        (count_macs(filtered, shapes), count_macs(pruned, shapes)),
-        (count_bytes(filtered), count_bytes(pruned)),
-    )
     # Plain data only: the result must not need prifu_plugin to be loaded.
     pruned.meta[META] = {"plan": plan.to_json(), "report": report.to_dict()}
     return pruned.to(device)
@@ -132,10 +129,16 @@ def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -
     if isinstance(plan, str):
         plan = Plan.from_json(plan)
     fresh = copy.deepcopy(model).cpu().eval()
-    wrapped = apply_recipe(fresh, plan.recipe)
-    captured = lower(wrapped)
-    shapes = [(2, *shape[1:]) for shape in plan.recipe["input_shapes"]]
-    record_examples(wrapped, captured.graph, [_ones(wrapped, shape) for shape in shapes])
+    reference = next((v for v in state_dict.values() if v.is_floating_point()), torch.zeros(()))
+    wrapped = plain_layers(apply_recipe(fresh, plan.recipe).to(reference.dtype))
+    inputs = Inputs.from_dict(plan.recipe["inputs"])
+    captured = lower(wrapped, len(inputs.shapes))
+    if _fingerprint(captured) != plan.recipe["graph"]:
+        raise NoSiteError(
+            f"This {type(model).__name__} computes another graph than the one the plan was made "
+            "for. Build the model that was wrapped, with the same arguments and versions."
+        )
+    record_examples(wrapped, captured.graph, inputs.draw(wrapped, 0))
     pruned = rewrite(captured, plan)
     pruned.load_state_dict(state_dict)
     pruned.meta[META] = {"plan": plan.to_json()}
@@ -170,58 +173,82 @@ def _attached(pruned: nn.Module) -> dict[str, Any]:
     return data  # type: ignore[no-any-return]
 
 
-def _precise(filtered: nn.Module) -> nn.Module:
-    """Copy a model to fp64 with the masks it has: a tie must not be decided again there."""
-    precise = copy.deepcopy(filtered).double()
-    units = zip(filters(filtered).values(), filters(precise).values(), strict=True)
-    for unit, twin in units:
-        # An open weight is above 0, so alpha = 0 keeps it open whatever rounding says.
-        twin.weight.data.masked_fill_(unit.closed, 0.0)
-        twin.alpha = 0.0
-    return precise
-
-
-def _shapes(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...] | None) -> Shapes:
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
+def _inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     if example_inputs is not None:
-        return tuple(tuple(x.shape) for x in example_inputs)
+        return Inputs.of(example_inputs)
     shapes = input_shapes(model)
     if shapes is None:
         raise ConfigError(
             f"The input shape of {type(model).__name__} is unknown: pass example_inputs= a "
             "batch, or run the model once before prune."
         )
-    return shapes
+    return Inputs.floats(shapes)
 
 
-def _ones(model: nn.Module, shape: Sequence[int]) -> Tensor:
-    return torch.ones(tuple(shape)).to(next(model.parameters()))
+def _runs(filtered: nn.Module, inputs: Inputs) -> tuple[Inputs, ...]:
+    """Return the inputs to analyse at, and others of another batch size and size if it takes them.
+
+    What the two runs do not share is not concluded.
+    """
+    first = inputs.batch(2) if takes(filtered, inputs.batch(2)) else inputs
+    why = refusal(filtered, first)
+    if why is not None:
+        raise ConfigError(
+            f"{type(filtered).__name__} refuses inputs of shape {list(inputs.shapes)}: {why} "
+            "Pass example_inputs= a batch as the model takes it."
+        )
+    others = [*inputs.batch(3).sized(), inputs.batch(3)]
+    other = next((one for one in others if takes(filtered, one)), None)
+    return (first,) if other is None else (first, other)
+
+
+def _captured(filtered: nn.Module, runs: tuple[Inputs, ...]) -> Captured:
+    captured = lower(filtered, len(runs[0].shapes))
+    taken = [str(n.target) for n in captured.graph.nodes if n.op == "placeholder"]
+    if len(taken) != len(runs[0].shapes) or any(name.startswith("*") for name in taken):
+        raise CaptureError(
+            f"The forward of {type(filtered).__name__} takes {', '.join(taken)}, and example_inputs"
+            f" are {len(runs[0].shapes)} tensors: prune needs one named argument for each."
+        )
+    record_examples(filtered, captured.graph, *(run.draw(filtered, 0) for run in runs))
+    return captured
+
+
+def _fingerprint(captured: Captured) -> str:
+    """Return a digest of what a graph computes, weights and widths left out."""
+    lines = []
+    for node in captured.graph.nodes:
+        target = getattr(node.target, "__name__", node.target)
+        lines.append(f"{node.name} {node.op} {target} {[n.name for n in node.all_input_nodes]}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _certify(
     analysis: Analysis,
     captured: Captured,
+    exact: Captured,
     plan: Plan,
     pruned: fx.GraphModule,
-    shapes: Shapes,
+    runs: tuple[Inputs, ...],
     seed: int,
 ) -> tuple[Check, ...]:
     """Compare in fp64 first, where every mistake shows, then in the model's own precision."""
-    precise = analysis.root
-    exact = rewrite(Captured(precise, captured.graph), plan)
-    single, triple = (_batch(shapes, n) for n in (1, 3))
-    other = _resized(shapes)
-    second = _batch(other, 3) if other and takes(captured.root, _batch(other, 1)) else triple
-    checks = [compare(precise, exact, single, seed), compare(precise, exact, second, seed + 1)]
-    checks.append(compare(captured.root, pruned, triple, seed + 2, precise))
-    for check in checks:
+    single = runs[0].batch(1) if takes(captured.root, runs[0].batch(1)) else runs[0]
+    own = runs[0].batch(3) if takes(captured.root, runs[0].batch(3)) else runs[0]
+    filtered = reference(exact, single.draw(exact.root, seed))
+    twin = rewrite(exact, plan)
+    checks = [
+        compare(filtered, twin, single, seed),
+        compare(filtered, twin, runs[-1], seed + 1),
+        compare(captured.root, pruned, own, seed + 2, filtered),
+    ]
+    for check, used in zip(checks, (single, runs[-1], own), strict=True):
         if check.holds:
             continue
-        for node in captured.graph.nodes:
+        for node in exact.graph.nodes:
             if node in analysis.need:
                 node.meta["needed"] = analysis.wanted(node)
-        where = culprit(Captured(precise, captured.graph), plan, exact, check.shapes)
+        where = culprit(exact, plan, twin, used)
         raise VerificationError(
             f"The pruned {type(captured.root).__name__} differs from the filtered one by "
             f"{check.difference:.1e} ({check.dtype}, inputs {list(check.shapes)}; allowed "
@@ -229,15 +256,3 @@ def _certify(
             "the module around it out of the filters with exclude=, and please report it."
         )
     return tuple(checks)
-
-
-def _batch(shapes: Shapes, size: int) -> Shapes:
-    return tuple((size, *shape[1:]) for shape in shapes)
-
-
-def _resized(shapes: Shapes) -> Shapes | None:
-    """Another resolution for images: one side more, the other side less."""
-    if len(shapes) != 1 or len(shapes[0]) != 4:
-        return None
-    n, c, height, width = shapes[0]
-    return ((n, c, height + 32, max(width - 32, 32)),)

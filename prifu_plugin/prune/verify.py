@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,10 @@ from torch.utils import _pytree as pytree
 
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.graph.capture import Captured
+from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.layout import restrict
 from prifu_plugin.prune.plan import Plan
+from prifu_plugin.prune.precise import LowestPrecision
 
 NOISE = "noise."
 """Prefix of the buffers of a pruned model that hold noise deviations."""
@@ -28,7 +29,8 @@ class Check:
     Attributes:
         dtype: "float64" or "float32".
         shapes: shapes of the inputs.
-        difference: max |pruned - filtered| / max |filtered| over all outputs.
+        difference: max |pruned - filtered| / max |filtered| over all outputs; values of more
+            than 1000 times the median are compared with themselves alone.
         tolerance: what it must not exceed: 1e-11 in fp64, 1e-5 in fp32, or four times the
             filtered model's own rounding error where that is more, at most 1e-3.
         rounding: difference of the filtered model from itself in fp64; 0 for fp64 checks.
@@ -49,38 +51,38 @@ class Check:
 def compare(
     filtered: nn.Module,
     pruned: nn.Module,
-    shapes: Sequence[tuple[int, ...]],
+    inputs: Inputs,
     seed: int,
     precise: nn.Module | None = None,
 ) -> Check:
-    """Compare two models on fresh Gaussian inputs, in the dtype of their parameters.
+    """Compare two models on fresh inputs, in the dtype of their parameters.
 
     Noise of a cut filter is switched off on both sides, since it is drawn for other shapes.
 
     Args:
         filtered: the reference.
         pruned: what must equal it.
-        shapes: of the inputs.
+        inputs: what to draw.
         seed: of the inputs.
         precise: the filtered model in fp64, to measure the rounding error of a lower precision.
     """
-    reference = next(filtered.parameters())
-    generator = torch.Generator().manual_seed(seed)
-    inputs = [torch.randn(shape, generator=generator).to(reference) for shape in shapes]
-    rounding = 0.0
+    dtype = next(p.dtype for p in filtered.parameters() if p.is_floating_point())
+    drawn = inputs.draw(filtered, seed)
+    rounding, lowest = 0.0, LowestPrecision()
     with torch.no_grad(), Quiet(filtered), Quiet(pruned):
         # Copies, since a model may overwrite its input.
-        expected = filtered(*(x.clone() for x in inputs))
-        found = pruned(*(x.clone() for x in inputs))
+        with lowest:
+            expected = filtered(*(x.clone() for x in drawn))
+        found = pruned(*(x.clone() for x in drawn))
         if precise is not None:
             with Quiet(precise):
-                rounding = difference(precise(*(x.double() for x in inputs)), expected)
+                raised = [x.double() if x.is_floating_point() else x for x in drawn]
+                rounding = difference(precise(*raised), expected)
+    gap = difference(expected, found)
+    if dtype == torch.float64 and lowest.lower and gap > TOLERANCES[dtype]:
+        dtype = torch.float32  # a layer casts inside: that is as exact as it gets
     return Check(
-        str(reference.dtype).removeprefix("torch."),
-        tuple(tuple(shape) for shape in shapes),
-        difference(expected, found),
-        _tolerance(reference.dtype, rounding),
-        rounding,
+        str(dtype).removeprefix("torch."), inputs.shapes, gap, _tolerance(dtype, rounding), rounding
     )
 
 
@@ -121,38 +123,47 @@ def _gap(a: Any, b: Any) -> float:
         return float("inf")
     if not finite.any():
         return 0.0
-    scale = max(float(a[finite].abs().max()), torch.finfo(torch.float64).tiny)
-    return float((a - b)[finite].abs().max()) / scale
+    return float(((a - b).abs() / _scale(a, finite))[finite].max())
 
 
-def takes(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> bool:
-    """Whether a model accepts inputs of these shapes."""
-    reference = next(model.parameters())
-    try:
-        with torch.no_grad():
-            model(*(torch.zeros(shape).to(reference) for shape in shapes))
-    except Exception:  # noqa: BLE001 - any refusal is an answer
-        return False
-    return True
+def _scale(a: Tensor, finite: Tensor) -> Tensor:
+    """Return what an error is compared with: the largest value, huge ones only for themselves.
+
+    A logit filled with -1e30 must not hide errors in the others.
+    """
+    sizes = a.abs()
+    shown = sizes[finite & (sizes > 0)]
+    tiny = torch.tensor(torch.finfo(torch.float64).tiny, dtype=torch.float64)
+    if not shown.numel():
+        return tiny
+    common = torch.minimum(shown.max(), OUTLIER * shown.median())
+    return torch.maximum(torch.maximum(sizes, common), tiny)
 
 
-def culprit(
-    captured: Captured, plan: Plan, pruned: fx.GraphModule, shapes: Sequence[tuple[int, ...]]
-) -> str:
+OUTLIER = 1000.0
+"""Values this many times the median are no scale for the others."""
+
+
+def culprit(captured: Captured, plan: Plan, pruned: fx.GraphModule, inputs: Inputs) -> str:
     """Return the first node whose value differs, with its difference; "" if none does.
 
     Both graphs run in fp64; each node of the pruned one must be the original restricted to its
     layout, on the channels that are live and needed.
     """
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    old = _values(captured.root, captured.graph, inputs)
-    new = _values(pruned, pruned.graph, inputs)
+    drawn = inputs.draw(captured.root, 0)
+    old = _values(captured.root, captured.graph, drawn)
+    new = _values(pruned, pruned.graph, drawn)
     layouts = {node.name: dict(node.layout) for node in plan.nodes}
     for node in captured.graph.nodes:
         value, found = old.get(node.name), new.get(node.name)
         needed = node.meta.get("needed")
-        if not isinstance(value, Tensor) or not isinstance(found, Tensor) or needed is None:
+        sliced = node.op == "get_attr"  # a parameter may be sliced for its only reader
+        if (
+            not isinstance(value, Tensor)
+            or not isinstance(found, Tensor)
+            or needed is None
+            or sliced
+        ):
             continue
         expected = restrict(value, layouts[node.name])
         mask = restrict(needed, layouts[node.name]).expand(expected.shape)
@@ -196,7 +207,6 @@ def _values(root: nn.Module, graph: fx.Graph, inputs: list[Tensor]) -> dict[str,
             found[n.meta.get("original", n.name)] = kept
             return result
 
-    missing = sum(n.op == "placeholder" for n in graph.nodes) - len(inputs)
     with torch.no_grad(), Quiet(root):
-        Recorder(root, graph=graph).run(*inputs, *[None] * missing)
+        Recorder(root, graph=graph).run(*inputs)
     return found

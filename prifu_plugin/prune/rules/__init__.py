@@ -23,6 +23,8 @@ def find_rule(analysis: Analysis, node: fx.Node) -> Rule:
         return InputRule(node) if node.meta["shape"] else ScalarRule(node)
     if "static" in node.meta:
         return StaticRule(node)
+    if "varies" in node.meta:
+        return OpaqueRule(node, "a parameter cut to the size of the input")
     if not node.meta["shape"]:
         return ScalarRule(node)
     facts = [analysis.values[s] for s in node.all_input_nodes]

@@ -19,19 +19,35 @@ from prifu_plugin.prune.layout import FILL, Conform, Layout, restrict, simplify
 from prifu_plugin.prune.plan import Alias, Keep
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, mapped, run
-from prifu_plugin.prune.rules.relabel import Moved, moved_labels
+from prifu_plugin.prune.rules.relabel import Moved, Start, moved_labels, starts
 
 SIZED = ("view", "reshape", "expand")
 """Methods whose arguments are the sizes of the result, one a dimension."""
 
 
 class MovementRule(Rule):
-    """Movement of one tensor to one or several."""
+    """Movement of one tensor to one or several.
+
+    Args:
+        node: the node.
+        source: the tensor whose elements are moved: the operand, or what an operand that mixes
+            channels with other dimensions was made from.
+        moved: where the elements of each result came from.
+    """
 
     def __init__(self, node: fx.Node, source: fx.Node, moved: tuple[Moved, ...]) -> None:
         super().__init__(node)
         self.source = source
         self.moved = moved
+
+    @property
+    def mixed(self) -> bool:
+        """Whether channels are spread over dimensions that are no channel dimensions."""
+        return any(m.mixed for m in self.moved)
+
+    def sources(self, analysis: Analysis) -> list[fx.Node]:
+        """Return the tensor whose elements are moved."""
+        return [self.source]
 
     def const(self, analysis: Analysis) -> Any:
         """Move the constants."""
@@ -75,10 +91,6 @@ class MovementRule(Rule):
 class ItemRule(MovementRule):
     """One item of a tuple of tensors: movement from the tensor that was split."""
 
-    def sources(self, analysis: Analysis) -> list[fx.Node]:
-        """The tensor that was split."""
-        return [self.source]
-
 
 def movement_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     """Return the rule if a node moves data, found by relabelling; None otherwise."""
@@ -98,8 +110,23 @@ def movement_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
         if not isinstance(split, MovementRule) or not isinstance(item, int):
             return None
         return ItemRule(node, split.source, (split.moved[item],))
-    moved = moved_labels(analysis, node, source)
-    return MovementRule(node, source, moved) if moved else None
+    origin, begin = source, starts(source, analysis.fact(source))
+    before = analysis.rules[source]
+    if isinstance(before, MovementRule) and before.mixed:
+        origin, begin = before.source, _continued(analysis, before)
+    moved = moved_labels(analysis, node, source, analysis.fact(origin), begin)
+    return MovementRule(node, origin, moved) if moved else None
+
+
+def _continued(analysis: Analysis, before: MovementRule) -> tuple[Start, ...]:
+    """Return the labels that a movement left, for the next one to move on."""
+    fresh = starts(before.source, analysis.fact(before.source))
+    left = (before.moved[0].labels, before.moved[0].other)
+    return tuple(
+        Start(labels.double(), start.shape)
+        for labels, start in zip(left, fresh, strict=False)
+        if labels is not None
+    )
 
 
 # Planning. A chain of movements is planned as a whole where only its end is read.
@@ -128,8 +155,10 @@ def _plan_chain(planner: Planner, end: fx.Node) -> None:
     chain = [end]
     while True:
         first = first_input(chain[0])
-        inner = isinstance(analysis.rules.get(first), MovementRule) and (
-            first.meta["several"] or (_is_inner(analysis, first) and not planner.exists(first))
+        rule = analysis.rules.get(first)
+        inner = isinstance(rule, MovementRule) and (
+            first.meta["several"]
+            or (not planner.exists(first) and (rule.mixed or _is_inner(analysis, first)))
         )
         if not inner:
             break
@@ -139,7 +168,11 @@ def _plan_chain(planner: Planner, end: fx.Node) -> None:
         for node in chain:
             _keep_whole(planner, node)
         return
-    if planner.exists(start) and _relabel(planner, start, chain):
+    if (
+        planner.exists(start)
+        and not _fixed_crop(analysis, chain)
+        and _relabel(planner, start, chain)
+    ):
         return
     for node in chain:
         if not planner.exists(node):
@@ -157,12 +190,13 @@ def _relabel(planner: Planner, start: fx.Node, chain: list[fx.Node]) -> bool:
     source, result = analysis.fact(start), analysis.fact(end)
     if len(source.shape) != len(result.shape):
         return False
-    labels = _composed(analysis, start, chain)
+    runs = _composed(analysis, start, chain)
     for dim in source.axes:
         if dim not in result.axes or set(planner.layouts[start]) - {dim}:
             continue
-        mapping = _selection(labels, source.shape, dim)
-        if mapping is None:
+        mappings = [_selection(labels, shape, dim) for labels, shape in runs]
+        mapping = mappings[0] if mappings else None
+        if mapping is None or any(other != mapping for other in mappings):
             continue
         have = {index: p for p, index in enumerate(planner.physical(start, dim))}
         keep = analysis.keep[end].movedim(dim, 0).flatten(1).any(1)
@@ -193,20 +227,44 @@ def _emit_from(
     planner.plans[end] = type(plan)(plan.name, plan.kernel, ((start.name, conform),), plan.layout)
 
 
-def _composed(analysis: Analysis, start: fx.Node, chain: list[fx.Node]) -> Tensor:
-    labels: Tensor | None = None
+def _composed(
+    analysis: Analysis, start: fx.Node, chain: list[fx.Node]
+) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """Return the labels of the start at the end of a chain, and its shape, in each run."""
+    at: dict[fx.Node, list[Tensor]] = {}
+    shapes = [s.shape for s in starts(start, analysis.fact(start))]
     for node in chain:
         rule = analysis.rules[node]
         assert isinstance(rule, MovementRule)
         if node.meta["several"]:
             continue
-        step = rule.moved[0].labels
-        if labels is None:
-            labels = step
-        else:
-            labels = torch.cat([torch.zeros(1, dtype=torch.int64), labels.flatten()])[step]
-    assert labels is not None
-    return labels
+        steps = [step for step in (rule.moved[0].labels, rule.moved[0].other) if step is not None]
+        if rule.source is not start and rule.source not in at:
+            return []
+        if rule.source is not start:
+            zero = torch.zeros(1, dtype=torch.int64)
+            before = [torch.cat([zero, labels.flatten()]) for labels in at[rule.source]]
+            steps = [labels[step] for labels, step in zip(before, steps, strict=True)]
+        at[node] = steps
+    return list(zip(at[chain[-1]], shapes, strict=True))
+
+
+def _fixed_crop(analysis: Analysis, chain: list[fx.Node]) -> bool:
+    """Whether a chain crops to literal bounds, which may do nothing at the sizes that were run."""
+    for node in chain:
+        index = node.args[1] if node.target is operator.getitem else ()
+        value = analysis.values[first_input(node)]
+        parts = list(index) if isinstance(index, tuple) else [index]
+        if not isinstance(value, Fact) or any(p is None for p in parts):
+            continue
+        if Ellipsis in parts:
+            gap = parts.index(Ellipsis)
+            wanted = len(value.shape) - len(parts) + 1
+            parts[gap : gap + 1] = [slice(None)] * wanted
+        for dim, part in enumerate(parts):
+            if isinstance(part, slice) and isinstance(part.stop, int) and dim not in value.axes:
+                return True
+    return False
 
 
 def _selection(labels: Tensor, shape: tuple[int, ...], dim: int) -> list[int] | None:
@@ -236,7 +294,7 @@ def _step(planner: Planner, node: fx.Node) -> None:
     if node.meta["several"]:
         planner.emit(node, Keep(), {operand: planner.conform(operand, node)})
         return
-    if planner.exists(operand) and planner.layouts[operand]:
+    if planner.exists(operand) and planner.layouts[operand] and rule.source is operand:
         direct = _direct(analysis, node, rule, planner.layouts[operand])
         if direct is not None:
             kernel, layout = direct

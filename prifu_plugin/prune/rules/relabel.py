@@ -15,37 +15,115 @@ from prifu_plugin.prune.rules.base import Analysis, run
 
 @dataclass(frozen=True)
 class Moved:
-    """Where the elements of one result came from: labels of the source, 0 for a padded zero."""
+    """Where the elements of one result came from: labels of the source, 0 for a padded zero.
+
+    Attributes:
+        labels: in the analysed run.
+        axes: dimensions along which the source's channels vary, of the same size at every size
+            of the input.
+        mixed: channels vary along a dimension that they share with the batch or with space; they
+            are no channels of this result.
+        other: labels in the run at other sizes, if there was one.
+    """
 
     labels: Tensor
     axes: tuple[int, ...]
+    mixed: bool
+    other: Tensor | None
 
 
-def moved_labels(analysis: Analysis, node: fx.Node, source: fx.Node) -> tuple[Moved, ...]:
+@dataclass(frozen=True)
+class Start:
+    """Labels at the beginning of a movement, in the analysed run and in the other.
+
+    Attributes:
+        labels: what the operation is run on.
+        shape: of the tensor they count.
+    """
+
+    labels: Tensor
+    shape: tuple[int, ...]
+
+
+def starts(node: fx.Node, fact: Fact) -> tuple[Start, ...]:
+    """Return fresh labels of a tensor, one for each run."""
+    shapes = [fact.shape]
+    if "other" in node.meta:
+        shapes.append(node.meta["other"][0])
+    return tuple(Start(_count(shape), shape) for shape in shapes)
+
+
+def moved_labels(
+    analysis: Analysis, node: fx.Node, source: fx.Node, fact: Fact, begin: tuple[Start, ...]
+) -> tuple[Moved, ...]:
     """Run a node on labels and on relabelled values; return where everything came from.
 
     Args:
         analysis: the facts so far.
         node: the operation.
         source: the only tensor it reads.
+        fact: of the tensor whose labels `source` holds.
+        begin: those labels, in each run.
 
     Returns:
-        One entry for each result, none if the operation does anything but move.
+        One entry for each result; none if the operation does anything but move, or moves the
+        channels of another size otherwise.
     """
-    fact = analysis.fact(source)
-    size = math.prod(fact.shape)
-    labels = torch.arange(1, size + 1, dtype=torch.float64).reshape(fact.shape)
+    runs = []
+    for index, start in enumerate(begin):
+        labels = _labels(analysis, node, source, start, index)
+        if labels is None:
+            return ()
+        runs.append(labels)
+    if len({len(labels) for labels in runs}) != 1:
+        return ()
+    found = []
+    for place in range(len(runs[0])):
+        moved = _combined([labels[place] for labels in runs], fact, begin)
+        if moved is None:
+            return ()
+        found.append(moved)
+    return tuple(found)
+
+
+def _count(shape: tuple[int, ...]) -> Tensor:
+    return torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(shape)
+
+
+def _labels(
+    analysis: Analysis, node: fx.Node, source: fx.Node, start: Start, index: int
+) -> list[Tensor] | None:
+    size = math.prod(start.shape)
     table = _table(size)
     try:
-        moved = _tensors(_on(analysis, node, source, labels))
-        again = _tensors(_on(analysis, node, source, table[labels.long()]))
+        moved = _tensors(_on(analysis, node, source, start.labels, index))
+        again = _tensors(_on(analysis, node, source, table[start.labels.long()], index))
     except Exception:  # noqa: BLE001 - an operation that refuses labels is no movement
-        return ()
+        return None
     if not moved or any(not _are_labels(m, size) for m in moved):
-        return ()
+        return None
     if any(not torch.equal(a, table[m.long()]) for m, a in zip(moved, again, strict=True)):
-        return ()
-    return tuple(_with_axes(m.long(), fact) for m in moved)
+        return None
+    return [m.long() for m in moved]
+
+
+def _combined(runs: list[Tensor], fact: Fact, begin: tuple[Start, ...]) -> Moved | None:
+    """Find the channel dimensions of a result; None if the runs disagree about them."""
+    ranks = {labels.ndim for labels in runs}
+    if len(ranks) != 1:
+        return None
+    varying = {
+        dim for labels, start in zip(runs, begin, strict=True) for dim in _axes(labels, start, fact)
+    }
+    axes = tuple(d for d in sorted(varying) if len({labels.shape[d] for labels in runs}) == 1)
+    relations = [
+        _relation(labels, start.shape, fact, axes)
+        for labels, start in zip(runs, begin, strict=True)
+    ]
+    if any(not torch.equal(relation, relations[0]) for relation in relations):
+        return None
+    other = runs[1] if len(runs) > 1 else None
+    return Moved(runs[0], axes, len(axes) < len(varying), other)
 
 
 _TABLES = [torch.zeros(1, dtype=torch.float64)]
@@ -60,8 +138,13 @@ def _table(size: int) -> Tensor:
     return _TABLES[0][: size + 1]
 
 
-def _on(analysis: Analysis, node: fx.Node, source: fx.Node, value: Tensor) -> Any:
-    return run(analysis, node, lambda n: value if n is source else analysis.values[n])
+def _on(analysis: Analysis, node: fx.Node, source: fx.Node, value: Tensor, index: int) -> Any:
+    def replace(n: fx.Node) -> Any:
+        if n is source:
+            return value
+        return analysis.values[n] if index == 0 else n.meta["other"][1]
+
+    return run(analysis, node, replace)
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -76,12 +159,36 @@ def _are_labels(values: Tensor, size: int) -> bool:
     return values.ndim > 0 and values.numel() > 0 and bool(whole.all())
 
 
-def _with_axes(labels: Tensor, fact: Fact) -> Moved:
+def _axes(labels: Tensor, start: Start, fact: Fact) -> set[int]:
     """Find the dimensions of the result along which a channel index of the source varies."""
     axes = set()
     for axis in fact.axes:
-        index = (labels - 1).clamp_min(0) // math.prod(fact.shape[axis + 1 :]) % fact.shape[axis]
+        index = _channel(labels, start.shape, axis)
         for dim in range(labels.ndim):
             if labels.shape[dim] > 1 and bool((index != index.narrow(dim, 0, 1)).any()):
                 axes.add(dim)
-    return Moved(labels, tuple(sorted(axes)))
+    return axes
+
+
+def _channel(labels: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
+    """Return the index along a dimension of the source that each label has."""
+    return (labels - 1).clamp_min(0) // math.prod(shape[axis + 1 :]) % shape[axis]
+
+
+def _relation(labels: Tensor, shape: tuple[int, ...], fact: Fact, axes: tuple[int, ...]) -> Tensor:
+    """Return which channels of the source each channel of the result reads, as sorted pairs.
+
+    All that the analysis concludes of a movement follows from it.
+    """
+    origin = torch.zeros_like(labels)
+    for axis in fact.axes:
+        origin = origin * shape[axis] + _channel(labels, shape, axis)
+    count = math.prod(shape[axis] for axis in fact.axes)
+    origin = torch.where(labels == 0, count, origin)
+    place = torch.zeros([1] * labels.ndim, dtype=torch.int64)
+    for axis in axes:
+        line = torch.arange(labels.shape[axis])
+        shaped = line.reshape([-1 if d == axis else 1 for d in range(labels.ndim)])
+        place = place * labels.shape[axis] + shaped
+    pairs: Tensor = torch.unique(place * (count + 1) + origin)
+    return pairs

@@ -1,0 +1,146 @@
+"""Inputs for the runs of prune: what the user showed, at other batch sizes and other sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prifu_plugin.errors import ConfigError
+
+FLOAT = "float"
+"""Kind of an input in the model's own floating-point type."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model takes, one entry for each input.
+
+    Attributes:
+        shapes: with the batch first.
+        kinds: "float" for the model's own type, else the name of a dtype.
+        ends: for integers, one above the largest value that may occur.
+
+    Example:
+        >>> inputs = Inputs.of(torch.zeros(2, 3, 8, 8))
+        >>> inputs.batch(5).shapes
+        ((5, 3, 8, 8),)
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    kinds: tuple[str, ...]
+    ends: tuple[int, ...]
+
+    @classmethod
+    def of(cls, examples: Any) -> Inputs:
+        """Describe example inputs: a tensor, or a tuple or list of them."""
+        listed = [examples] if isinstance(examples, Tensor) else examples
+        if not isinstance(listed, tuple | list) or not all(isinstance(x, Tensor) for x in listed):
+            raise ConfigError(
+                f"example_inputs is a {type(examples).__name__}: pass a tensor, or a tuple of the "
+                "tensors that forward takes, in its order."
+            )
+        if not listed or any(x.ndim == 0 or x.numel() == 0 for x in listed):
+            raise ConfigError("example_inputs is empty: pass a batch, such as torch.zeros(2, ...).")
+        return cls(
+            tuple(tuple(x.shape) for x in listed),
+            tuple(_kind(x) for x in listed),
+            tuple(1 if x.is_floating_point() else int(x.max()) + 1 for x in listed),
+        )
+
+    @classmethod
+    def floats(cls, shapes: Sequence[tuple[int, ...]]) -> Inputs:
+        """Describe floating-point inputs."""
+        return cls(tuple(shapes), (FLOAT,) * len(shapes), (1,) * len(shapes))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Inputs:
+        """Read what `to_dict` wrote."""
+        return cls(
+            tuple(tuple(s) for s in data["shapes"]), tuple(data["kinds"]), tuple(data["ends"])
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "shapes": [list(s) for s in self.shapes],
+            "kinds": list(self.kinds),
+            "ends": list(self.ends),
+        }
+
+    def batch(self, size: int) -> Inputs:
+        """Return the same at another batch size."""
+        return replace(self, shapes=tuple((size, *shape[1:]) for shape in self.shapes))
+
+    def draw(self, model: nn.Module, seed: int) -> list[Tensor]:
+        """Draw inputs: Gaussian, or uniform below the end."""
+        like = _reference(model)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = []
+        for shape, kind, end in zip(self.shapes, self.kinds, self.ends, strict=True):
+            if kind == FLOAT:
+                drawn.append(torch.randn(shape, generator=generator).to(like))
+            else:
+                values = torch.randint(0, max(end, 1), shape, generator=generator)
+                drawn.append(values.to(getattr(torch, kind)))
+        return drawn
+
+    def sized(self) -> Iterator[Inputs]:
+        """Yield the same at other sizes: what a model takes of them shows what it assumes.
+
+        Images grow by a multiple of 32 one way and shrink the other, or double; sequences grow.
+        A model that takes none has its size fixed.
+        """
+        for change in (_skewed, _grown, _doubled):
+            shapes = tuple(change(shape) for shape in self.shapes)
+            if shapes != self.shapes:
+                yield replace(self, shapes=shapes)
+
+
+def takes(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a model accepts inputs like these."""
+    return refusal(model, inputs) is None
+
+
+def refusal(model: nn.Module, inputs: Inputs) -> str | None:
+    """Return why a model refuses inputs like these, None if it takes them."""
+    try:
+        with torch.no_grad():
+            model(*inputs.draw(model, 0))
+    except Exception as error:  # noqa: BLE001 - any refusal is an answer
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
+
+
+def _reference(model: nn.Module) -> Tensor:
+    floating = (p for p in model.parameters() if p.is_floating_point())
+    return next(floating, torch.zeros(()))
+
+
+def _kind(x: Tensor) -> str:
+    return FLOAT if x.is_floating_point() else str(x.dtype).removeprefix("torch.")
+
+
+def _skewed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) != 4:
+        return _grown(shape)
+    n, c, height, width = shape
+    return n, c, height + 32, width - 32 if width > 63 else width + 64
+
+
+def _grown(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Make whatever may be a length longer: all but batch and channels, or tokens (N, L, C)."""
+    if len(shape) == 2:
+        return shape
+    if len(shape) == 3:
+        return shape[0], shape[1] + 3, shape[2]
+    return *shape[:2], *(size + 32 for size in shape[2:])
+
+
+def _doubled(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) == 3:
+        return *shape[:2], 2 * shape[2]
+    return *shape[:2], *(2 * size for size in shape[2:])

@@ -1,0 +1,97 @@
+"""The model in fp64, with the masks it has: where facts are found and mistakes show."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prifu_plugin.graph.capture import Captured
+from prifu_plugin.graph.insert import filters
+
+_LOWER = (torch.float32, torch.float16, torch.bfloat16)
+_CASTS = {"float": "double", "half": "double", "bfloat16": "double"}
+
+
+def precise(captured: Captured) -> Captured:
+    """Copy a captured model to fp64; casts to a lower precision in its graph become fp64 too.
+
+    Args:
+        captured: a lowered graph and its model; neither is changed.
+
+    Returns:
+        The same graph, node by node, on the copy.
+    """
+    root = copy.deepcopy(captured.root).double()
+    for module in root.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(module, name, value.double())
+    units = zip(filters(captured.root).values(), filters(root).values(), strict=True)
+    for unit, twin in units:
+        # An open weight is above 0, so alpha = 0 keeps it open whatever rounding says.
+        twin.weight.data.masked_fill_(unit.closed, 0.0)
+        twin.alpha = 0.0
+    return Captured(root, _promoted(captured.graph))
+
+
+def _promoted(graph: fx.Graph) -> fx.Graph:
+    if not any(_casts(node) for node in graph.nodes):
+        return graph
+    graph = copy.deepcopy(graph)
+    for node in graph.nodes:
+        if node.op == "call_method":
+            node.target = _CASTS.get(str(node.target), node.target)
+        node.args = _raised(node.args)
+        node.kwargs = _raised(node.kwargs)
+    return graph
+
+
+def _casts(node: fx.Node) -> bool:
+    return (
+        (node.op == "call_method" and node.target in _CASTS)
+        or _raised(node.args) != node.args
+        or _raised(node.kwargs) != node.kwargs
+    )
+
+
+def _raised(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_raised(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _raised(item) for key, item in value.items()}
+    return torch.float64 if value in _LOWER and isinstance(value, torch.dtype) else value
+
+
+class LowestPrecision(TorchDispatchMode):
+    """Note whether anything is computed below fp64, as layers do that cast inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lower = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operation and look at its result."""
+        result = func(*args, **(kwargs or {}))
+        results = result if isinstance(result, tuple | list) else (result,)
+        self.lower |= any(isinstance(r, Tensor) and r.dtype in _LOWER for r in results)
+        return result
+
+
+def reference(captured: Captured, inputs: list[Tensor]) -> nn.Module:
+    """Return the model in fp64 as Python runs it, or by its graph where Python casts."""
+    try:
+        with torch.no_grad():
+            result = captured.root(*(x.clone() for x in inputs))
+    except Exception:  # noqa: BLE001 - a cast meets weights in fp64
+        return fx.GraphModule(captured.root, captured.graph)
+    found: list[Tensor] = []
+    torch.utils._pytree.tree_map_only(Tensor, found.append, result)
+    if any(t.dtype in _LOWER for t in found):
+        return fx.GraphModule(captured.root, captured.graph)
+    return captured.root
