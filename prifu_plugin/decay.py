@@ -58,6 +58,7 @@ def dose_to_beta(dose: float, learning_rates: Iterable[float]) -> float:
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> None:
     """Remember W of the filters in this optimizer, and shield them from other weight decay."""
     _restore_groups(optimizer)
+    _end_of_step(optimizer)
     filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
     if not filters:
         return
@@ -73,6 +74,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> 
             )
         remembered.append((unit, rate, unit.weight.detach().clone()))
     _REMEMBERED[optimizer] = remembered
+    _RUNNING.append((optimizer, set()))
     _shield_from_weight_decay(optimizer, filters)
 
 
@@ -80,14 +82,19 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
     """Apply the decay, zero what is filtered, and forget its optimizer state (Eq. 6 and 11)."""
     _restore_groups(optimizer)
     remembered = _REMEMBERED.pop(optimizer, [])
+    decayed = _end_of_step(optimizer)
     if not remembered or _skipped(optimizer):
         return
     with torch.no_grad():
         for unit, rate, before in remembered:
             if unit.weight.grad is None:
                 continue
-            unit.weight.sub_(before, alpha=rate * unit.beta)
-            unit.dose += rate * unit.beta
+            # A wrapper (Lookahead, SAM) calls the step of the optimizer inside, which decayed W.
+            if id(unit) not in decayed:
+                unit.weight.sub_(before, alpha=rate * unit.beta)
+                unit.dose += rate * unit.beta
+            for _, others in _RUNNING:
+                others.add(id(unit))
             closed = unit.closed
             unit.weight.masked_fill_(closed, 0.0)
             for value in optimizer.state.get(unit.weight, {}).values():
@@ -99,9 +106,21 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
 _REMEMBERED: weakref.WeakKeyDictionary[Optimizer, list[tuple[PriFU, float, Tensor]]] = (
     weakref.WeakKeyDictionary()
 )
+_RUNNING: list[tuple[Optimizer, set[int]]] = []
+"""Steps that have begun, the outermost first, and the filters that steps inside have decayed."""
+_HELD_ELSEWHERE: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDictionary()
 _SHIELDED: weakref.WeakKeyDictionary[Optimizer, list[tuple[Group, list[Tensor]]]] = (
     weakref.WeakKeyDictionary()
 )
+
+
+def _end_of_step(optimizer: Optimizer) -> set[int]:
+    """Forget a step, and those inside that an exception ended; return what was decayed in it."""
+    for place, (running, decayed) in enumerate(_RUNNING):
+        if running is optimizer:
+            del _RUNNING[place:]
+            return decayed
+    return set()
 
 
 def _owned_filters(optimizer: Optimizer, filters: dict[int, PriFU]) -> list[tuple[PriFU, Group]]:
@@ -146,10 +165,12 @@ def _skipped(optimizer: Optimizer) -> bool:
 def _check_ownership(optimizer: Optimizer, filters: Iterable[PriFU], owned: set[int]) -> None:
     """Raise if this optimizer trains a model but not its filters, and no other one does."""
     params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    known = _HELD_ELSEWHERE.setdefault(optimizer, set())
     orphans = [
         unit
         for unit in filters
         if id(unit) not in owned
+        and id(unit) not in known
         and unit.weight.requires_grad
         and unit.weight.grad is not None
         and any(id(neighbour) in params for neighbour in unit.known_neighbours())
@@ -163,6 +184,8 @@ def _check_ownership(optimizer: Optimizer, filters: Iterable[PriFU], owned: set[
         for group in other.param_groups
         for parameter in group["params"]
     }
+    # Looking through all objects is slow: what was found once is not looked for again.
+    known.update(id(unit) for unit in orphans if id(unit.weight) in held)
     orphans = [unit for unit in orphans if id(unit.weight) not in held]
     if orphans:
         raise OrderError(

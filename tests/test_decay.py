@@ -255,3 +255,73 @@ def test_dose_to_beta_refuses_nonsense():
         prifu.dose_to_beta(-1, [0.1])
     with pytest.raises(ConfigError):
         prifu.dose_to_beta(1, [])
+
+
+class Sharp(torch.optim.Optimizer):
+    """SAM: climb to where the loss is sharp, take the gradient there, step from where it was."""
+
+    def __init__(self, params, inner):
+        super().__init__(params, {"lr": inner.defaults["lr"], "weight_decay": 0.1})
+        self.inner = inner
+
+    def step(self, closure):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        with torch.enable_grad():
+            closure()
+        start = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(p.grad, alpha=0.05)
+        with torch.enable_grad():
+            closure()
+        with torch.no_grad():
+            for p, value in zip(parameters, start, strict=True):
+                p.copy_(value)
+        self.inner.step()
+
+
+def test_a_wrapped_optimizer_decays_once():
+    net = make()
+    optimizer = Sharp(net.parameters(), torch.optim.SGD(net.parameters(), lr=RATE))
+    before = weight(net).detach().clone()
+
+    def closure():
+        net.zero_grad()
+        loss = loss_of(net)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    expected = filtered((1 - RATE * BETA) * before - RATE * weight(net).grad)
+    torch.testing.assert_close(weight(net).detach(), expected, rtol=0, atol=1e-7)
+    assert abs(prifu.filters(net)["1"].dose - RATE * BETA) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["lookahead_sgd", "lookahead_adamw"])
+def test_lookahead_of_timm(name):
+    from timm.optim import create_optimizer_v2
+
+    net = make()
+    optimizer = create_optimizer_v2(net, name, lr=RATE)
+    for _ in range(7):  # the slow weights move in the sixth step
+        optimizer.zero_grad()
+        loss_of(net).backward()
+        optimizer.step()
+    assert abs(prifu.filters(net)["1"].dose - 7 * RATE * BETA) < 1e-9
+
+
+def test_a_step_after_one_that_failed():
+    net = make()
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE, weight_decay=0.1)
+
+    def fails():
+        raise KeyError("data")
+
+    with pytest.raises(KeyError):
+        optimizer.step(fails)
+    loss_of(net).backward()
+    before = weight(net).detach().clone()
+    optimizer.step()
+    expected = filtered((1 - RATE * BETA) * before - RATE * weight(net).grad)
+    torch.testing.assert_close(weight(net).detach(), expected, rtol=0, atol=1e-7)
+    assert len(optimizer.param_groups) == 1

@@ -19,7 +19,7 @@ from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.host import is_host
-from prifu_plugin.graph.norms import norm_spec
+from prifu_plugin.graph.norms import is_norm
 from prifu_plugin.graph.undisturbed import undisturbed
 
 
@@ -45,13 +45,13 @@ class ModelTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the graph keeps this module as one call."""
-        if isinstance(m, PriFU | CutFilter) or norm_spec(m) is not None:
+        if isinstance(m, PriFU | CutFilter) or is_norm(m):
             return True
         if is_host(m):
             return False
         if isinstance(m, (*self._opaque, *_LAYERS)):
             return True
-        if any(norm_spec(child) is not None for child in m.modules()):
+        if any(is_norm(child) for child in m.modules()):
             return False  # nn.TransformerEncoderLayer and kin: torch's own, with norms inside
         return super().is_leaf_module(m, module_qualified_name)
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from prifu_plugin.errors import ConfigError, OrderError
 from prifu_plugin.filter import PriFU
-from prifu_plugin.graph.norms import norm_spec
+from prifu_plugin.graph.norms import norm_spec, num_channels
 from prifu_plugin.graph.sites import no_match
 from prifu_plugin.graph.state import input_shapes
+from prifu_plugin.graph.undisturbed import undisturbed
 
 
 def check_wrappable(model: nn.Module) -> None:
@@ -38,9 +39,12 @@ def check_wrappable(model: nn.Module) -> None:
 
 
 def probe_cut(
-    model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...] | None, cut: str | None
-) -> Tensor | None:
-    """Run the model once, unchanged, and return the output of the cut."""
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...] | None,
+    cut: str | None,
+    cut_dim: int | None = None,
+) -> tuple[int, int] | None:
+    """Run the model once, unchanged; return channel dimension and channels of the cut."""
     if example_inputs is None:
         shapes = input_shapes(model)
         if shapes is None:
@@ -60,13 +64,17 @@ def probe_cut(
             "module around it, or at the activation behind it."
         )
     seen: list[Any] = []
+    made_by: list[tuple[int, int]] = []
     handles = []
+    for module in model.modules() if cut is not None else ():
+        made = _layer_channels(module)
+        if made is not None:
+            handles.append(module.register_forward_hook(_noting(made_by, made, seen)))
     if cut is not None:
         handles.append(known[cut].register_forward_hook(lambda m, i, o: seen.append(o)))
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with undisturbed(model), torch.no_grad():
+            model.eval()
             model(*example_inputs)
     except Exception as error:
         shapes_given = [tuple(x.shape) for x in example_inputs]
@@ -77,8 +85,6 @@ def probe_cut(
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     if cut is None:
         return None
     if not seen or not isinstance(seen[0], Tensor) or seen[0].ndim < 2:
@@ -86,9 +92,65 @@ def probe_cut(
             f"cut='{cut}' ({type(known[cut]).__name__}) does not return one tensor (N, C, ...). "
             "Cut at a module that does."
         )
-    return seen[0]
+    uploaded = seen[0]
+    if cut_dim is not None and not -uploaded.ndim < cut_dim < uploaded.ndim or cut_dim == 0:
+        raise ConfigError(
+            f"cut_dim={cut_dim} is no channel dimension of {tuple(uploaded.shape)}, the output of "
+            f"'{cut}'. Pass 1 for (N, C, ...) or -1 for (N, ..., C)."
+        )
+    dim = channel_dim(model, cut, uploaded, made_by) if cut_dim is None else cut_dim
+    dim %= uploaded.ndim
+    return dim, uploaded.shape[dim]
 
 
-def channel_dim(x: Tensor) -> int:
-    """Return the channel dimension of an uploaded tensor: 1, or -1 for tokens (N, L, C)."""
-    return x.ndim - 1 if x.ndim == 3 else 1
+def _noting(made_by: list[tuple[int, int]], made: tuple[int, int], seen: list[Any]) -> Any:
+    def note(*_: Any) -> None:
+        if not seen:
+            made_by.append(made)
+
+    return note
+
+
+def channel_dim(
+    model: nn.Module, cut: str, uploaded: Tensor, made_by: list[tuple[int, int]]
+) -> int:
+    """Return the channel dimension of an uploaded tensor.
+
+    It is that of the layer before, the last one with channels that ran, unless its width is found
+    elsewhere.
+
+    Args:
+        model: for the message.
+        cut: path of the cut.
+        uploaded: the tensor, (N, ...).
+        made_by: (channel dimension, channels) of the layers that ran up to the cut.
+
+    Raises:
+        ConfigError: if several dimensions have that width, or none.
+    """
+    if uploaded.ndim == 2:
+        return 1
+    dim, channels = made_by[-1] if made_by else (1, uploaded.shape[1])
+    dim %= uploaded.ndim
+    if uploaded.shape[dim] == channels:
+        return dim
+    places = [d for d in range(1, uploaded.ndim) if uploaded.shape[d] == channels]
+    if len(places) == 1:
+        return places[0]
+    raise ConfigError(
+        f"cut='{cut}' of {type(model).__name__} returns {tuple(uploaded.shape)}, and which of these"
+        " are the channels is not clear. Pass cut_dim=, 1 for (N, C, ...) or -1 for (N, ..., C)."
+    )
+
+
+def _layer_channels(layer: nn.Module) -> tuple[int, int] | None:
+    """Return channel dimension and width of what a layer puts out, None for other modules."""
+    spec = norm_spec(layer)
+    if spec is not None:
+        width = num_channels(layer)
+        return None if width is None else (spec.dim, width)
+    if isinstance(layer, nn.Linear):
+        return -1, layer.out_features
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return 1, layer.out_channels
+    return None

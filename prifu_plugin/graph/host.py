@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils import parametrize
 
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.filter import PriFU
@@ -53,7 +55,7 @@ def folded_parameters(host: nn.Module, unit: PriFU) -> dict[str, Tensor | None]:
     """Return weight and bias of a normalization with the filter's scale folded in.
 
     gain * RIW * (n * weight + bias) + b = n * (weight * scale) + (bias * scale + b), in the
-    precision of W, which is fp32 or better.
+    precision of W, which is fp32 or better, rounded to that of the layer.
     """
     scale = unit.scale()
     weight, bias = getattr(host, "weight", None), getattr(host, "bias", None)
@@ -62,7 +64,11 @@ def folded_parameters(host: nn.Module, unit: PriFU) -> dict[str, Tensor | None]:
         folded["bias"] = bias * scale if unit.bias is None else bias * scale + unit.bias
     elif unit.bias is not None:
         folded["bias"] = unit.bias
-    return folded
+    own = [weight, bias, getattr(host, "running_mean", None)]
+    dtype = next((value.dtype for value in own if value is not None), scale.dtype)
+    if "bias" not in folded and dtype in (torch.float16, torch.bfloat16):
+        folded["bias"] = torch.zeros_like(scale)  # torch has no half kernel without one
+    return {name: value.to(dtype) for name, value in folded.items() if value is not None}
 
 
 def folds(spec: NormSpec, unit: PriFU) -> bool:
@@ -72,7 +78,9 @@ def folds(spec: NormSpec, unit: PriFU) -> bool:
 
 def _kind(host: nn.Module, unit: PriFU | CutFilter) -> str:
     spec = norm_spec(host)
-    if isinstance(unit, PriFU) and spec is not None and folds(spec, unit):
+    # A parametrized layer computes its weight in a property, which would hide the folded one.
+    computed = parametrize.is_parametrized(host)
+    if isinstance(unit, PriFU) and spec is not None and folds(spec, unit) and not computed:
         return "folded"
     return "output"
 
@@ -85,7 +93,8 @@ def _folded_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     assert isinstance(unit, PriFU)
     twin = object.__new__(base)
     parameters = {**self._parameters, **folded_parameters(self, unit)}
-    twin.__dict__ = {**self.__dict__, "_parameters": parameters}
+    members = {k: v for k, v in self.__dict__.items() if k not in ("weight", "bias")}
+    twin.__dict__ = {**members, "_parameters": parameters}
     return base.forward(twin, *args, **kwargs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from prifu_plugin.config import FilterConfig
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import ConfigError, NoSiteError, PrifuWarning
 from prifu_plugin.filter import PriFU
-from prifu_plugin.graph.checks import channel_dim, check_wrappable, probe_cut
+from prifu_plugin.graph.checks import check_wrappable, probe_cut
 from prifu_plugin.graph.functional import FilterGroup, functional_calls, host_calls
 from prifu_plugin.graph.host import CHILD, attach, detach, is_host
 from prifu_plugin.graph.norms import norm_spec, num_channels
@@ -24,6 +23,7 @@ from prifu_plugin.graph.state import (
     STATE,
     WrapState,
     complete_checkpoint,
+    copied,
     remember_inputs,
     wrap_state,
 )
@@ -41,6 +41,7 @@ def wrap(
     exclude: Sequence[str] | None = None,
     example_inputs: Tensor | tuple[Tensor, ...] | None = None,
     cut: str | None = None,
+    cut_dim: int | None = None,
     noise: float = 0.0,
     inplace: bool = False,
 ) -> nn.Module:
@@ -62,6 +63,7 @@ def wrap(
         example_inputs: a batch to check the model with, (N, ...); needed for `cut` unless the
             model has a pretrained_cfg.
         cut: path of the module whose output is uploaded; a filter is put on that tensor itself.
+        cut_dim: channel dimension of that tensor; None finds it from the layer before.
         noise: standard deviation of the noise on the filtered upload, in units of W (0.3 is the
             recommended setting with a cut).
         inplace: change `model` instead of a copy.
@@ -87,13 +89,12 @@ def wrap(
     check_wrappable(model)
     state = WrapState(config, tuple(_chosen(model, include, exclude)), cut)
     if cut is not None or example_inputs is not None:
-        uploaded = probe_cut(model, example_inputs, cut)
-        if uploaded is not None:
-            state.cut_dim = channel_dim(uploaded)
-            state.cut_channels = uploaded.shape[state.cut_dim]
+        found = probe_cut(model, example_inputs, cut, cut_dim)
+        if found is not None:
+            state.cut_dim, state.cut_channels = found
     original = model
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     _apply(model, state, origin=next(original.parameters(), None))
     return model
 
@@ -135,7 +136,7 @@ def unwrap(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     wrap_state(model)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     for host in [module for module in model.modules() if is_host(module)]:
         detach(host)
     hooks = wrap_state(model).hooks
@@ -192,7 +193,8 @@ def _chosen(
     unused = [site.path for site in usable if site.reached == "never" and site.path in chosen]
     if unused:
         warnings.warn(
-            f"The forward of {type(model).__name__} never calls '{unused[0]}'"
+            f"The forward of {type(model).__name__}, with its default arguments, never calls "
+            f"'{unused[0]}'"
             + (f" and {len(unused) - 1} other normalization layers" if unused[1:] else "")
             + ". Filters there stay untrained, and a forward that reads their parameters instead "
             "bypasses them; leave them out with exclude=.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -137,9 +138,15 @@ def norm_spec(module: nn.Module) -> NormSpec | None:
         if spec is None:
             continue
         if getattr(ancestor, "forward", None) is not cls.forward:
-            return NormSpec(dim=spec.dim, folds=False)
+            return NormSpec(dim=_dim_by_trial(module, spec.dim), folds=False)
         return _for_instance(module, spec)
     return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalization layer; cheap, and safe while a model is traced."""
+    mro = base_class(module).__mro__
+    return any(f"{cls.__module__}.{cls.__qualname__}" in _REGISTRY for cls in mro)
 
 
 def num_channels(module: nn.Module) -> int | None:
@@ -152,6 +159,38 @@ def num_channels(module: nn.Module) -> int | None:
             return int(getattr(module, name))
     weight = getattr(module, "weight", None)
     return int(weight.numel()) if isinstance(weight, torch.Tensor) else None
+
+
+_TRIED: dict[tuple[type[nn.Module], int], int] = {}
+
+
+def _dim_by_trial(module: nn.Module, default: int) -> int:
+    """Find the channel dimension of a subclass with a forward of its own, by what it takes.
+
+    A LayerNorm that permutes takes (N, C, H, W), and not (N, H, W, C); many exist.
+    """
+    channels = num_channels(module)
+    if channels is None:
+        return default
+    key = (base_class(module), channels)
+    if key not in _TRIED:
+        others = [size for size in (5, 7, 11) if size != channels]
+        taken = [dim for dim in (1, -1) if _keeps_shape(module, channels, others, dim)]
+        _TRIED[key] = taken[0] if len(taken) == 1 else default
+    return _TRIED[key]
+
+
+def _keeps_shape(module: nn.Module, channels: int, others: list[int], dim: int) -> bool:
+    shape = [2, *others[:2], channels] if dim == -1 else [2, channels, *others[:2]]
+    twin: Any = copy.deepcopy(module).eval()
+    twin.__class__ = base_class(module)
+    twin._modules.pop("prifu", None)
+    first = next(iter([*twin.parameters(), *twin.buffers()]), torch.zeros(()))
+    try:
+        with torch.no_grad():
+            return bool(twin(torch.zeros(shape).to(first)).shape == torch.Size(shape))
+    except Exception:  # noqa: BLE001 - a refusal is the answer
+        return False
 
 
 def _for_instance(module: Any, spec: NormSpec) -> NormSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,17 @@ class WrapState:
             "cut_dim": self.cut_dim,
             "cut_channels": self.cut_channels,
         }
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Copy a model, also one with weights that old-style hooks compute, which torch cannot copy."""
+    computed = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
 
 
 def wrap_state(model: nn.Module) -> WrapState:

@@ -39,7 +39,7 @@ def border_map(
         # The least size with the same remainder, so that the far border falls alike.
         rest = graph.call_function(operator.mod, (_minus(graph, given, least), stride[i]))
         grown = graph.call_function(operator.add, (rest, least))
-        sizes.append(graph.call_function(min, (grown, given)))
+        sizes.append(graph.call_function(torch.sym_min, (grown, given)))
     ones = graph.call_method("new_ones", (weight, (1, 1, *sizes)))
     small = graph.call_function(F.conv2d, (ones, weight, None, stride, padding, dilation))
     device = graph.call_function(getattr, (weight, "device"))

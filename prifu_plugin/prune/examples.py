@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 
 class _Recorder(fx.Interpreter):
@@ -18,9 +19,12 @@ class _Recorder(fx.Interpreter):
         result = super().run_node(n)
         n.meta["several"] = _is_several(result)
         n.meta["shape"] = _shape(result)
+        n.meta["nested"] = not n.meta["shape"] and _holds_tensors(result)
         if isinstance(result, Tensor) and result.ndim == 0:
             n.meta["zero_dim"] = True
         n.meta["example"] = result if not isinstance(result, Tensor) else result.new_empty(0)
+        if n.meta["nested"]:
+            n.meta["example"] = None
         if n.op == "get_attr" and n.meta["shape"]:
             n.meta["static"] = result
         elif n.op in ("call_function", "call_method", "call_module") and n.meta["shape"]:
@@ -72,6 +76,11 @@ def record_examples(
 def _is_several(result: Any) -> bool:
     listed = isinstance(result, tuple | list) and bool(result)
     return listed and all(isinstance(r, Tensor) for r in result)
+
+
+def _holds_tensors(result: Any) -> bool:
+    """Whether a result is a structure with tensors in it, as (output, None) of attention is."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
 
 
 def _shape(result: Any) -> Any:

@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.filter import PriFU
-from prifu_plugin.graph.host import detach, filter_of, folded_parameters, is_host
+from prifu_plugin.graph.host import CHILD, detach, filter_of, folded_parameters, folds, is_host
+from prifu_plugin.graph.norms import norm_spec
 from prifu_plugin.prune.layout import FILL
 from prifu_plugin.prune.plan import SliceLinear
 
@@ -40,10 +41,11 @@ def slice_linear(
     twin = _shell(module)
     twin.weight = nn.Parameter(sliced.to(weight.dtype), module.weight.requires_grad)
     if bias is not None:
-        trained = module.bias is None or module.bias.requires_grad
+        trained = (module.weight if module.bias is None else module.bias).requires_grad
         twin.bias = nn.Parameter(bias.to(weight), trained)
     elif module.bias is not None:
-        twin.bias = nn.Parameter(_pick(module.bias.detach(), 0, kernel.rows))
+        sliced_bias = _pick(module.bias.detach(), 0, kernel.rows)
+        twin.bias = nn.Parameter(sliced_bias, module.bias.requires_grad)
     width = len(kernel.columns[0]) * kernel.groups
     if isinstance(module, nn.Linear):
         twin.in_features, twin.out_features = width, len(kernel.rows)
@@ -76,7 +78,8 @@ def slice_norm(
         if folded:
             for name, value in folded_parameters(module, unit).items():
                 assert value is not None
-                _set_affine(twin, name, value.detach())
+                _set_affine(twin, name, value.detach(), unit.weight.requires_grad)
+    _drop_hooks(twin)
     if getattr(getattr(twin, "act", None), "inplace", False):
         twin.act.inplace = False
     if channels is not None:
@@ -93,11 +96,40 @@ def filter_vectors(unit: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | Non
 
 
 def pure_copy(module: nn.Module) -> nn.Module:
-    """Copy a module that is not sliced, without its in-place effect."""
+    """Copy a module that is not sliced, without in-place effect, hooks, and the filters inside."""
     twin: Any = copy.deepcopy(module)
     if getattr(twin, "inplace", False):
         twin.inplace = False
+    for path, host in [(path, part) for path, part in twin.named_modules() if is_host(part)]:
+        plain = _filter_built_in(host)
+        owner, _, name = path.rpartition(".")
+        if path:
+            setattr(twin.get_submodule(owner), name, plain)
+        else:
+            twin = plain
+    _drop_hooks(twin)
     return twin  # type: ignore[no-any-return]
+
+
+def _filter_built_in(host: nn.Module) -> nn.Module:
+    """Return a layer with its filter in the affine parameters, or as a product behind it."""
+    unit, spec = host._modules[CHILD], norm_spec(host)
+    if not isinstance(unit, PriFU) or spec is None:
+        return host
+    layer, scale, shift = slice_norm(host, None, folds(spec, unit))
+    if folds(spec, unit):
+        return layer
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    last = graph.call_method("transpose", (graph.call_module("layer", (x,)), unit.dim, -1))
+    result = graph.call_function(torch.mul, (last, graph.get_attr("scale")))
+    assert scale is not None
+    members: dict[str, Any] = {"layer": layer, "scale": nn.Parameter(scale)}
+    if shift is not None:
+        members["shift"] = nn.Parameter(shift.detach())
+        result = graph.call_function(torch.add, (result, graph.get_attr("shift")))
+    graph.output(graph.call_method("transpose", (result, unit.dim, -1)))
+    return fx.GraphModule(members, graph)
 
 
 def concat_parts(graph: fx.Graph, parts: list[Any], dim: int) -> Any:
@@ -118,16 +150,26 @@ def _pick(value: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
 def _shell(module: nn.Module) -> Any:
     """Copy a layer without copying its weights."""
     memo = {id(p): p for p in module.parameters(recurse=False)}
-    return copy.deepcopy(module, memo)
+    twin = copy.deepcopy(module, memo)
+    _drop_hooks(twin)
+    return twin
 
 
-def _set_affine(module: Any, name: str, value: Tensor) -> None:
+def _drop_hooks(module: nn.Module) -> None:
+    for part in module.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+        part._state_dict_hooks.clear()
+        part._load_state_dict_pre_hooks.clear()
+
+
+def _set_affine(module: Any, name: str, value: Tensor, trained: bool) -> None:
     if name in module._buffers:
         module._buffers[name] = value.clone()
         return
     old = module._parameters.get(name)
     dtype = value.dtype if old is None else old.dtype
-    trained = old is None or old.requires_grad
+    trained = trained if old is None else old.requires_grad
     module._parameters[name] = nn.Parameter(value.clone().to(dtype), trained)
     if hasattr(module, "affine"):
         module.affine = True

@@ -50,10 +50,9 @@ def plain_layers(model: nn.Module) -> nn.Module:
 
     What they compute from does not change in eval mode.
     """
-    for module in model.modules():
+    for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            _drop_parametrizations(module)
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, WeightNorm):
                 nn.utils.remove_weight_norm(module, hook.name)
@@ -62,6 +61,16 @@ def plain_layers(model: nn.Module) -> nn.Module:
             elif isinstance(hook, BasePruningMethod):
                 torch.nn.utils.prune.remove(module, hook._tensor_name)
     return model
+
+
+def _drop_parametrizations(module: Any) -> None:
+    """Do what torch's remove_parametrizations does, which breaks the model this is a copy of."""
+    values = {name: getattr(module, name).detach() for name in module.parametrizations}
+    trained = any(p.requires_grad for p in module.parametrizations.parameters())
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module._modules["parametrizations"]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value.clone(), trained))
 
 
 def _is_assertion(node: fx.Node) -> bool:

@@ -59,6 +59,8 @@ class _Rewriter:
         self.values: dict[fx.Node, Any] = {}
         self.members: dict[str, Any] = {}
         self.calls: dict[str, int] = {}
+        self.origins: dict[str, Any] = {}
+        self.constants = self._fresh("constants")
 
     def run(self) -> fx.GraphModule:
         for node in self.old.nodes:
@@ -70,7 +72,7 @@ class _Rewriter:
                 self.new.output(self._argument(node, node.args[0], operands))
             elif node.op == "placeholder":
                 self.values[node] = self.new.node_copy(node)
-            elif node.name in self.plans:
+            elif node.name in self.plans and not self._is_taken_over(node):
                 self.values[node] = self._emit(node, self.plans[node.name])
                 if isinstance(self.values[node], fx.Node):
                     self.values[node].meta.setdefault("original", node.name)
@@ -80,6 +82,11 @@ class _Rewriter:
         module = fx.GraphModule(members, self.new, class_name=type(self.root).__name__)
         return module.eval()
 
+    def _is_taken_over(self, node: fx.Node) -> bool:
+        """Whether a parameter only goes into linear maps, which bring their own slices."""
+        plans = [self.plans[user.name] for user in node.users if user.name in self.plans]
+        return node.op == "get_attr" and all(isinstance(p.kernel, SliceLinear) for p in plans)
+
     def _emit(self, node: fx.Node, plan: NodePlan) -> Any:
         kernel = plan.kernel
         operands = {name: self._conformed(node, name, c) for name, c in plan.operands}
@@ -87,7 +94,9 @@ class _Rewriter:
             return self._alias(node, plan, operands)
         if isinstance(kernel, Parameter):
             value = _get(self.root, str(node.target))
-            return self._member(self._place(node), _like(value, selected(value, kernel.select)))
+            origin = (node.target, kernel.select)
+            part = _like(value, selected(value, kernel.select))
+            return self._member(self._place(node), part, origin)
         if isinstance(kernel, Concat):
             listed: Any = node.args[0] if node.args else node.kwargs["tensors"]
             parts = [self._operand(listed[i], operands) for i in kernel.parts]
@@ -103,15 +112,15 @@ class _Rewriter:
     # Operations.
 
     def _keep(self, node: fx.Node, kernel: Keep, operands: dict[str, Any]) -> Any:
-        if not node.meta["shape"]:
+        if not node.meta["shape"] and not node.meta["nested"]:
             return self._scalar(node)
         args = self._argument(node, node.args, operands)
         kwargs = self._argument(node, node.kwargs, operands)
         if node.op == "get_attr":
             value = _get(self.root, str(node.target))
-            return self._member(self._place(node), _like(value, value))
+            return self._member(self._place(node), _like(value, value), (node.target, ()))
         if node.op == "call_module":
-            module = pure_copy(self.root.get_submodule(str(node.target)))
+            module = pure_copy(self._called(node))
             return self._call(node, module, args, kwargs)
         if kernel.sizes or node.target in SIZED or node.target is torch.reshape:
             sizes = self._argument(node, size_arguments(node), operands)
@@ -126,7 +135,7 @@ class _Rewriter:
         bias = self._constant(kernel.bias) if kernel.bias else None
         delta = self._constant(kernel.delta) if kernel.delta else None
         if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
+            module = self._called(node)
             layer = slice_linear(module, kernel, bias, delta)
             result = self._call(node, layer, (x,), {})
             if kernel.border:
@@ -139,19 +148,21 @@ class _Rewriter:
             named = [weight] + ([other] if isinstance(other, fx.Node) else [])
             values = [_get(self.root, str(n.target)) for n in named]
             layer = nn.Linear(values[0].shape[1], values[0].shape[0], bias=len(values) > 1)
-            layer.weight = nn.Parameter(values[0])
+            layer.weight = nn.Parameter(values[0], values[0].requires_grad)
             if len(values) > 1:
-                layer.bias = nn.Parameter(values[1])
+                layer.bias = nn.Parameter(values[1], values[1].requires_grad)
             cut = slice_linear(layer, kernel, bias, delta)
-            parameters = [self._member(str(weight.target), cut.weight)]
+            origin = (weight.target, kernel)
+            parameters = [self._member(self._place(weight), cut.weight, origin)]
             if cut.bias is not None:
-                name = str(other.target) if len(named) > 1 else f"{weight.target}_bias"
-                parameters.append(self._member(name, cut.bias))
+                named_bias = f"{str(weight.target).replace('.', '_')}_bias"
+                place = self._place(other) if len(named) > 1 else self._fresh(named_bias)
+                parameters.append(self._member(place, cut.bias, (place, kernel)))
             result = self.new.call_function(torch.nn.functional.linear, (x, *parameters))
         return self._index(node, result, 1, kernel.pick) if kernel.pick else result
 
     def _norm(self, node: fx.Node, kernel: SliceNorm | SelectNorm, operands: dict[str, Any]) -> Any:
-        module = self.root.get_submodule(str(node.target))
+        module = self._called(node)
         channels = kernel.channels if isinstance(kernel, SliceNorm) else None
         folded = isinstance(kernel, SliceNorm) or kernel.folded
         layer, scale, shift = slice_norm(module, channels, folded)
@@ -168,7 +179,7 @@ class _Rewriter:
         return result
 
     def _scale(self, node: fx.Node, kernel: Scale, x: Any) -> Any:
-        unit = self.root.get_submodule(str(node.target))
+        unit = self._called(node)
         scale, shift, noise = filter_vectors(unit)
         rank = len(node.meta["shape"])
         result = self._vector(node, "scale", scale, kernel, rank, torch.mul, x)
@@ -187,11 +198,12 @@ class _Rewriter:
             value = value[torch.tensor(kernel.channels)]
         shape = [1] * rank
         shape[kernel.dim] = -1
-        value = value.detach().reshape(shape).clone()
+        value = self._cast(value.detach().reshape(shape).clone())
         if name == "noise":
             vector = self._member(f"{NOISE}{node.name}", value)
         else:
-            vector = self._member(f"{node.name}_{name}", nn.Parameter(value))
+            trained = any(p.requires_grad for p in self._called(node).parameters())
+            vector = self._member(self._fresh(f"{node.name}_{name}"), nn.Parameter(value, trained))
         return self.new.call_function(function, (x, vector))
 
     # Operands.
@@ -311,21 +323,46 @@ class _Rewriter:
         path = str(node.target)
         owner, _, name = path.rpartition(".")
         called = any(n.op == "call_module" and n.target == owner for n in self.old.nodes)
-        return f"{owner.replace('.', '_')}_{name}_whole" if called else path
+        if not called:
+            return path
+        whole = f"{owner.replace('.', '_')}_{name}_whole"
+        return "_" + whole if hasattr(self.root, whole) else whole
 
-    def _member(self, path: str, value: Any) -> fx.Node:
-        self.members[path] = value
+    def _fresh(self, path: str, origin: Any = None) -> str:
+        """Return a path that the original model does not have, nor the new one for other values."""
+        while hasattr(self.root, path.partition(".")[0]) or self._is_taken(path, origin):
+            path = "_" + path
+        return path
+
+    def _is_taken(self, path: str, origin: Any) -> bool:
+        return path in self.members and self.origins.get(path) != origin
+
+    def _member(self, path: str, value: Any, origin: Any = None) -> fx.Node:
+        """Read a member; another path is found if there stands what has another origin."""
+        origin = origin or path
+        if self._is_taken(path, origin):
+            path = self._fresh(f"{path.replace('.', '_')}_again", origin)
+        self.members.setdefault(path, value)
+        self.origins[path] = origin
         return self.new.get_attr(path)
 
     def _buffer(self, name: str, value: Tensor) -> fx.Node:
-        return self._member(f"constants.{name}", value)
+        return self._member(f"{self.constants}.{name}", value)
+
+    def _called(self, node: fx.Node) -> nn.Module:
+        return self.root.get_submodule(str(node.target))
+
+    def _cast(self, value: Tensor) -> Tensor:
+        """Bring a value to the type of the model's parameters."""
+        found = (p for p in self.root.parameters() if p.is_floating_point())
+        reference = next(found, None)
+        return value if reference is None else value.to(reference.device, reference.dtype)
 
     def _constant(self, name: str) -> Tensor:
         value = self.plan.constants.get(name)
         if value is None:
             value = torch.zeros(self.plan.shapes[name], dtype=torch.float64)
-        reference = next((p for p in self.root.parameters()), None)
-        return value if reference is None else value.to(reference.device, reference.dtype)
+        return self._cast(value)
 
 
 def _like(original: Any, value: Tensor) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, fx, nn
 from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError, VerificationError
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.insert import apply_recipe, filters
-from prifu_plugin.graph.state import input_shapes, wrap_state
+from prifu_plugin.graph.state import copied, input_shapes, wrap_state
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.inputs import Inputs, refusal, takes
 from prifu_plugin.prune.lower import lower, plain_layers
@@ -78,7 +77,7 @@ def prune(
     inputs = _inputs(model, example_inputs)
     device = next(model.parameters()).device
     with torch.inference_mode(False):
-        filtered = plain_layers(copy.deepcopy(model).cpu().eval())
+        filtered = plain_layers(copied(model).cpu().eval())
         runs = _runs(filtered, inputs)
         captured = _captured(filtered, runs)
         exact = precise(captured)
@@ -128,7 +127,7 @@ def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -
     """
     if isinstance(plan, str):
         plan = Plan.from_json(plan)
-    fresh = copy.deepcopy(model).cpu().eval()
+    fresh = copied(model).cpu().eval()
     reference = next((v for v in state_dict.values() if v.is_floating_point()), torch.zeros(()))
     wrapped = plain_layers(apply_recipe(fresh, plan.recipe).to(reference.dtype))
     inputs = Inputs.from_dict(plan.recipe["inputs"])
@@ -248,6 +247,12 @@ def _certify(
         for node in exact.graph.nodes:
             if node in analysis.need:
                 node.meta["needed"] = analysis.wanted(node)
+        if check.difference != check.difference:
+            raise VerificationError(
+                f"The filtered {type(captured.root).__name__} itself returns no finite number for "
+                f"Gaussian inputs {list(check.shapes)}: nothing can be compared. Look at its "
+                "weights and statistics, or pass verify=False if you have another test."
+            )
         where = culprit(exact, plan, twin, used)
         raise VerificationError(
             f"The pruned {type(captured.root).__name__} differs from the filtered one by "

@@ -16,7 +16,7 @@ from prifu_plugin.prune.layout import restrict
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.precise import LowestPrecision
 
-NOISE = "noise."
+NOISE = "prifu_noise."
 """Prefix of the buffers of a pruned model that hold noise deviations."""
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}

@@ -25,6 +25,8 @@ def find_rule(analysis: Analysis, node: fx.Node) -> Rule:
         return StaticRule(node)
     if "varies" in node.meta:
         return OpaqueRule(node, "a parameter cut to the size of the input")
+    if node.meta["nested"] or any(n.meta["nested"] for n in node.all_input_nodes):
+        return OpaqueRule(node, _describe(analysis, node))
     if not node.meta["shape"]:
         return ScalarRule(node)
     facts = [analysis.values[s] for s in node.all_input_nodes]
@@ -54,10 +56,16 @@ def analyse(root: torch.nn.Module, graph: fx.Graph) -> Analysis:
     for node in graph.nodes:
         if node.op == "output":
             continue
+        if node.op == "call_module" and _has_hooks(analysis.module(node)):
+            analysis.notes.append((node.name, "its forward hooks are not in the pruned model"))
         rule = find_rule(analysis, node)
         analysis.rules[node] = rule
         analysis.values[node] = rule.const(analysis)
     return analysis
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _describe(analysis: Analysis, node: fx.Node) -> str:

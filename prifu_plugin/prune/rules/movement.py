@@ -318,7 +318,7 @@ def _direct(
     for axis in moved.axes:
         line = shown.movedim(axis, 0).flatten(1).any(1)
         sets[axis] = tuple(line.nonzero().flatten().tolist())
-    if any(not kept for kept in sets.values()):
+    if any(not kept for kept in sets.values()) or _misses(analysis, node, sets):
         return None
     sizes = _patched_sizes(analysis, node, {axis: len(kept) for axis, kept in sets.items()})
     values = restrict(labels, operand)
@@ -332,6 +332,17 @@ def _direct(
     if layout is None or not torch.equal(restrict(moved.labels, layout), result):
         return None
     return Keep(sizes), simplify(tuple(moved.labels.shape), layout)
+
+
+def _misses(analysis: Analysis, node: fx.Node, sets: dict[int, tuple[int, ...]]) -> bool:
+    """Whether a channel that is wanted would be missing: constant here and there, but not alike."""
+    wanted = analysis.wanted(node)
+    for axis, kept in sets.items():
+        line = wanted.movedim(axis, 0).flatten(1).any(1)
+        line[list(kept)] = False
+        if line.any():
+            return True
+    return False
 
 
 def _patched_sizes(

@@ -143,7 +143,7 @@ class StatisticsRule(Rule):
 def norm_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     """Return the rule for a normalization layer or filter, or None for another module."""
     module: Any = analysis.module(node)
-    if analysis.input_fact(node) is None:
+    if analysis.input_fact(node) is None or len(node.all_input_nodes) != 1:
         return None
     if isinstance(module, PriFU):
         return ChannelAffineRule(node, module, module.dim, module.scale().detach())
@@ -167,7 +167,8 @@ def norm_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
         if scale is None:
             scale = torch.ones_like(module.running_mean)
         return ChannelAffineRule(node, module, spec.dim, scale.detach())
-    return StatisticsRule(node, module, spec.dim, closed)
+    dim = filter_of(module).dim if is_host(module) else spec.dim
+    return StatisticsRule(node, module, dim, closed)
 
 
 class _Silent:

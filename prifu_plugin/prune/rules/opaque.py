@@ -34,13 +34,16 @@ class OpaqueRule(Rule):
     def const(self, analysis: Analysis) -> Any:
         """Know nothing."""
         shapes = self.node.meta["shape"]
+        if not shapes:
+            return None
         if self.node.meta["several"]:
             return tuple(live_everywhere(shape) for shape in shapes)
         return live_everywhere(shapes)
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Need everything, if the result is needed."""
-        if not self.node.meta["several"] and not analysis.need[self.node].any():
+        fact = analysis.values[self.node]
+        if isinstance(fact, Fact) and not analysis.need[self.node].any():
             return {}
         return self._all(analysis)
 
@@ -55,7 +58,8 @@ class OpaqueRule(Rule):
     def plan(self, planner: Planner) -> None:
         """Make the inputs whole."""
         analysis = planner.analysis
-        if not self.node.meta["several"] and not analysis.keep[self.node].any():
+        fact = analysis.values[self.node]
+        if isinstance(fact, Fact) and not analysis.keep[self.node].any():
             return
         operands = {
             source: planner.conform(source, self.node)

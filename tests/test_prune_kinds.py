@@ -1,0 +1,289 @@
+"""Kinds of layers, inputs, types and names that a rewrite must get right."""
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as masking
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import CaptureError, ConfigError, VerificationError
+from prifu_plugin.prune.verify import difference
+
+
+class Net(nn.Module):
+    """Layers of width 8 with a body, on (N, L, 8)."""
+
+    def __init__(self, body=None, **members):
+        super().__init__()
+        self.f, self.n0, self.n, self.o = (
+            nn.Linear(8, 8),
+            nn.LayerNorm(8),
+            nn.LayerNorm(8),
+            nn.Linear(8, 4),
+        )
+        for name, member in members.items():
+            setattr(self, name, member)
+        self.body = body
+
+    def forward(self, x):
+        return self.body(self, x, self.n(self.f(self.n0(x))))
+
+
+def half_off(model, seed=0):
+    torch.manual_seed(seed)
+    for unit in prifu.filters(model).values():
+        unit.weight.data[torch.rand(len(unit.weight)) < 0.5] = 0.0
+        if unit.bias is not None:
+            unit.bias.data.normal_()
+    return model.eval()
+
+
+def check(net, *shapes, fresh=None):
+    """Prune exactly, leave no filter, and rebuild from a plan if there is a fresh net."""
+    for bias in (False, True):
+        model = half_off(prifu.wrap(net.double(), bias=bias))
+        pruned = prifu.prune(model, tuple(torch.zeros(shape) for shape in shapes))
+        x = [torch.randn(5, *shape[1:], dtype=torch.float64) for shape in shapes]
+        assert difference(model(*x), pruned(*x)) <= 1e-11
+        assert not [m for m in pruned.modules() if isinstance(m, prifu.PriFU)]
+        if fresh is not None:
+            again = prifu.rebuild(fresh(), prifu.plan(pruned), pruned.state_dict())
+            assert difference(pruned(*x), again(*x)) == 0
+
+
+def weights(*shape):
+    return nn.Parameter(torch.randn(shape))
+
+
+BODIES = {
+    "cross attention": lambda: Net(
+        lambda s, x, h: s.o(s.at(s.n0(x), h, h, need_weights=False)[0]),
+        at=nn.MultiheadAttention(8, 2, batch_first=True),
+    ),
+    "lstm": lambda: Net(
+        lambda s, x, h: s.o(s.r(h)[0] + s.r(h)[1][0][-1][:, None]),
+        r=nn.LSTM(8, 8, batch_first=True),
+    ),
+    "tied, as it is": lambda: Net(
+        lambda s, x, h: F.linear(h, s.f.weight) + F.linear(x, s.f.weight)
+    ),
+    "tied, transposed": lambda: Net(lambda s, x, h: F.linear(h, s.f.weight.t())),
+    "one matrix twice": lambda: Net(
+        lambda s, x, h: F.linear(F.linear(h, s.w), s.w), w=weights(8, 8)
+    ),
+    "names that are taken": lambda: Net(
+        lambda s, x, h: s.constants(F.linear(h * s.n_scale, s.w2) + s.w2_bias) + s.f_weight_whole,
+        constants=nn.Linear(4, 4),
+        n_scale=weights(8),
+        w2=weights(4, 8),
+        w2_bias=weights(4),
+        f_weight_whole=weights(4),
+    ),
+    "rms norm with a bias, names taken": lambda: Net(
+        lambda s, x, h: s.o(s.n1(h) * s.n1_scale + s.n1_shift),
+        n1=nn.RMSNorm(8),
+        n1_scale=weights(8),
+        n1_shift=weights(8),
+    ),
+    "a normalized parameter": lambda: Net(
+        lambda s, x, h: s.o(h + s.n(s.token)), token=weights(1, 1, 8)
+    ),
+    "parameters of a norm read elsewhere": lambda: Net(
+        lambda s, x, h: h * s.n.weight + s.n.bias * s.o.bias.sum()
+    ),
+    "float inside": lambda: Net(
+        lambda s, x, h: s.o((h @ h.transpose(1, 2)).float().softmax(-1).to(h.dtype) @ h)
+    ),
+    "optional argument inside": lambda: Net(lambda s, x, h: s.o(s.inner(h)), inner=Optional()),
+}
+
+
+class Optional(nn.Module):
+    def forward(self, x, mask=None, scale=2.0):
+        return x * scale if mask is None else x * mask
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies(name):
+    def fresh():
+        torch.manual_seed(1)
+        return BODIES[name]()
+
+    torch.manual_seed(0)
+    check(BODIES[name](), (2, 5, 8), fresh=fresh)
+
+
+def parametrized(kind):
+    conv = nn.Conv2d(3, 8, 3)
+    kind(conv)
+    return nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        nn.utils.spectral_norm,
+        lambda conv: masking.l1_unstructured(conv, "weight", 0.3),
+    ],
+)
+def test_computed_weights(kind):
+    torch.manual_seed(0)
+    net = parametrized(kind)
+    check(net, (2, 3, 8, 8), fresh=lambda: parametrized(kind))
+    check(net, (2, 3, 8, 8))  # the first prune left the model as it was
+
+
+def test_a_masked_norm_is_filtered():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    masking.l1_unstructured(net[1], "weight", 0.3)
+    model = half_off(prifu.wrap(net))
+    closed = prifu.filters(model)["1"].closed
+    assert closed.any()
+    assert not model(torch.randn(2, 3, 8, 8))[:, closed].any()
+    check(net, (2, 3, 8, 8))
+
+
+def test_hooks_are_named():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    net[2].register_forward_hook(lambda m, i, o: None)
+    pruned = prifu.prune(prifu.wrap(net), torch.zeros(1, 3, 8, 8))
+    assert any("hooks" in reason for _, reason in prifu.report(pruned).notes)
+    net[2].register_forward_hook(lambda m, i, o: o + 1)
+    with pytest.raises(VerificationError):
+        prifu.prune(prifu.wrap(net), torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_half_precision(dtype, affine):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=affine), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+    model = half_off(prifu.wrap(nn.Sequential(*layers, nn.GroupNorm(2, 8)), bias=True))
+    x = torch.randn(2, 3, 12, 12)
+    expected = model(x)
+    model = model.to(dtype)
+    pruned = prifu.prune(model, x)
+    assert pruned(x.to(dtype)).dtype == dtype
+    assert difference(expected, pruned(x.to(dtype))) < 0.05
+
+
+def test_frozen_stays_frozen():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+    model = half_off(prifu.wrap(net.requires_grad_(False), bias=True)).requires_grad_(False)
+    pruned = prifu.prune(model, torch.zeros(1, 3, 8, 8))
+    assert not [name for name, p in pruned.named_parameters() if p.requires_grad]
+    with torch.inference_mode():
+        again = prifu.prune(model, torch.zeros(1, 3, 8, 8))
+    assert not any(p.is_inference() for p in again.parameters())
+
+
+class TwoInputs(Net):
+    def forward(self, x, y=None, flag=True):
+        h = self.n(self.f(self.n0(x)))
+        if y is not None:
+            h = h + self.n(y)
+        return self.o(h) if flag else h
+
+
+def test_optional_inputs():
+    model = half_off(prifu.wrap(TwoInputs()))
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    torch.testing.assert_close(prifu.prune(model, (x, y))(x, y), model(x, y))
+    pruned = prifu.prune(model, x)
+    torch.testing.assert_close(pruned(x), model(x))
+    with pytest.raises(TypeError):
+        pruned(x, flag=False)
+
+
+class Words(Net):
+    def forward(self, x):
+        return self.o(self.n(self.n0(self.words(x))))
+
+
+def test_integer_inputs():
+    model = half_off(prifu.wrap(Words(words=nn.Embedding(10, 8))))
+    x = torch.randint(10, (3, 7))
+    torch.testing.assert_close(prifu.prune(model, x)(x), model(x))
+
+
+class Starred(Net):
+    def forward(self, *xs):
+        return self.o(self.n(self.n0(xs[0])))
+
+
+@pytest.mark.parametrize(
+    ("net", "inputs", "error"),
+    [
+        (Starred(), torch.zeros(2, 5, 8), CaptureError),
+        (TwoInputs(), {"x": torch.zeros(2, 5, 8)}, ConfigError),
+        (TwoInputs(), (), ConfigError),
+        (TwoInputs(), torch.zeros(2, 5, 7), ConfigError),
+    ],
+)
+def test_refused(net, inputs, error):
+    with pytest.raises(error):
+        prifu.prune(prifu.wrap(net), inputs)
+
+
+def test_huge_outputs_hide_nothing():
+    big = torch.tensor([1.0, 2.0, -1e30, 3.0])
+    assert difference(big, big + torch.tensor([0.1, 0.0, 0.0, 0.0])) > 1e-5
+    assert difference(big, big * (1 + 1e-12)) < 1e-11
+
+
+def test_another_architecture_is_not_rebuilt():
+    def net(depth):
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), *[nn.ReLU()] * depth)
+
+    pruned = prifu.prune(half_off(prifu.wrap(net(1))), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(prifu.errors.NoSiteError, match="another graph"):
+        prifu.rebuild(net(2), prifu.plan(pruned), pruned.state_dict())
+
+
+def test_a_pruned_model_can_be_saved_whole_and_traced_again():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Sigmoid(), nn.Conv2d(8, 4, 3, padding=1)
+    )
+    model = half_off(prifu.wrap(net, bias=True))
+    pruned = prifu.prune(model, torch.zeros(1, 3, 8, 8))
+    file = io.BytesIO()
+    torch.save(pruned, file)
+    file.seek(0)
+    x = torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(torch.load(file, weights_only=False)(x), pruned(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(pruned)(x), pruned(x))
+
+
+class PermutingNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def test_a_norm_that_permutes_is_filtered_along_its_channels():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), PermutingNorm(8), nn.Conv2d(8, 4, 1))
+    assert [site.dim for site in prifu.sites(net)] == [1]
+    check(net, (2, 3, 10, 10))
+    check(net, (2, 3, 9, 14))
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "cut", "dim"),
+    [
+        (nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU()), (2, 3, 12), "2", 1),
+        (nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.ReLU()), (2, 5, 3), "2", 2),
+        (nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.ReLU()), (2, 5, 6, 3), "2", 3),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), (2, 3, 8, 8), "2", 1),
+    ],
+)
+def test_the_channels_of_a_cut(net, shape, cut, dim):
+    model = prifu.wrap(net, cut=cut, example_inputs=torch.zeros(shape))
+    assert model.get_submodule(cut).prifu.dim == dim
+    assert prifu.filters(model)[cut].weight.shape == (8,)
+    with pytest.raises(ConfigError, match="cut_dim"):
+        prifu.wrap(net, cut=cut, cut_dim=7, example_inputs=torch.zeros(shape))
