@@ -1,5 +1,6 @@
 """Kinds of layers, inputs, types and names that a rewrite must get right."""
 
+import dataclasses
 import io
 
 import pytest
@@ -244,6 +245,29 @@ def test_another_architecture_is_not_rebuilt():
     pruned = prifu.prune(half_off(prifu.wrap(net(1))), torch.zeros(1, 3, 8, 8))
     with pytest.raises(prifu.errors.NoSiteError, match="another graph"):
         prifu.rebuild(net(2), prifu.plan(pruned), pruned.state_dict())
+
+    other = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    with pytest.raises(prifu.errors.NoSiteError, match="another graph"):
+        prifu.rebuild(other, prifu.plan(pruned), pruned.state_dict())
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: torch.Tensor
+    name: str
+
+
+def test_dataclasses_are_compared_by_field():
+    one = Answer(torch.ones(2), "a")
+    assert difference(one, Answer(torch.ones(2), "a")) == 0
+    assert difference(one, Answer(torch.ones(2) * 1.5, "a")) == 0.5
+    assert difference(one, Answer(torch.ones(2), "b")) == float("inf")
+
+
+def test_an_analysis_that_fails_refuses():
+    flat = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    with pytest.raises(CaptureError, match="cannot analyse"):
+        prifu.prune(prifu.wrap(flat), torch.zeros(8))
 
 
 def test_a_pruned_model_can_be_saved_whole_and_traced_again():

@@ -19,6 +19,7 @@ from prifu_plugin.prune.kernels import (
     slice_norm,
 )
 from prifu_plugin.prune.layout import FILL, Conform
+from prifu_plugin.prune.members import Members
 from prifu_plugin.prune.plan import (
     Alias,
     Concat,
@@ -32,7 +33,7 @@ from prifu_plugin.prune.plan import (
     SliceNorm,
 )
 from prifu_plugin.prune.rules.base import first_input
-from prifu_plugin.prune.rules.movement import SIZED, size_arguments
+from prifu_plugin.prune.rules.sizes import SIZED, size_arguments
 from prifu_plugin.prune.verify import NOISE
 
 
@@ -57,10 +58,7 @@ class _Rewriter:
         self.plans = {node.name: node for node in plan.nodes}
         self.new = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
-        self.members: dict[str, Any] = {}
-        self.calls: dict[str, int] = {}
-        self.origins: dict[str, Any] = {}
-        self.constants = self._fresh("constants")
+        self.members = Members(self.root, self.new)
 
     def run(self) -> fx.GraphModule:
         for node in self.old.nodes:
@@ -77,9 +75,7 @@ class _Rewriter:
                 if isinstance(self.values[node], fx.Node):
                     self.values[node].meta.setdefault("original", node.name)
         _drop_unused(self.new)
-        used = {str(n.target) for n in self.new.nodes if n.op in ("call_module", "get_attr")}
-        members = {path: member for path, member in self.members.items() if path in used}
-        module = fx.GraphModule(members, self.new, class_name=type(self.root).__name__)
+        module = fx.GraphModule(self.members.read(), self.new, class_name=type(self.root).__name__)
         return module.eval()
 
     def _is_taken_over(self, node: fx.Node) -> bool:
@@ -96,7 +92,7 @@ class _Rewriter:
             value = _get(self.root, str(node.target))
             origin = (node.target, kernel.select)
             part = _like(value, selected(value, kernel.select))
-            return self._member(self._place(node), part, origin)
+            return self.members.add(self._place(node), part, origin)
         if isinstance(kernel, Concat):
             listed: Any = node.args[0] if node.args else node.kwargs["tensors"]
             parts = [self._operand(listed[i], operands) for i in kernel.parts]
@@ -118,7 +114,7 @@ class _Rewriter:
         kwargs = self._argument(node, node.kwargs, operands)
         if node.op == "get_attr":
             value = _get(self.root, str(node.target))
-            return self._member(self._place(node), _like(value, value), (node.target, ()))
+            return self.members.add(self._place(node), _like(value, value), (node.target, ()))
         if node.op == "call_module":
             module = pure_copy(self._called(node))
             return self._call(node, module, args, kwargs)
@@ -139,7 +135,7 @@ class _Rewriter:
             layer = slice_linear(module, kernel, bias, delta)
             result = self._call(node, layer, (x,), {})
             if kernel.border:
-                ones = self._buffer(kernel.border, self._constant(kernel.border))
+                ones = self.members.buffer(kernel.border, self._constant(kernel.border))
                 border = border_map(self.new, layer, x, result, ones)
                 result = self.new.call_function(torch.add, (result, border))
         else:
@@ -153,11 +149,11 @@ class _Rewriter:
                 layer.bias = nn.Parameter(values[1], values[1].requires_grad)
             cut = slice_linear(layer, kernel, bias, delta)
             origin = (weight.target, kernel)
-            parameters = [self._member(self._place(weight), cut.weight, origin)]
+            parameters = [self.members.add(self._place(weight), cut.weight, origin)]
             if cut.bias is not None:
                 named_bias = f"{str(weight.target).replace('.', '_')}_bias"
-                place = self._place(other) if len(named) > 1 else self._fresh(named_bias)
-                parameters.append(self._member(place, cut.bias, (place, kernel)))
+                place = self._place(other) if len(named) > 1 else self.members.fresh(named_bias)
+                parameters.append(self.members.add(place, cut.bias, (place, kernel)))
             result = self.new.call_function(torch.nn.functional.linear, (x, *parameters))
         return self._index(node, result, 1, kernel.pick) if kernel.pick else result
 
@@ -198,12 +194,14 @@ class _Rewriter:
             value = value[torch.tensor(kernel.channels)]
         shape = [1] * rank
         shape[kernel.dim] = -1
-        value = self._cast(value.detach().reshape(shape).clone())
+        value = self.members.cast(value.detach().reshape(shape).clone())
         if name == "noise":
-            vector = self._member(f"{NOISE}{node.name}", value)
+            vector = self.members.add(f"{NOISE}{node.name}", value)
         else:
             trained = any(p.requires_grad for p in self._called(node).parameters())
-            vector = self._member(self._fresh(f"{node.name}_{name}"), nn.Parameter(value, trained))
+            vector = self.members.add(
+                self.members.fresh(f"{node.name}_{name}"), nn.Parameter(value, trained)
+            )
         return self.new.call_function(function, (x, vector))
 
     # Operands.
@@ -233,13 +231,13 @@ class _Rewriter:
 
     def _conformed(self, node: fx.Node, name: str, conform: Conform) -> Any:
         if conform.constant:
-            return self._buffer(conform.constant, self._constant(conform.constant))
+            return self.members.buffer(conform.constant, self._constant(conform.constant))
         source = next(n for n in self.old.nodes if n.name == name)
         value = self.values[source]
         for dim, positions in conform.select:
             value = self._index(node, value, dim, positions, source)
         if conform.vector:
-            vector = self._buffer(conform.vector, self._constant(conform.vector))
+            vector = self.members.buffer(conform.vector, self._constant(conform.vector))
             value = self.new.call_function(torch.add, (value, vector))
         return value
 
@@ -262,7 +260,7 @@ class _Rewriter:
         first = positions[0]
         if positions == tuple(range(first, first + len(positions))):
             return self.new.call_method("narrow", (x, dim, first, len(positions)))
-        index = self._buffer(name, torch.tensor(positions))
+        index = self.members.buffer(name, torch.tensor(positions))
         return self.new.call_function(torch.index_select, (x, dim, index))
 
     def _width(self, source: fx.Node, dim: int) -> int:
@@ -310,13 +308,7 @@ class _Rewriter:
     # Members of the new model.
 
     def _call(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> fx.Node:
-        path = str(node.target)
-        count = self.calls.get(path, 0)
-        self.calls[path] = count + 1
-        if count:
-            path = f"{path}_call{count}"
-        self.members[path] = module
-        return self.new.call_module(path, tuple(args), kwargs)
+        return self.members.call(str(node.target), module, args, kwargs)
 
     def _place(self, node: fx.Node) -> str:
         """Return a path for a parameter; not inside a layer that has a sliced one of its own."""
@@ -328,41 +320,14 @@ class _Rewriter:
         whole = f"{owner.replace('.', '_')}_{name}_whole"
         return "_" + whole if hasattr(self.root, whole) else whole
 
-    def _fresh(self, path: str, origin: Any = None) -> str:
-        """Return a path that the original model does not have, nor the new one for other values."""
-        while hasattr(self.root, path.partition(".")[0]) or self._is_taken(path, origin):
-            path = "_" + path
-        return path
-
-    def _is_taken(self, path: str, origin: Any) -> bool:
-        return path in self.members and self.origins.get(path) != origin
-
-    def _member(self, path: str, value: Any, origin: Any = None) -> fx.Node:
-        """Read a member; another path is found if there stands what has another origin."""
-        origin = origin or path
-        if self._is_taken(path, origin):
-            path = self._fresh(f"{path.replace('.', '_')}_again", origin)
-        self.members.setdefault(path, value)
-        self.origins[path] = origin
-        return self.new.get_attr(path)
-
-    def _buffer(self, name: str, value: Tensor) -> fx.Node:
-        return self._member(f"{self.constants}.{name}", value)
-
     def _called(self, node: fx.Node) -> nn.Module:
         return self.root.get_submodule(str(node.target))
-
-    def _cast(self, value: Tensor) -> Tensor:
-        """Bring a value to the type of the model's parameters."""
-        found = (p for p in self.root.parameters() if p.is_floating_point())
-        reference = next(found, None)
-        return value if reference is None else value.to(reference.device, reference.dtype)
 
     def _constant(self, name: str) -> Tensor:
         value = self.plan.constants.get(name)
         if value is None:
             value = torch.zeros(self.plan.shapes[name], dtype=torch.float64)
-        return self._cast(value)
+        return self.members.cast(value)
 
 
 def _like(original: Any, value: Tensor) -> Any:

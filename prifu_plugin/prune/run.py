@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError, VerificationError
+from prifu_plugin.cut import CutFilter
+from prifu_plugin.errors import (
+    CaptureError,
+    ConfigError,
+    NoSiteError,
+    PrifuError,
+    VerificationError,
+)
+from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.insert import apply_recipe, filters
 from prifu_plugin.graph.state import copied, input_shapes, wrap_state
@@ -79,12 +89,14 @@ def prune(
     with torch.inference_mode(False):
         filtered = plain_layers(copied(model).cpu().eval())
         runs = _runs(filtered, inputs)
-        captured = _captured(filtered, runs)
-        exact = precise(captured)
-        analysis = analyse(exact.root, exact.graph)
-        recipe = {**state.recipe(), "inputs": runs[0].to_dict(), "graph": _fingerprint(captured)}
-        plan = make_plan(analysis, recipe, round_to)
-        pruned = rewrite(captured, plan)
+        with _explained(filtered):
+            captured = _captured(filtered, runs)
+            exact = precise(captured)
+            analysis = analyse(exact.root, exact.graph)
+            graph = _fingerprint(captured)
+            recipe = {**state.recipe(), "inputs": runs[0].to_dict(), "graph": graph}
+            plan = make_plan(analysis, recipe, round_to)
+            pruned = rewrite(captured, plan)
         checks: tuple[Check, ...] = ()
         if verify:
             checks = _certify(analysis, captured, exact, plan, pruned, runs, seed)
@@ -172,6 +184,20 @@ def _attached(pruned: nn.Module) -> dict[str, Any]:
     return data  # type: ignore[no-any-return]
 
 
+@contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    """Turn an error of the analysis into one that says what was refused."""
+    try:
+        yield
+    except PrifuError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"prune cannot analyse this {type(model).__name__} ({type(error).__name__}: {error}), "
+            "and leaves it as it is. Please report the model."
+        ) from error
+
+
 def _inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     if example_inputs is not None:
         return Inputs.of(example_inputs)
@@ -214,11 +240,16 @@ def _captured(filtered: nn.Module, runs: tuple[Inputs, ...]) -> Captured:
 
 
 def _fingerprint(captured: Captured) -> str:
-    """Return a digest of what a graph computes, weights and widths left out."""
+    """Return a digest of what a graph computes, weights left out."""
     lines = []
     for node in captured.graph.nodes:
         target = getattr(node.target, "__name__", node.target)
-        lines.append(f"{node.name} {node.op} {target} {[n.name for n in node.all_input_nodes]}")
+        what = ""
+        if node.op == "call_module":
+            module = captured.root.get_submodule(str(node.target))
+            shown = not isinstance(module, PriFU | CutFilter)
+            what = f"{type(module).__name__}({module.extra_repr() if shown else ''})"
+        lines.append(f"{node.name} {node.op} {target} {what} {node.args} {node.kwargs}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

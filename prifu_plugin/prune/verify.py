@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,11 +100,22 @@ def difference(expected: Any, found: Any) -> float:
         >>> difference(torch.tensor([2.0, 4.0]), torch.tensor([2.0, 3.0]))
         0.25
     """
-    left, right = pytree.tree_leaves(expected), pytree.tree_leaves(found)
+    left, right = _leaves(expected), _leaves(found)
     if len(left) != len(right):
         return float("inf")
     gaps = [_gap(a, b) for a, b in zip(left, right, strict=True)]
     return float("nan") if any(gap != gap for gap in gaps) else max(gaps, default=0.0)
+
+
+def _leaves(value: Any) -> list[Any]:
+    """Return the tensors and values in a structure, the fields of dataclasses too."""
+    leaves = []
+    for leaf in pytree.tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            leaves += _leaves([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        else:
+            leaves.append(leaf)
+    return leaves
 
 
 def _gap(a: Any, b: Any) -> float:

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, fx
 
 from prifu_plugin.prune.facts import Fact, any_over, is_fact_tuple, summarize
-from prifu_plugin.prune.layout import FILL, Conform, Layout, restrict, simplify
+from prifu_plugin.prune.layout import Conform, Layout, restrict, simplify
 from prifu_plugin.prune.plan import Alias, Keep
 from prifu_plugin.prune.planner import Planner
-from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, mapped, run
+from prifu_plugin.prune.rules.base import Analysis, Rule, first_input
 from prifu_plugin.prune.rules.relabel import Moved, Start, moved_labels, starts
-
-SIZED = ("view", "reshape", "expand")
-"""Methods whose arguments are the sizes of the result, one a dimension."""
+from prifu_plugin.prune.rules.selection import fixed_crop, order, selection
+from prifu_plugin.prune.rules.sizes import patched_sizes, resized
 
 
 class MovementRule(Rule):
@@ -170,7 +169,7 @@ def _plan_chain(planner: Planner, end: fx.Node) -> None:
         return
     if (
         planner.exists(start)
-        and not _fixed_crop(analysis, chain)
+        and not fixed_crop(analysis, chain)
         and _relabel(planner, start, chain)
     ):
         return
@@ -194,7 +193,7 @@ def _relabel(planner: Planner, start: fx.Node, chain: list[fx.Node]) -> bool:
     for dim in source.axes:
         if dim not in result.axes or set(planner.layouts[start]) - {dim}:
             continue
-        mappings = [_selection(labels, shape, dim) for labels, shape in runs]
+        mappings = [selection(labels, shape, dim) for labels, shape in runs]
         mapping = mappings[0] if mappings else None
         if mapping is None or any(other != mapping for other in mappings):
             continue
@@ -249,39 +248,6 @@ def _composed(
     return list(zip(at[chain[-1]], shapes, strict=True))
 
 
-def _fixed_crop(analysis: Analysis, chain: list[fx.Node]) -> bool:
-    """Whether a chain crops to literal bounds, which may do nothing at the sizes that were run."""
-    for node in chain:
-        index = node.args[1] if node.target is operator.getitem else ()
-        value = analysis.values[first_input(node)]
-        parts = list(index) if isinstance(index, tuple) else [index]
-        if not isinstance(value, Fact) or any(p is None for p in parts):
-            continue
-        if Ellipsis in parts:
-            gap = parts.index(Ellipsis)
-            wanted = len(value.shape) - len(parts) + 1
-            parts[gap : gap + 1] = [slice(None)] * wanted
-        for dim, part in enumerate(parts):
-            if isinstance(part, slice) and isinstance(part.stop, int) and dim not in value.axes:
-                return True
-    return False
-
-
-def _selection(labels: Tensor, shape: tuple[int, ...], dim: int) -> list[int] | None:
-    """Return m with result[.., c, ..] = source[.., m[c], ..], or None; FILL for zeros."""
-    if any(labels.shape[d] != size for d, size in enumerate(shape) if d != dim):
-        return None
-    source = torch.arange(1, math.prod(shape) + 1).reshape(shape)
-    stride = math.prod(shape[dim + 1 :])
-    line = labels.movedim(dim, 0).flatten(1)[:, 0]
-    mapping = torch.where(line > 0, (line - 1) // stride % shape[dim], FILL)
-    expected = source.index_select(dim, mapping.clamp_min(0))
-    zero = (mapping == FILL).reshape([-1 if d == dim else 1 for d in range(len(shape))])
-    if not torch.equal(torch.where(zero, 0, expected), labels):
-        return None
-    return [int(i) for i in mapping]
-
-
 def _step(planner: Planner, node: fx.Node) -> None:
     """Plan one movement on the layout of its operand; on the whole operand if that fails."""
     analysis = planner.analysis
@@ -320,15 +286,15 @@ def _direct(
         sets[axis] = tuple(line.nonzero().flatten().tolist())
     if any(not kept for kept in sets.values()) or _misses(analysis, node, sets):
         return None
-    sizes = _patched_sizes(analysis, node, {axis: len(kept) for axis, kept in sets.items()})
+    sizes = patched_sizes(analysis, node, {axis: len(kept) for axis, kept in sets.items()})
     values = restrict(labels, operand)
     try:
-        result = _resized(analysis, node, rule.source, values, sizes).long()
+        result = resized(analysis, node, rule.source, values, sizes).long()
     except Exception:  # noqa: BLE001 - then the whole operand is used
         return None
     if result.ndim != moved.labels.ndim:
         return None
-    layout = _order(result, moved.labels, sets)
+    layout = order(result, moved.labels, sets)
     if layout is None or not torch.equal(restrict(moved.labels, layout), result):
         return None
     return Keep(sizes), simplify(tuple(moved.labels.shape), layout)
@@ -343,68 +309,3 @@ def _misses(analysis: Analysis, node: fx.Node, sets: dict[int, tuple[int, ...]])
         if line.any():
             return True
     return False
-
-
-def _patched_sizes(
-    analysis: Analysis, node: fx.Node, counts: dict[int, int]
-) -> tuple[tuple[int, int], ...]:
-    """Return the size arguments that change: those of dimensions that shrink, except -1."""
-    if node.target not in SIZED and node.target is not torch.reshape:
-        return ()
-    shape = node.meta["shape"]
-    given = size_arguments(node)
-    patched = []
-    for dim, count in sorted(counts.items()):
-        value = mapped(given[dim], lambda n: analysis.values[n])
-        if value != -1 and count != shape[dim]:
-            patched.append((dim, count))
-    return tuple(patched)
-
-
-def size_arguments(node: fx.Node) -> list[Any]:
-    """Return the size arguments of view, reshape or expand, however they were passed."""
-    rest = list(node.args[1:]) or [node.kwargs.get("shape") or node.kwargs.get("size")]
-    if len(rest) == 1 and isinstance(rest[0], tuple | list):
-        return list(rest[0])
-    return rest
-
-
-def _resized(
-    analysis: Analysis,
-    node: fx.Node,
-    source: fx.Node,
-    values: Tensor,
-    sizes: tuple[tuple[int, int], ...],
-) -> Tensor:
-    def replace(n: fx.Node) -> Any:
-        return values if n is source else analysis.values[n]
-
-    if not sizes and node.target not in SIZED:
-        result = run(analysis, node, replace)
-    else:
-        given = [mapped(size, replace) for size in size_arguments(node)]
-        for dim, count in sizes:
-            given[dim] = count
-        method = "reshape" if node.target is torch.reshape else str(node.target)
-        result = getattr(values, method)(*given)
-    assert isinstance(result, Tensor)
-    return result
-
-
-def _order(
-    result: Tensor, labels: Tensor, sets: dict[int, tuple[int, ...]]
-) -> dict[int, tuple[int, ...]] | None:
-    """Read off the order in which the kept indices come out of the operation."""
-    positions = torch.full((int(labels.max()) + 1,), -1, dtype=torch.int64)
-    positions[labels.flatten()] = torch.arange(labels.numel())
-    layout = {}
-    for axis, kept in sets.items():
-        if result.shape[axis] != len(kept):
-            return None
-        line = result.movedim(axis, 0).flatten(1).amax(1)
-        flat = positions[line.clamp_max(len(positions) - 1)]
-        index = flat // math.prod(labels.shape[axis + 1 :]) % labels.shape[axis]
-        layout[axis] = tuple(index.tolist())
-        if sorted(layout[axis]) != sorted(kept):
-            return None
-    return layout

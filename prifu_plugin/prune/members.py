@@ -1,0 +1,66 @@
+"""The modules, parameters and buffers of the pruned model while it is being built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+
+class Members:
+    """Members by path, under their original paths where these are free.
+
+    Args:
+        root: the original model, whose names are not taken for anything else.
+        graph: the new graph, which reads them.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self.root = root
+        self.graph = graph
+        self.found: dict[str, Any] = {}
+        self.origins: dict[str, Any] = {}
+        self.calls: dict[str, int] = {}
+        self.constants = self.fresh("constants")
+
+    def call(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> fx.Node:
+        """Call a module; each call of the original gets one of its own."""
+        count = self.calls.get(path, 0)
+        self.calls[path] = count + 1
+        if count:
+            path = f"{path}_call{count}"
+        self.found[path] = module
+        return self.graph.call_module(path, tuple(args), kwargs)
+
+    def add(self, path: str, value: Any, origin: Any = None) -> fx.Node:
+        """Read a member; another path is found if there stands what has another origin."""
+        origin = origin or path
+        if self._is_taken(path, origin):
+            path = self.fresh(f"{path.replace('.', '_')}_again", origin)
+        self.found.setdefault(path, value)
+        self.origins[path] = origin
+        return self.graph.get_attr(path)
+
+    def buffer(self, name: str, value: Tensor) -> fx.Node:
+        """Read a constant."""
+        return self.add(f"{self.constants}.{name}", value)
+
+    def fresh(self, path: str, origin: Any = None) -> str:
+        """Return a path that the original model does not have, nor the new one for other values."""
+        while hasattr(self.root, path.partition(".")[0]) or self._is_taken(path, origin):
+            path = "_" + path
+        return path
+
+    def cast(self, value: Tensor) -> Tensor:
+        """Bring a value to the type of the model's parameters."""
+        found = (p for p in self.root.parameters() if p.is_floating_point())
+        reference = next(found, None)
+        return value if reference is None else value.to(reference.device, reference.dtype)
+
+    def read(self) -> dict[str, Any]:
+        """Return the members that the graph reads."""
+        used = {str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr")}
+        return {path: member for path, member in self.found.items() if path in used}
+
+    def _is_taken(self, path: str, origin: Any) -> bool:
+        return path in self.found and self.origins.get(path) != origin
