@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +41,17 @@ class WrapState:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Copy a model, also one with weights that old-style hooks compute, which torch cannot copy."""
-    computed = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    """Copy a model, also one that holds computed tensors, which torch refuses to copy.
+
+    Old-style weight norms and pruning masks leave some, and so do forwards that store results.
+    """
+    original = Tensor.__deepcopy__
+
+    def copy_computed(self: Tensor, memo: dict[int, Any]) -> Any:
+        return original(self if self.is_leaf else self.detach(), memo)
+
+    with mock.patch.object(Tensor, "__deepcopy__", copy_computed):
+        return copy.deepcopy(model)
 
 
 def wrap_state(model: nn.Module) -> WrapState:

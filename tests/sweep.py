@@ -1,0 +1,247 @@
+"""Every architecture of timm and torchvision: wrapped, trained a step, pruned, compared.
+
+    python tests/sweep.py run      # resumable; one process a model, one family member a family
+    python tests/sweep.py table    # docs/results/zoo.json and docs/zoo.md from what has run
+
+A family are the models of one file of timm or torchvision whose module trees are the same up to
+widths and repeats; its member with the fewest parameters is run, and the table says for whom.
+"""
+
+import collections
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import probe
+import timm
+import torch
+import torchvision
+import zoo
+from torch import nn
+from tqdm import tqdm
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import NoSiteError
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT, RESULTS = ROOT / "out" / "zoo", ROOT / "docs" / "results" / "zoo.json"
+SECONDS, GIGABYTES = 400, 14
+
+
+def names():
+    return timm.list_models() + [f"tv_{name}" for name in torchvision.models.list_models()]
+
+
+def build(name):
+    torch.manual_seed(0)
+    if not name.startswith("tv_"):
+        return timm.create_model(name)
+    builder = torchvision.models.get_model_builder(name[3:])
+    settings = {"weights": None}
+    if name[3:] in ("googlenet", "inception_v3", "quantized_googlenet", "quantized_inception_v3"):
+        settings["init_weights"] = False
+    if any(part in builder.__module__ for part in ("segmentation", "detection")):
+        settings["weights_backbone"] = None
+    return builder(**settings)
+
+
+def family(name):
+    """Return the file a model comes from and what its module tree is, widths and repeats aside."""
+    with torch.device("meta"):
+        model = build(name)
+    parts = set()
+    for path, module in model.named_modules():
+        kind = [re.sub(r"\d+", "#", path), type(module).__name__]
+        if isinstance(module, nn.modules.conv._ConvNd):
+            per_group = module.in_channels // module.groups
+            grouping = "dense" if module.groups == 1 else "depth" if per_group == 1 else "grouped"
+            kind += [str(module.kernel_size), str(module.stride), grouping, module.bias is None]
+        parts.add(tuple(map(str, kind)))
+    size = sum(p.numel() for p in model.parameters())
+    return [type(model).__module__, sorted(parts)], size
+
+
+def families():
+    """Return representative -> members; worked out once."""
+    file = OUT / "families.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    groups = collections.defaultdict(list)
+    for name in tqdm(names(), desc="families", disable=None):
+        try:
+            key, size = family(name)
+        except Exception as error:  # a model that cannot be built on the meta device runs alone
+            key, size = [name, repr(error)], 0
+        groups[json.dumps(key)].append((size, name))
+    found = {min(members)[1]: sorted(name for _, name in members) for members in groups.values()}
+    file.write_text(json.dumps(found))
+    return found
+
+
+def example(name, model):
+    """Return a small batch that the model takes, its own size if it takes no smaller one."""
+    if name.startswith("tv_raft"):
+        return (torch.randn(2, 3, 128, 128), torch.randn(2, 3, 128, 128))
+    settings = getattr(model, "pretrained_cfg", None) or {}
+    channels, own, _ = settings.get("input_size") or (3, 224, 224)
+    if type(model).__module__.startswith("torchvision.models.video"):
+        tries = [(2, 3, 8, 64, 64), (2, 3, 16, 112, 112), (2, 3, 16, 224, 224)]
+    else:
+        tries = [(2, channels, size, size) for size in (96, 128, own)]
+    for shape in tries:
+        try:
+            with torch.no_grad():
+                model.eval()(torch.randn(shape))
+        except Exception:
+            continue
+        return (torch.randn(shape),)
+    raise ValueError(f"takes none of {tries}")
+
+
+def run_one(name):
+    """Return the row of one model."""
+    row = {"name": name}
+    model = build(name)
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    x = example(name, model)
+    row["input"] = [list(t.shape) for t in x]
+    model.eval()
+    with torch.no_grad():
+        plain = model(*x)
+    start = time.perf_counter()
+    try:
+        wrapped = prifu.wrap(model)
+    except NoSiteError as error:
+        return row | {"outcome": "refused: no normalization layer", "why": str(error)[:200]}
+    row["seconds_wrap"] = round(time.perf_counter() - start, 2)
+    del model
+    row["sites"] = dict(collections.Counter(s.reached for s in prifu.sites(wrapped)))
+    with torch.no_grad():
+        row["preserved"] = gap(plain, wrapped(*x))
+    row["untrained"] = untrained(wrapped, x)
+    zoo.half_off(wrapped)
+    start = time.perf_counter()
+    pruned = prifu.prune(wrapped, x)
+    row["seconds_prune"] = round(time.perf_counter() - start, 2)
+    report = prifu.report(pruned)
+    more = tuple(torch.cat([t, torch.randn_like(t[:1])]) for t in x)
+    with torch.no_grad():
+        row["difference"] = gap(wrapped(*more), pruned(*more))
+    row["fp64"] = max(c.difference for c in report.checks if c.dtype == "float64")
+    row["macs"], row["parameters_pruned"] = list(report.macs), report.parameters[1]
+    row["kept"] = sorted({reason for _, reason in report.notes})
+    row["saved"], row["possible"] = report.saved, None
+    if row["parameters"] < 60e6 and [t.ndim for t in x] == [4] and x[0].shape[1] == 3:
+        zoo.measure_statistics(wrapped, x[0].shape[-1])
+        row["saved"] = prifu.report(prifu.prune(wrapped, x)).saved
+        row["possible"] = 1 - probe.least_share(wrapped.double(), tuple(x[0].shape[1:]))
+    return row | {"outcome": "exact"}
+
+
+def gap(expected, found):
+    from prifu_plugin.prune.verify import difference
+
+    return difference(expected, found)
+
+
+def untrained(wrapped, x):
+    """Return the filters that get no finite gradient in a training step."""
+    wrapped.train()
+    total = 0.0
+    for leaf in torch.utils._pytree.tree_leaves(wrapped(*x)):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            total = total + (leaf * torch.randn_like(leaf)).sum()
+    total.backward()
+    missing = []
+    for path, unit in prifu.filters(wrapped).items():
+        if unit.weight.grad is None or not torch.isfinite(unit.weight.grad).all():
+            missing.append(path)
+    wrapped.zero_grad()
+    wrapped.eval()
+    return missing
+
+
+def child(name):
+    resource.setrlimit(resource.RLIMIT_DATA, (GIGABYTES << 30, GIGABYTES << 30))
+    torch.set_num_threads(1)
+    try:
+        row = run_one(name)
+    except Exception as error:
+        why = " ".join(str(error).split())[:400]
+        row = {"name": name, "outcome": f"failed: {type(error).__name__}", "why": why}
+    (OUT / f"{name}.json").write_text(json.dumps(row))
+
+
+def run(pattern=""):
+    OUT.mkdir(parents=True, exist_ok=True)
+    todo = [n for n in families() if pattern in n and not (OUT / f"{n}.json").exists()]
+    for name in tqdm(sorted(todo, key=lambda n: (n.startswith("tv_") is False, n)), disable=None):
+        command = [sys.executable, "-W", "ignore", __file__, "one", name]
+        try:
+            done = subprocess.run(command, timeout=SECONDS, capture_output=True, text=True)
+            why = f"killed ({done.returncode}): {done.stderr[-300:]}"
+        except subprocess.TimeoutExpired:
+            why = f"more than {SECONDS} s"
+        if not (OUT / f"{name}.json").exists():
+            row = {"name": name, "outcome": "not finished", "why": why}
+            (OUT / f"{name}.json").write_text(json.dumps(row))
+
+
+def table():
+    rows = []
+    for name, members in sorted(families().items()):
+        file = OUT / f"{name}.json"
+        if file.exists():
+            rows.append(json.loads(file.read_text()) | {"stands_for": members})
+    versions = {m.__name__: m.__version__ for m in (torch, timm, torchvision)}
+    data = {"command": "python tests/sweep.py run", "versions": versions, "rows": rows}
+    RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+    (ROOT / "docs" / "zoo.md").write_text(page(rows, versions))
+
+
+def page(rows, versions):
+    ran = sum(len(row["stands_for"]) for row in rows)
+    by = collections.Counter()
+    for row in rows:
+        by[row["outcome"]] += len(row["stands_for"])
+    shares = [row["saved"] / row["possible"] for row in rows if row.get("possible")]
+    lines = [
+        "# The zoo",
+        "",
+        "Every architecture with half of its channels closed at random: wrapped, trained a step,",
+        "pruned, compared. `python tests/sweep.py run`, then `table`, makes this page; a family is",
+        "run by its smallest member. Versions: "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + ".",
+        "",
+        f"{len(rows)} families, which stand for {ran} of {len(names())} architectures: "
+        + ", ".join(f"{count} {outcome}" for outcome, count in by.most_common())
+        + ".",
+        "",
+    ]
+    if shares:
+        low = sum(share < 0.95 for share in shares)
+        lines += [
+            f"Of the multiply-accumulates that could be saved, {statistics.median(shares):.3f} are "
+            f"in the median family; {low} of {len(shares)} families are below 0.95.",
+            "",
+        ]
+    lines += ["| model | for | outcome | fp64 | saved of possible | prune s | kept whole |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in rows:
+        share = f"{row['saved'] / row['possible']:.3f}" if row.get("possible") else ""
+        fp64 = f"{row['fp64']:.0e}" if "fp64" in row else ""
+        why = "; ".join(row.get("kept", [])) or row.get("why", "")
+        cells = [row["name"], len(row["stands_for"]), row["outcome"], fp64, share]
+        cells += [row.get("seconds_prune", ""), why.replace("|", "/")[:160]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    {"run": run, "one": child, "table": table}[sys.argv[1]](*sys.argv[2:])
