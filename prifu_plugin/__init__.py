@@ -17,6 +17,12 @@ from prifu_plugin.prune.run import plan_of as plan
 from prifu_plugin.prune.run import prune as prune
 from prifu_plugin.prune.run import rebuild as rebuild
 from prifu_plugin.prune.run import report as report
+from prifu_plugin.relevance import Relevance as Relevance
+from prifu_plugin.relevance import influence as influence
+from prifu_plugin.relevance import relevance as relevance
+from prifu_plugin.split import Split as Split
+from prifu_plugin.split import cut_points as cut_points
+from prifu_plugin.split import split as split
 
 __all__ = [
     "CutFilter",
@@ -24,15 +30,21 @@ __all__ = [
     "Plan",
     "PriFU",
     "PruneReport",
+    "Relevance",
     "Site",
+    "Split",
     "Summary",
+    "cut_points",
     "dose_to_beta",
     "filters",
+    "influence",
     "plan",
     "prune",
     "rebuild",
+    "relevance",
     "report",
     "sites",
+    "split",
     "summary",
     "unwrap",
     "wrap",

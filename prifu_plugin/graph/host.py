@@ -44,6 +44,11 @@ def is_host(module: nn.Module) -> bool:
     return hasattr(type(module), "_prifu_base")
 
 
+def is_folded(host: nn.Module) -> bool:
+    """Whether a host's filter acts through its affine parameters, rather than on its output."""
+    return getattr(type(host), "_prifu_kind", "") == "folded"
+
+
 def filter_of(host: nn.Module) -> PriFU | CutFilter:
     """Return the filter of a host."""
     unit = host._modules[CHILD]

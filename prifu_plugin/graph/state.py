@@ -45,7 +45,7 @@ def copied(model: nn.Module) -> nn.Module:
 
     Old-style weight norms and pruning masks leave some, and so do forwards that store results.
     """
-    original = Tensor.__deepcopy__
+    original: Any = Tensor.__deepcopy__
 
     def copy_computed(self: Tensor, memo: dict[int, Any]) -> Any:
         return original(self if self.is_leaf else self.detach(), memo)

@@ -92,6 +92,7 @@ def channelwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
 _POOLS = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d),
     *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample),
+    *(nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d),
 )
 _FUNCTIONAL_POOLS = {
     *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate),
@@ -102,7 +103,7 @@ def _pooling(analysis: Analysis, node: fx.Node, module: nn.Module) -> Rule | Non
     known = any(type(module).forward is pool.forward for pool in _POOLS)
     if not known or not isinstance(module, _POOLS) or getattr(module, "return_indices", False):
         return None
-    shrinks = isinstance(module, nn.AvgPool1d | nn.AvgPool2d) and (
+    shrinks = isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d) and (
         (module.count_include_pad and _positive(module.padding))
         or getattr(module, "divisor_override", None) is not None
     )

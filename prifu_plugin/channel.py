@@ -1,0 +1,272 @@
+"""What an upload passes through on its way: projection, noise, quantizer, packed bytes.
+
+A filter scales information down, which protects only where precision is finite. A `Channel` makes
+it finite, and is the same object for the edge, the audit and the wire.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prifu_plugin.errors import ConfigError
+
+
+class Channel(nn.Module):
+    """A sequence of steps an upload passes: what arrives is what `forward` returns.
+
+    Args:
+        steps: any of `Projection`, `Noise`, `Quantizer`, in order; a quantizer comes last.
+
+    Example:
+        >>> z = torch.randn(100, 8)
+        >>> channel = Channel(Quantizer(4).fit(z))
+        >>> wire = channel.encode(z[:1])
+        >>> len(wire), torch.equal(channel.decode(wire, (1, 8)), channel(z[:1]))
+        (4, True)
+    """
+
+    def __init__(self, *steps: Projection | Noise | Quantizer) -> None:
+        super().__init__()
+        if any(isinstance(step, Quantizer) for step in steps[:-1]):
+            raise ConfigError("A quantizer makes the bytes: it must be the last step of a Channel.")
+        self.steps = nn.ModuleList(steps)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return what arrives, (N, ...)."""
+        for step in self.steps:
+            z = step(z)
+        return z
+
+    def encode(self, z: Tensor) -> bytes:
+        """Return the bytes on the wire for a batch of uploads."""
+        for step in self.steps:
+            if isinstance(step, Quantizer):
+                return step.pack(step.levels(z))
+            z = step(z)
+        return z.detach().float().cpu().contiguous().numpy().tobytes()
+
+    def decode(self, wire: bytes, shape: Sequence[int]) -> Tensor:
+        """Return what arrives from the bytes.
+
+        Args:
+            wire: from `encode`.
+            shape: of the batch as it arrives, (N, ...).
+        """
+        last = self.steps[-1] if len(self.steps) else None
+        if isinstance(last, Quantizer):
+            return last.values(last.unpack(wire, shape))
+        return torch.frombuffer(bytearray(wire), dtype=torch.float32).reshape(tuple(shape)).clone()
+
+    def bytes_per_sample(self, z: Tensor) -> int:
+        """Return the bytes on the wire for one sample of a batch."""
+        return len(self.encode(z[:1]))
+
+
+class Quantizer(nn.Module):
+    """A uniform quantizer of 1 to 8 bits with one scale for the whole tensor.
+
+    One scale, not one a channel: a channel that a filter made small falls below the step and is
+    gone. The gradient passes straight through within the range.
+
+    Args:
+        bits: 1 to 8.
+
+    Example:
+        >>> q = Quantizer(2).fit(torch.tensor([[-1.0, 2.0]]))
+        >>> q(torch.tensor([[-1.0, 0.1, 5.0]])).tolist()
+        [[-1.0, 0.0, 2.0]]
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        if bits not in range(1, 9):
+            raise ConfigError(f"bits={bits}: a quantizer has 1 to 8.")
+        self.bits = bits
+        self.register_buffer("low", torch.tensor(float("nan")))
+        self.register_buffer("high", torch.tensor(float("nan")))
+
+    def fit(self, z: Tensor) -> Quantizer:
+        """Set the range to that of training uploads; never fit on what is audited."""
+        if not torch.isfinite(z).all() or z.numel() == 0:
+            raise ConfigError("The uploads to fit a quantizer on are empty or not finite.")
+        self.low, self.high = z.detach().float().min(), z.detach().float().max()
+        return self
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the quantized values, shape and dtype of z."""
+        found = self.values(self.levels(z)).to(z.dtype)
+        inside = torch.maximum(torch.minimum(z, self.high.to(z)), self.low.to(z))
+        return found.detach() + (inside - inside.detach())
+
+    def levels(self, z: Tensor) -> Tensor:
+        """Return the number of each value's level, uint8, 0 to 2^bits - 1."""
+        if torch.isnan(self.low):
+            raise ConfigError("The quantizer has no range: call fit on training uploads first.")
+        place = (z.detach().float() - self.low) / self._step()
+        return place.round().clamp(0, 2**self.bits - 1).to(torch.uint8)
+
+    def values(self, levels: Tensor) -> Tensor:
+        """Return the value of each level, fp32."""
+        return self.low + levels.float() * self._step()
+
+    def pack(self, levels: Tensor) -> bytes:
+        """Pack levels without a gap; the last byte is filled up with zeros."""
+        flat = levels.detach().cpu().flatten()
+        shifts = torch.arange(self.bits - 1, -1, -1, dtype=torch.uint8)
+        bits = (flat[:, None] >> shifts) & 1
+        bits = nn.functional.pad(bits.flatten(), (0, -flat.numel() * self.bits % 8)).reshape(-1, 8)
+        weights = 2 ** torch.arange(7, -1, -1)
+        return bytes((bits.long() * weights).sum(1).to(torch.uint8).numpy().tobytes())
+
+    def unpack(self, wire: bytes, shape: Sequence[int]) -> Tensor:
+        """Return the levels from the bytes, uint8 of a shape."""
+        count = math.prod(shape)
+        if len(wire) != -(-count * self.bits // 8):
+            raise ConfigError(
+                f"{len(wire)} bytes are not {count} values of {self.bits} bits: wrong shape?"
+            )
+        raw = torch.frombuffer(bytearray(wire), dtype=torch.uint8)
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
+        bits = ((raw[:, None] >> shifts) & 1).flatten()[: count * self.bits].reshape(-1, self.bits)
+        weights = 2 ** torch.arange(self.bits - 1, -1, -1)
+        levels: Tensor = (bits.long() * weights).sum(1).to(torch.uint8).reshape(tuple(shape))
+        return levels.to(self.low.device)
+
+    def _step(self) -> Tensor:
+        step = (self.high - self.low) / (2**self.bits - 1)
+        return torch.where(step > 0, step, torch.ones_like(step))
+
+    def extra_repr(self) -> str:
+        """Say bits and range."""
+        return f"bits={self.bits}, low={float(self.low):.3g}, high={float(self.high):.3g}"
+
+
+class Noise(nn.Module):
+    """Gaussian noise of a fixed scale, drawn once for each input.
+
+    In eval mode the draw is a function of the upload and a secret key, so that repeating a query
+    returns the same noisy upload and averaging reveals nothing more. In training it is fresh.
+
+    Args:
+        scale: standard deviation, in units of z.
+        key: the edge's secret.
+
+    Example:
+        >>> noise = Noise(0.3, key=b"secret").eval()
+        >>> z = torch.zeros(2, 4)
+        >>> torch.equal(noise(z), noise(z))
+        True
+    """
+
+    def __init__(self, scale: float, key: bytes) -> None:
+        super().__init__()
+        if not scale >= 0 or not math.isfinite(scale):
+            raise ConfigError(f"scale={scale} is not at least 0.")
+        self.scale = scale
+        self.key = key
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return z with noise, shape and dtype of z."""
+        if self.training:
+            return z + self.scale * torch.randn_like(z)
+        drawn = [self._draw(sample) for sample in z.detach().float().cpu()]
+        return z + self.scale * torch.stack(drawn).to(z)
+
+    def _draw(self, sample: Tensor) -> Tensor:
+        # Rounded, so that the last bits of another machine do not change the draw.
+        content = (sample * 1e4).round().to(torch.int64).contiguous().numpy().tobytes()
+        digest = hashlib.blake2b(content, key=self.key[:64], digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        return torch.randn(sample.shape, generator=generator)
+
+    def extra_repr(self) -> str:
+        """Say the scale, not the key."""
+        return f"scale={self.scale}"
+
+
+class Projection(nn.Module):
+    """What the server's first linear map can see of an upload, and nothing else.
+
+    W z = (U S) (V^T z): the edge sends the r numbers V^T z, the server multiplies by U S. Exact
+    and free; for a head of two classes with softmax one number would do.
+
+    Args:
+        linear: the first layer the server applies to z, (N, C).
+
+    Example:
+        >>> head = nn.Linear(64, 2)
+        >>> projection = Projection(head)
+        >>> z = torch.randn(5, 64)
+        >>> torch.allclose(projection.server()(projection(z)), head(z), atol=1e-5)
+        True
+    """
+
+    basis: Tensor
+    rest: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        if not isinstance(linear, nn.Linear):
+            raise ConfigError(
+                f"The server's first layer is a {type(linear).__name__}: a projection needs the "
+                "nn.Linear that reads the upload."
+            )
+        left, values, right = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+        rank = int((values > values.max() * 1e-12).sum())
+        self.register_buffer("basis", right[:rank].to(linear.weight.dtype))
+        self.register_buffer("rest", (left * values)[:, :rank].to(linear.weight.dtype))
+        self.bias = linear.bias
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the coordinates, (N, r)."""
+        return z @ self.basis.T
+
+    def server(self) -> nn.Linear:
+        """Return the layer that takes the place of the server's first one."""
+        outputs, rank = self.rest.shape
+        layer = nn.Linear(rank, outputs, bias=self.bias is not None, device=self.rest.device)
+        layer.weight = nn.Parameter(self.rest.clone())
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().clone())
+        return layer
+
+
+def image_bytes(images: Tensor) -> dict[str, float]:
+    """Return what sending the images instead would cost, bytes a sample: PNG, JPEG, raw.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1].
+
+    Raises:
+        ImportError: if Pillow is missing.
+
+    Example:
+        >>> image_bytes(torch.zeros(2, 3, 8, 8))["raw"]
+        192.0
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("PNG and JPEG need Pillow: pip install pillow") from error
+    import io
+
+    def size(image: Tensor, **settings: Any) -> int:
+        file = io.BytesIO()
+        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        Image.fromarray(pixels).save(file, **settings)
+        return file.tell()
+
+    return {
+        "raw": float(images[0].numel()),
+        "png": sum(size(i, format="PNG") for i in images) / len(images),
+        "jpeg": sum(size(i, format="JPEG", quality=75) for i in images) / len(images),
+    }

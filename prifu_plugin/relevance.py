@@ -1,0 +1,220 @@
+"""Relative Influence: how much the loss depends on what a model computes (Eq. 1, 2, 7 and 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prifu_plugin.cut import CutFilter
+from prifu_plugin.errors import ConfigError
+from prifu_plugin.filter import PriFU
+from prifu_plugin.graph.host import filter_of, is_folded, is_host
+from prifu_plugin.graph.insert import filters
+from prifu_plugin.graph.state import wrap_state
+from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.ranks import spearman
+
+Loss = Callable[[Any, Tensor], Tensor]
+"""Model output and target -> losses of the samples, (N,)."""
+
+
+@dataclass(frozen=True)
+class LayerRelevance:
+    """AvgRI of the channels one filter stands behind.
+
+    Attributes:
+        path: what the filter follows.
+        weight: W, (C,), fp64.
+        avgri: AvgRI of X, the filter's input, (C,), fp64: E|dl/dX| over samples and positions.
+        after: E|dl/dY| of its output; avgri = |scale| * after (Eq. 8).
+    """
+
+    path: str
+    weight: Tensor
+    avgri: Tensor
+    after: Tensor
+
+    @property
+    def correlation(self) -> float:
+        """Spearman's rank correlation of W and AvgRI over the channels; NaN if either is flat."""
+        return spearman(self.weight, self.avgri)
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """AvgRI of every filter's channels and of the input's.
+
+    Attributes:
+        layers: by path.
+        inputs: AvgRI of the input channels, (C,), fp64 (the paper's Fig. 7).
+        samples: how many there were.
+    """
+
+    layers: dict[str, LayerRelevance]
+    inputs: Tensor
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "samples": self.samples,
+            "inputs": self.inputs.tolist(),
+            "layers": {
+                path: {
+                    "weight": layer.weight.tolist(),
+                    "avgri": layer.avgri.tolist(),
+                    "correlation": layer.correlation,
+                }
+                for path, layer in self.layers.items()
+            },
+        }
+
+
+def relevance(
+    model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], loss: Loss | None = None
+) -> Relevance:
+    """Measure AvgRI (Eq. 2) for every filter of a model and for its input, in one pass over data.
+
+    In eval mode the samples do not depend on each other, so one backward pass of the summed losses
+    gives the gradient of each; absolute values are taken before any average.
+
+    Args:
+        model: a wrapped model; it is not changed.
+        data: batches (x, target), x floating-point (N, C, ...).
+        loss: gives the loss of each sample, (N,); cross-entropy by default.
+
+    Returns:
+        AvgRI by filter and by input channel.
+
+    Raises:
+        OrderError: if the model is not wrapped.
+        ConfigError: if data is empty, or the loss is not one number a sample.
+
+    Example:
+        >>> import prifu_plugin as prifu
+        >>> net = prifu.wrap(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> found = relevance(net, [(x, y)])
+        >>> found.layers["1"].avgri.shape, found.inputs.shape
+        (torch.Size([3]), torch.Size([4]))
+    """
+    wrap_state(model)
+    loss = loss or _cross_entropy
+    device = next(model.parameters()).device
+    meters = {path: _Meter(unit.weight.numel()) for path, unit in filters(model).items()}
+    inputs: _Meter | None = None
+    samples = 0
+    with undisturbed(model), ExitStack() as hooks, torch.enable_grad():
+        model.eval()
+        frozen = [p for p in model.parameters() if p.requires_grad]
+        hooks.callback(lambda: [p.requires_grad_(True) for p in frozen])
+        for parameter in frozen:
+            parameter.requires_grad_(False)  # only gradients of activations are wanted
+        for path, module, unit in _places(model):
+            hooks.callback(_watch(module, unit, meters[path]).remove)
+        for x, target in data:
+            x = x.to(device).detach().requires_grad_()
+            losses = loss(model(x), target.to(device))
+            if losses.shape != (len(x),):
+                raise ConfigError(
+                    f"loss returns {tuple(losses.shape)} for {len(x)} samples: return one loss a "
+                    "sample, as torch.nn.functional.cross_entropy(..., reduction='none') does."
+                )
+            (gradient,) = torch.autograd.grad(losses.sum(), x)
+            inputs = inputs or _Meter(x.shape[1])
+            inputs.add(gradient, 1)
+            samples += len(x)
+    if inputs is None:
+        raise ConfigError("data is empty: pass batches (x, target).")
+    layers = {}
+    for path, unit in filters(model).items():
+        after = meters[path].mean()
+        scale = _scale(model, path, unit).detach().double().cpu().abs()
+        weight = unit.weight.detach().double().cpu()
+        layers[path] = LayerRelevance(path, weight, scale * after, after)
+    return Relevance(layers, inputs.mean(), samples)
+
+
+def influence(model: nn.Module, x: Tensor, target: Tensor, loss: Loss | None = None) -> Tensor:
+    """Return the Relative Influence of every input value on the loss (Eq. 1, the paper's Fig. 4).
+
+    Args:
+        model: any model, plain or wrapped; run in eval mode and not changed.
+        x: floating-point inputs (N, C, ...).
+        target: what the loss compares with.
+        loss: gives the loss of each sample, (N,); cross-entropy by default.
+
+    Returns:
+        |dl/dx|, shape and dtype of x.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> influence(net, torch.randn(3, 2), torch.tensor([0, 1, 0])).shape
+        torch.Size([3, 2])
+    """
+    with undisturbed(model), torch.enable_grad():
+        model.eval()
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad((loss or _cross_entropy)(model(x), target).sum(), x)
+    return gradient.abs()
+
+
+def _cross_entropy(output: Any, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, reduction="none")
+
+
+class _Meter:
+    """Mean absolute gradient per channel, over samples and positions."""
+
+    def __init__(self, channels: int) -> None:
+        self.total = torch.zeros(channels, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, gradient: Tensor, dim: int) -> None:
+        lines = gradient.detach().abs().movedim(dim, -1).flatten(0, -2)
+        self.total += lines.double().sum(0).cpu()
+        self.count += len(lines)
+
+    def mean(self) -> Tensor:
+        return self.total / max(self.count, 1)
+
+
+def _places(model: nn.Module) -> list[tuple[str, nn.Module, PriFU]]:
+    """Return (path, module whose output is Y, filter): the host, or the filter that it calls."""
+    found = []
+    for path, unit in filters(model).items():
+        owner = dict(model.named_modules()).get(path)
+        place: nn.Module = unit
+        if owner is not None and is_host(owner):
+            inner = filter_of(owner)
+            called = isinstance(inner, CutFilter) or is_folded(owner)
+            place = (inner if isinstance(inner, CutFilter) else owner) if called else unit
+        found.append((path, place, unit))
+    return found
+
+
+def _watch(module: nn.Module, unit: PriFU, meter: _Meter) -> Any:
+    """Note the gradient of Y: what a module returns, or what its fused activation takes."""
+
+    def note(y: Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(lambda gradient: meter.add(gradient, unit.dim))
+
+    inner = [module._modules.get(name) for name in ("drop", "act")]
+    fused = next((part for part in inner if isinstance(part, nn.Module)), None)
+    if fused is not None:
+        return fused.register_forward_pre_hook(lambda _, args: note(args[0]))
+    return module.register_forward_hook(lambda _, args, y: note(y))
+
+
+def _scale(model: nn.Module, path: str, unit: PriFU) -> Tensor:
+    """Return dY/dX of a filter; on the uploaded tensor, that of standardizing and restoring."""
+    owner = dict(model.named_modules()).get(path)
+    cut = filter_of(owner) if owner is not None and is_host(owner) else None
+    return cut.affine()[0] if isinstance(cut, CutFilter) else unit.scale()

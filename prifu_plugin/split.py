@@ -1,0 +1,340 @@
+"""Cut a model in two: the edge computes what is uploaded, the cloud finishes the job."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
+from prifu_plugin.graph.capture import Captured, capture
+from prifu_plugin.graph.state import input_shapes
+from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.prune.examples import record_examples
+from prifu_plugin.prune.inputs import Inputs, takes
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What is uploaded for one input.
+
+    Attributes:
+        shape: of one sample.
+        dtype: of its numbers.
+        bytes: of one sample as it is.
+        varying: channels (dimension 1) that differ between the samples that were looked at, (C,).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    varying: Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model cut in two; `cloud(edge(x))` is `model(x)`.
+
+    Both parts call the model's own modules: training one trains the model.
+
+    Attributes:
+        edge: input -> upload.
+        cloud: upload -> output.
+        at: node of the graph that is uploaded.
+    """
+
+    edge: fx.GraphModule
+    cloud: fx.GraphModule
+    at: str
+
+    def __iter__(self) -> Iterator[fx.GraphModule]:
+        """Yield edge and cloud, so that `edge, cloud = split(...)` works."""
+        return iter((self.edge, self.cloud))
+
+    def payload(self, x: Tensor) -> Payload:
+        """Describe the upload for a batch of at least two different inputs, in eval mode."""
+        with undisturbed(self.edge), torch.no_grad():
+            z = self.edge.eval()(x)
+        if not isinstance(z, Tensor):
+            raise ConfigError(f"The upload at '{self.at}' is {len(z)} tensors; ask for each.")
+        lines = z.movedim(1, -1).flatten(1, -2) if z.ndim > 2 else z[:, None]
+        varying = (lines.amax(0) - lines.amin(0) > 0).any(0)
+        name = str(z.dtype).removeprefix("torch.")
+        return Payload(tuple(z.shape[1:]), name, z[0].numel() * z.element_size(), varying)
+
+
+def split(
+    model: nn.Module,
+    at: str,
+    example_inputs: Tensor | tuple[Tensor, ...] | None = None,
+    *,
+    several: bool = False,
+) -> Split:
+    """Cut a plain, wrapped or pruned model behind a module or a node of its graph.
+
+    Args:
+        model: traced in eval mode; its modules are shared, not copied.
+        at: path of a module, name from timm's feature_info, or name of a graph node.
+        example_inputs: a batch; needed unless the model was run wrapped or has a pretrained_cfg.
+        several: upload several tensors where one is not enough, as a tuple.
+
+    Returns:
+        Edge and cloud, in eval mode.
+
+    Raises:
+        NoSiteError: if there is no such place; the message names the closest.
+        ConfigError: if more than one tensor crosses the cut and `several` is not set, or the
+            example inputs are refused.
+        CaptureError: if the model cannot be traced.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> edge, cloud = split(net, "1", torch.zeros(2, 3, 8, 8))
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> torch.equal(cloud(edge(x)), net(x))
+        True
+    """
+    inputs = _inputs(model, example_inputs)
+    with undisturbed(model, keep="_tensor_constant"):
+        captured = capture(model.eval(), len(inputs.shapes))
+        _record(captured, model, inputs)
+    node = _find(captured, model, at)
+    before = _before(node)
+    graph = captured.graph
+    known = _with_sizes(graph, before)
+    crossing = [
+        n
+        for n in graph.nodes
+        if n in known and any(user not in known for user in n.users) and not _is_free(n)
+    ]
+    tensors = [n for n in crossing if n.meta["shape"]]
+    sizes = [n for n in crossing if not n.meta["shape"]]
+    if tensors != [node] and not several:
+        others = [n.name for n in tensors if n is not node]
+        raise ConfigError(
+            f"The cut at '{at}' lets {', '.join(others)} past '{node.name}': a residual stream or "
+            f"branch goes around it. Cut at {_suggestion(graph)}, or pass several=True to upload "
+            "all of them."
+        )
+    edge, cloud = fx.Graph(), fx.Graph()
+    _copy_edge(graph, before, edge, tensors)
+    _copy_cloud(graph, known, cloud, tensors, sizes)
+    parts = [
+        fx.GraphModule(_members(model, part), part, class_name=name).eval()
+        for part, name in ((edge, "Edge"), (cloud, "Cloud"))
+    ]
+    return Split(parts[0], parts[1], node.name)
+
+
+def cut_points(model: nn.Module, example_inputs: Any = None) -> list[str]:
+    """List the nodes at which a model can be cut so that one tensor is uploaded.
+
+    Example:
+        >>> cut_points(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8))
+        ['_0']
+    """
+    inputs = _inputs(model, example_inputs)
+    with undisturbed(model, keep="_tensor_constant"):
+        captured = capture(model.eval(), len(inputs.shapes))
+        _record(captured, model, inputs)
+    return _points(captured.graph)
+
+
+def _inputs(model: nn.Module, example_inputs: Any) -> Inputs:
+    if example_inputs is not None:
+        return Inputs.of(example_inputs)
+    shapes = input_shapes(model)
+    if shapes is None:
+        raise ConfigError(
+            f"The input shape of {type(model).__name__} is unknown: pass example_inputs= a batch."
+        )
+    return Inputs.floats(shapes)
+
+
+def _record(captured: Captured, model: nn.Module, inputs: Inputs) -> None:
+    first = inputs.batch(2)
+    if not takes(model, first):
+        raise ConfigError(f"{type(model).__name__} refuses inputs of shape {list(first.shapes)}.")
+    others = [*inputs.batch(3).sized(), inputs.batch(3)]
+    other = next((one for one in others if takes(model, one)), first)
+    like = [run.draw(model, 0) for run in (first, other)]
+    device = next(model.parameters()).device
+    record_examples(model, captured.graph, *([x.to(device) for x in run] for run in like))
+
+
+def _find(captured: Captured, model: nn.Module, at: str) -> fx.Node:
+    """Return the node of a place: the last one that a module computes."""
+    features = getattr(model, "feature_info", None)
+    names = {}
+    for info in getattr(features, "info", features) or []:
+        if isinstance(info, dict) and "module" in info:
+            names[info["module"].rsplit(".", 1)[-1]] = info["module"]
+    path = at if at in dict(model.named_modules()) else names.get(at, at)
+    found: fx.Node | None = None
+    for node in captured.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        inside = {str(entry[0]) for entry in stack.values()}
+        called = node.op == "call_module" and node.target == path
+        if node.name == at or called or (path and path in inside and node.meta["shape"]):
+            found = node
+    if found is None or found.op in ("placeholder", "output", "get_attr"):
+        known = [p for p, _ in model.named_modules() if p] + _points(captured.graph)
+        close = difflib.get_close_matches(at, known, n=3, cutoff=0.3)
+        raise NoSiteError(
+            f"{type(model).__name__} computes nothing at '{at}'. Closest: "
+            f"{', '.join(close) or 'none'}; prifu_plugin.cut_points(model) lists the graph's nodes."
+        )
+    return found
+
+
+def _before(node: fx.Node) -> set[fx.Node]:
+    """Return a node and everything it is computed from."""
+    found, open_nodes = {node}, [node]
+    while open_nodes:
+        for source in open_nodes.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                open_nodes.append(source)
+    return found
+
+
+def _with_sizes(graph: fx.Graph, before: set[fx.Node]) -> set[fx.Node]:
+    """Add the sizes of what the edge computes, which the cloud may ask for."""
+    known = set(before)
+    for node in graph.nodes:
+        asks = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
+        asks = asks and not node.meta["shape"] and not node.meta["nested"]
+        if asks and all(source in known for source in node.all_input_nodes):
+            known.add(node)
+    return known
+
+
+def _is_free(node: fx.Node) -> bool:
+    """Whether the cloud can compute a value by itself, from parameters."""
+    return node.op == "get_attr" or "static" in node.meta
+
+
+def _points(graph: fx.Graph) -> list[str]:
+    points = []
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr") or not node.meta["shape"]:
+            continue
+        known = _with_sizes(graph, _before(node))
+        crossing = [
+            n
+            for n in known
+            if n.meta["shape"] and not _is_free(n) and any(u not in known for u in n.users)
+        ]
+        last = any(user.op == "output" for user in node.users)
+        if crossing == [node] and not last:
+            points.append(node.name)
+    return points
+
+
+def _suggestion(graph: fx.Graph) -> str:
+    points = _points(graph)
+    return " or ".join(f"'{name}'" for name in points[-3:]) or "another place"
+
+
+def _copy_edge(
+    graph: fx.Graph, before: set[fx.Node], edge: fx.Graph, tensors: list[fx.Node]
+) -> None:
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in before or node.op == "placeholder":
+            copies[node] = edge.node_copy(node, lambda n: copies[n])
+    results = tuple(copies[n] for n in tensors)
+    edge.output(results[0] if len(results) == 1 else results)
+
+
+def _copy_cloud(
+    graph: fx.Graph,
+    known: set[fx.Node],
+    cloud: fx.Graph,
+    tensors: list[fx.Node],
+    sizes: list[fx.Node],
+) -> None:
+    copies: dict[fx.Node, Any] = {}
+    if len(tensors) == 1:
+        copies[tensors[0]] = cloud.placeholder(tensors[0].name)
+    else:
+        upload = cloud.placeholder("upload")
+        for place, node in enumerate(tensors):
+            copies[node] = cloud.call_function(operator.getitem, (upload, place))
+    for node in sizes:
+        copies[node] = _size(cloud, node, copies)
+    needed = {n for n in graph.nodes if n not in known}
+    needed |= {source for n in list(needed) for source in _free_before(n)}
+    for node in graph.nodes:
+        if node in copies or node not in needed or node.op == "placeholder":
+            continue
+        copied = cloud.create_node(
+            node.op,
+            node.target,
+            fx.node.map_arg(node.args, lambda n: copies[n]),
+            fx.node.map_arg(node.kwargs, lambda n: copies[n]),
+            node.name,
+        )
+        copies[node] = copied
+
+
+def _free_before(node: fx.Node) -> set[fx.Node]:
+    """Return the parameters, and what is made of them alone, that a node reads."""
+    found: set[fx.Node] = set()
+    open_nodes = [s for s in node.all_input_nodes if _is_free(s)]
+    while open_nodes:
+        at = open_nodes.pop()
+        found.add(at)
+        open_nodes += [s for s in at.all_input_nodes if s not in found]
+    return found
+
+
+def _size(cloud: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
+    """Give the cloud a size that the edge knew: always the same, the upload's, or made of such."""
+    tensors = [n for n in copies if n.meta["shape"]]
+    found = _shown(cloud, node.meta["example"], node.meta["other"][1], tensors, copies)
+    if found is not None:
+        return found
+    sources = node.all_input_nodes
+    if sources and all(not source.meta["shape"] for source in sources):
+        made = {source: _size(cloud, source, copies) for source in sources}
+        args = fx.node.map_arg(node.args, lambda n: made[n])
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: made[n])
+        return cloud.create_node(node.op, node.target, args, kwargs)
+    raise CaptureError(
+        f"Behind the cut the model uses '{node.name}', a size that the upload does not show. Cut "
+        "elsewhere, or pass example inputs of a fixed size."
+    )
+
+
+def _shown(
+    cloud: fx.Graph, here: Any, there: Any, tensors: list[fx.Node], copies: dict[fx.Node, Any]
+) -> Any:
+    """Return a size that is the same in both runs, or that an uploaded tensor has in both."""
+    if isinstance(here, tuple | list) and isinstance(there, tuple | list):
+        parts = [_shown(cloud, a, b, tensors, copies) for a, b in zip(here, there, strict=True)]
+        return None if any(part is None for part in parts) else tuple(parts)
+    if here == there:
+        return here
+    for tensor in tensors:
+        shapes = (tensor.meta["shape"], tensor.meta["other"][0])
+        for dim, (first, second) in enumerate(zip(*shapes, strict=True)):
+            if (first, second) == (here, there):
+                return cloud.call_method("size", (copies[tensor], dim))
+    return None
+
+
+def _members(model: nn.Module, graph: fx.Graph) -> dict[str, Any]:
+    members = {}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            target: Any = model
+            for part in str(node.target).split("."):
+                target = getattr(target, part)
+            members[str(node.target)] = target
+    return members

@@ -1,0 +1,132 @@
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import ConfigError, NoSiteError
+from prifu_plugin.split import Split
+
+CUTS = [
+    ("test_resnet", 64, "layer2"),
+    ("test_resnet", 64, "global_pool"),
+    ("test_resnet", 64, "layer1.0"),
+    ("test_efficientnet", 64, "blocks.1"),
+    ("test_vit", 160, "blocks.2"),
+    ("test_vit", 160, "pos_drop"),
+    ("densenet121", 64, "features.denseblock2"),
+    ("convnext_atto", 64, "stages.1"),
+    ("swin_tiny_patch4_window7_224", 224, "layers.1"),
+]
+
+
+def half(model):
+    for unit in prifu.filters(model).values():
+        unit.weight.data[::2] = 0.0
+    return model.eval()
+
+
+@pytest.mark.parametrize(("name", "size", "at"), CUTS)
+def test_parts_compose(name, size, at):
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, size, size)
+    plain = timm.create_model(name, num_classes=4).eval()
+    wrapped = half(prifu.wrap(plain))
+    pruned = prifu.prune(wrapped, x) if size == 64 else None
+    for model in (plain, wrapped, pruned):
+        if model is None:
+            continue
+        place = at if model is not pruned else prifu.cut_points(model, x)[-3]
+        parts = prifu.split(model, place, x)
+        edge, cloud = parts
+        assert isinstance(parts, Split)
+        assert torch.equal(cloud(edge(x)), model(x))
+        assert torch.equal(cloud(edge(x[:1])), model(x[:1]))
+
+
+def test_it_is_the_output_of_the_module():
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=3).eval()
+    seen = []
+    model.layer2.register_forward_hook(lambda m, i, o: seen.append(o))
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    edge, cloud = prifu.split(model, "layer2", x)
+    assert torch.equal(edge(x), seen[0])
+    assert torch.equal(cloud(seen[0]), expected)
+
+
+def test_the_modules_are_the_models_own():
+    model = prifu.wrap(timm.create_model("test_resnet", num_classes=3))
+    edge, cloud = prifu.split(model, "layer2", torch.zeros(2, 3, 64, 64))
+    own = {id(p) for p in model.parameters()}
+    parts = {id(p) for part in (edge, cloud) for p in part.parameters()}
+    assert parts <= own
+    assert len(prifu.filters(edge)) + len(prifu.filters(cloud)) == len(prifu.filters(model))
+
+
+def test_a_filter_on_the_cut_is_on_the_edge():
+    x = torch.randn(4, 3, 64, 64)
+    model = prifu.wrap(timm.create_model("test_resnet", num_classes=3), cut="layer2").eval()
+    prifu.filters(model)["layer2"].weight.data[:10] = 0.0
+    parts = prifu.split(model, "layer2", x)
+    payload = parts.payload(x)
+    width = len(prifu.filters(model)["layer2"].weight)
+    assert payload.shape[0] == width
+    assert not payload.varying[:10].any()
+    z = parts.edge(x)
+    spread = (z.amax((0, 2, 3)) - z.amin((0, 2, 3))).ne(0)
+    differs = (z.amax(0) - z.amin(0)).amax((1, 2)).ne(0)
+    assert torch.equal(payload.varying, differs)
+    assert differs[10:].sum() > len(differs[10:]) / 2
+    assert not (differs & ~spread).any()
+    assert payload.bytes == 4 * width * payload.shape[1] * payload.shape[2]
+
+
+def test_a_residual_stream_is_named():
+    model = torchvision.models.resnet18(num_classes=3)
+    x = torch.zeros(2, 3, 64, 64)
+    with pytest.raises(ConfigError, match="past 'layer1_0_conv1'.*Cut at") as error:
+        prifu.split(model, "layer1.0.conv1", x)
+    assert "several=True" in str(error.value)
+    edge, cloud = prifu.split(model, "layer1.0.conv1", x, several=True)
+    upload = edge.eval()(x)
+    assert len(upload) == 2
+    assert torch.equal(cloud(upload), model.eval()(x))
+
+
+def test_tokens_that_go_around():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = self.a(x).relu()
+            return self.b(h).reshape(x.shape[0], x.shape[1] * 4)
+
+    model, x = Around(), torch.randn(3, 5, 4)
+    edge, cloud = prifu.split(model, "a", x)
+    for shape in ((3, 5, 4), (2, 7, 4)):
+        x = torch.randn(shape)
+        assert torch.equal(cloud(edge(x)), model(x))
+
+
+def test_every_cut_point_composes():
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    x = torch.randn(2, 3, 64, 64)
+    for name in prifu.cut_points(model, x):
+        edge, cloud = prifu.split(model, name, x)
+        assert torch.equal(cloud(edge(x)), model(x)), name
+
+
+def test_a_wrong_place():
+    model = timm.create_model("test_resnet")
+    with pytest.raises(NoSiteError, match="Closest: layer"):
+        prifu.split(model, "layer9")
+    with pytest.raises(ConfigError, match="shape of Sequential is unknown"):
+        prifu.split(nn.Sequential(nn.Linear(2, 2)), "0")
+    with pytest.raises(ConfigError, match="refuses"):
+        prifu.split(model, "layer2", torch.zeros(2, 5, 8, 8))
