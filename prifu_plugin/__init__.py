@@ -1,5 +1,8 @@
 """PriFU as a plugin: filter what a task does not need, then prune it away exactly."""
 
+from prifu_plugin.audit.data import AuditData as AuditData
+from prifu_plugin.audit.result import AuditReport as AuditReport
+from prifu_plugin.audit.run import audit as audit
 from prifu_plugin.config import FilterConfig as FilterConfig
 from prifu_plugin.cut import CutFilter as CutFilter
 from prifu_plugin.decay import dose_to_beta as dose_to_beta
@@ -25,6 +28,8 @@ from prifu_plugin.split import cut_points as cut_points
 from prifu_plugin.split import split as split
 
 __all__ = [
+    "AuditData",
+    "AuditReport",
     "CutFilter",
     "FilterConfig",
     "Plan",
@@ -34,6 +39,7 @@ __all__ = [
     "Site",
     "Split",
     "Summary",
+    "audit",
     "cut_points",
     "dose_to_beta",
     "filters",

@@ -1,0 +1,138 @@
+"""Attribute inference (Algorithm 1 of the paper) by a suite: the strongest attacker is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from prifu_plugin.audit.attackers import (
+    Fitted,
+    Sample,
+    boosting,
+    convnet,
+    logistic,
+    mlp,
+    neighbours,
+    ridge,
+)
+from prifu_plugin.audit.preparation import Preparation, maps, vectors
+from prifu_plugin.errors import ConfigError
+
+Attacker = Callable[[Sample, int], Fitted]
+Part = tuple[Tensor, Tensor]
+"""Uploads (N, ...) and private labels (N,)."""
+
+SUITES = ("standard", "quick")
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What the attacker that was best on validation data says of test data.
+
+    Attributes:
+        scores: log-probabilities on test data, (N, K).
+        winner: its preparation and classifier.
+        validation: accuracy of every attacker on validation data.
+        converged: whether the winner's training had settled.
+    """
+
+    scores: Tensor
+    winner: str
+    validation: dict[str, float]
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Uploads of training, validation and test data under every preparation of a suite.
+
+    Attributes:
+        suite: "standard" or "quick".
+        parts: (preparation, training, validation, test uploads).
+    """
+
+    suite: str
+    parts: tuple[tuple[Preparation, Tensor, Tensor, Tensor], ...]
+
+
+def prepare(train: Tensor, validation: Tensor, test: Tensor, suite: str) -> Prepared:
+    """Fit a suite's preparations on training uploads and apply them; once for all attributes.
+
+    Raises:
+        ConfigError: for an unknown suite.
+    """
+    if suite not in SUITES:
+        raise ConfigError(f"suite='{suite}': choose one of {', '.join(SUITES)}.")
+    found = vectors(train, _names(train, suite))
+    if train.ndim == 4 and suite == "standard" and min(train.shape[2:]) > 1:
+        found += maps(train)
+    parts = [(p, p.transform(train), p.transform(validation), p.transform(test)) for p in found]
+    usable = tuple(part for part in parts if part[1].shape[1] > 0)
+    return Prepared(suite, usable)
+
+
+def infer(
+    uploads: Prepared,
+    labels: tuple[Tensor, Tensor, Tensor],
+    classes: int,
+    seed: int = 0,
+    only: str | None = None,
+) -> Inference:
+    """Train every attacker of a suite, choose by validation data, and judge on test data.
+
+    Args:
+        uploads: prepared uploads.
+        labels: private labels of training, validation and test data.
+        classes: K.
+        seed: of the networks.
+        only: the one attacker to train, by the name in `Inference.winner`.
+
+    Example:
+        >>> import torch
+        >>> s = torch.arange(120) % 2
+        >>> z = torch.randn(120, 3, generator=torch.Generator().manual_seed(0)) + 9 * s[:, None]
+        >>> uploads = prepare(z[:60], z[60:90], z[90:], "quick")
+        >>> found = infer(uploads, (s[:60], s[60:90], s[90:]), 2)
+        >>> float((found.scores.argmax(1) == s[90:]).double().mean())
+        1.0
+    """
+    train, validation, test = labels
+    if not uploads.parts:
+        # Constant uploads: the prior is all an attacker has.
+        prior = (train.bincount(minlength=classes).double() + 1e-3) / len(train)
+        return Inference(prior.log().expand(len(test), -1), "the prior", {}, True)
+    scores: dict[str, float] = {}
+    best: tuple[float, str, Fitted, Tensor] | None = None
+    for preparation, x, x_validation, x_test in uploads.parts:
+        sample = Sample(x, train, x_validation, validation, classes)
+        for attacker in _attackers(preparation, uploads.suite):
+            name = f"{preparation.name} {attacker.__name__}"
+            if only not in (None, name):
+                continue
+            fitted = attacker(sample, seed)
+            scores[name] = sample.score(fitted.classify)
+            if best is None or scores[name] > best[0]:
+                best = (scores[name], name, fitted, x_test)
+    assert best is not None
+    _, winner, fitted, x_test = best
+    return Inference(fitted.classify(x_test), winner, scores, fitted.converged)
+
+
+def _names(z: Tensor, suite: str) -> tuple[str, ...]:
+    if suite == "quick":
+        return ("standardized", "whitened")
+    return ("raw", "standardized", "whitened", "ranked") if z.ndim == 2 else _names(z, "quick")
+
+
+def _attackers(preparation: Preparation, suite: str) -> list[Attacker]:
+    if preparation.spatial:
+        return [convnet]
+    if suite == "quick":
+        return [ridge, mlp]
+    if preparation.name.endswith("standardized"):
+        return [ridge, logistic, mlp, neighbours, boosting]
+    if preparation.name.endswith("whitened"):
+        return [ridge, logistic, mlp, neighbours]
+    return [ridge, mlp]

@@ -1,0 +1,176 @@
+"""What an attacker does to uploads first: the part of the attack that undoes a mere rescaling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Transform = Callable[[Tensor], Tensor]
+
+TOLERANCE = 1e-7
+"""Directions this much weaker than the strongest are rounding errors of fp32, not information."""
+MOST = 256
+"""Components that are kept at most; more cost time and gain nothing at these sample sizes."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A fitted transform of uploads to vectors or maps.
+
+    Attributes:
+        name: for the report.
+        transform: uploads (N, ...) -> attacker's input.
+        spatial: whether that is (N, C, H, W) for a convnet, rather than (N, D).
+    """
+
+    name: str
+    transform: Transform
+    spatial: bool = False
+
+
+def vectors(z: Tensor, names: tuple[str, ...]) -> list[Preparation]:
+    """Fit the preparations of vectors on training uploads.
+
+    Args:
+        z: (N, ...); tokens and maps are flattened, and summarized by their moments besides.
+        names: of "raw", "standardized", "whitened", "ranked".
+
+    Returns:
+        For vectors one preparation a name; for maps two, of all values and of the moments.
+    """
+    makers = {"raw": _raw, "standardized": standardize, "whitened": whiten, "ranked": rank}
+    views: list[tuple[str, Transform]] = [("", _flat)]
+    if z.ndim > 2:
+        views = [("", _reduced(z)), ("moments, ", _moments)]
+    found = []
+    for label, view in views:
+        seen = view(z)
+        found += [Preparation(label + name, _then(view, makers[name](seen))) for name in names]
+    return found
+
+
+def maps(z: Tensor) -> list[Preparation]:
+    """Fit the preparations of maps (N, C, H, W): channels standardized, channels whitened."""
+    pixels = z.movedim(1, -1).flatten(0, -2)
+    if len(pixels) > 200_000:
+        pixels = pixels[torch.randperm(len(pixels), generator=_generator())[:200_000]]
+    found = []
+    for name, maker in (("channels standardized", standardize), ("channels whitened", whiten)):
+        fitted = maker(pixels)
+        found.append(Preparation(name, _per_pixel(fitted), spatial=True))
+    return found
+
+
+def standardize(z: Tensor) -> Transform:
+    """Fit mean 0 and deviation 1; constant dimensions are dropped.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
+        >>> standardize(z)(z).shape
+        torch.Size([2, 1])
+    """
+    mean, deviation = z.double().mean(0), z.double().std(0, correction=0)
+    kept = deviation > TOLERANCE * deviation.max().clamp_min(1e-300) * 1e-3
+    kept &= deviation > 1e-12 * (1 + mean.abs())
+
+    def apply(x: Tensor) -> Tensor:
+        return ((x.double() - mean)[:, kept] / deviation[kept]).float()
+
+    return apply
+
+
+def whiten(z: Tensor) -> Transform:
+    """Fit principal components, each with deviation 1: small directions count like large ones.
+
+    Example:
+        >>> z = torch.randn(100, 2) * torch.tensor([1.0, 1e-4])
+        >>> whiten(z)(z).std(0).round().tolist()
+        [1.0, 1.0]
+    """
+    mean = z.double().mean(0)
+    centred = z.double() - mean
+    covariance = centred.T @ centred / max(len(z) - 1, 1)
+    # Scaled to equal deviations first, so that the tolerance is about directions, not units.
+    deviation = covariance.diagonal().clamp_min(0).sqrt()
+    kept = deviation > 1e-12 * (1 + mean.abs())
+    scale = 1 / deviation[kept]
+    if not kept.any():
+        return lambda x: x.new_empty(len(x), 0)
+    values, directions = torch.linalg.eigh(covariance[kept][:, kept] * scale[:, None] * scale)
+    strong = (values > TOLERANCE**2 * values.max().clamp_min(1e-300)).nonzero().flatten()[-MOST:]
+    turn = directions[:, strong] / values[strong].sqrt()
+
+    def apply(x: Tensor) -> Tensor:
+        turned: Tensor = ((x.double() - mean)[:, kept] * scale) @ turn
+        return turned.float()
+
+    return apply
+
+
+def rank(z: Tensor) -> Transform:
+    """Fit ranks among training values, mapped to a Gaussian: monotone distortions are undone.
+
+    Example:
+        >>> z = torch.arange(5.0)[:, None]
+        >>> rank(z)(z.exp()).shape
+        torch.Size([5, 1])
+    """
+    order = z.double().sort(0).values.T.contiguous()
+    kept = order[:, 0] < order[:, -1]
+    order = order[kept]
+
+    def apply(x: Tensor) -> Tensor:
+        place = torch.searchsorted(order, x.double().T[kept].contiguous()).T
+        share = (place.double() + 0.5) / (len(z) + 1)
+        gaussian: Tensor = torch.erfinv(2 * share - 1) * 2**0.5
+        return gaussian.float()
+
+    return apply
+
+
+def _raw(z: Tensor) -> Transform:
+    return lambda x: x.float()
+
+
+def _flat(z: Tensor) -> Tensor:
+    return z.flatten(1)
+
+
+def _moments(z: Tensor) -> Tensor:
+    """Return mean, deviation and extremes of each channel; the last dimension is a token's."""
+    lines = z.flatten(2) if z.ndim > 3 else z.transpose(1, 2)
+    parts = (lines.mean(2), lines.std(2, correction=0), lines.amax(2), lines.amin(2))
+    return torch.cat(parts, 1)
+
+
+def _reduced(z: Tensor) -> Transform:
+    """Flatten; to principal components, of standardized values, if there are very many."""
+    flat = z.flatten(1)
+    if flat.shape[1] <= 4 * MOST:
+        return _flat
+    scale = standardize(flat)
+    seen = scale(flat)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, _, turn = torch.pca_lowrank(seen, min(MOST, *seen.shape), niter=3)
+    return lambda x: scale(x.flatten(1)) @ turn
+
+
+def _then(first: Transform, second: Transform) -> Transform:
+    return lambda x: second(first(x))
+
+
+def _per_pixel(fitted: Transform) -> Transform:
+    def apply(x: Tensor) -> Tensor:
+        moved = x.movedim(1, -1)
+        back: Tensor = fitted(moved.flatten(0, -2)).unflatten(0, moved.shape[:-1])
+        return back.movedim(-1, 1)
+
+    return apply
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

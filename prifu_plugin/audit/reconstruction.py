@@ -1,0 +1,242 @@
+"""Reconstruction of the input from the upload: trained decoders, and search against the edge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prifu_plugin.audit.preparation import standardize, whiten
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How close images are to the true ones, means over images.
+
+    Attributes:
+        psnr: of each image, in dB, for values in [0, 1] (peak 1).
+        ssim: 11 x 11 Gaussian window of deviation 1.5, peak 1.
+    """
+
+    psnr: float
+    ssim: float
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The best of the decoders by each measure, with floors.
+
+    Attributes:
+        decoders: by loss.
+        search: optimization against the edge, on the first images; None if not run.
+        mean_image: the floor of who uploads nothing.
+        task_mean: the floor of who knows the task's answer alone.
+        linkage: share of test images found as nearest to their own reconstruction among all.
+        chance: of that.
+        images: some true images and their reconstructions, (2, n, C, H, W).
+    """
+
+    decoders: dict[str, Similarity]
+    search: Similarity | None
+    mean_image: Similarity
+    task_mean: Similarity
+    linkage: float
+    chance: float
+    images: Tensor
+
+    @property
+    def best(self) -> Similarity:
+        """Best PSNR and best SSIM over all attackers."""
+        found = [*self.decoders.values(), *([self.search] if self.search else [])]
+        return Similarity(max(s.psnr for s in found), max(s.ssim for s in found))
+
+
+def similarity(found: Tensor, images: Tensor) -> Similarity:
+    """Compare reconstructions with images, (N, C, H, W) in [0, 1].
+
+    Raises:
+        ImportError: if torchmetrics is missing.
+
+    Example:
+        >>> x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        >>> similarity((x + 0.1).clamp(0, 1), x).psnr > 19
+        True
+    """
+    found = found.clamp(0, 1)
+    error = (found - images).square().flatten(1).mean(1).clamp_min(1e-10)
+    window = min(11, images.shape[-1] // 2 * 2 - 1, images.shape[-2] // 2 * 2 - 1)
+    ssim = _ssim()(found, images, data_range=1.0, sigma=1.5 * window / 11, kernel_size=window)
+    return Similarity(float(-10 * error.log10().mean()), float(ssim))
+
+
+def _dissimilarity(found: Tensor, images: Tensor) -> Tensor:
+    window = min(7, images.shape[-1] // 2 * 2 - 1, images.shape[-2] // 2 * 2 - 1)
+    ssim = _ssim()(found, images, data_range=1.0, sigma=1.0, kernel_size=window)
+    loss: Tensor = 1 - ssim + F.l1_loss(found, images)
+    return loss
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "squared error": F.mse_loss,
+    "absolute error": F.l1_loss,
+    "structure": _dissimilarity,
+}
+
+
+def _ssim() -> Any:
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError as error:
+        raise ImportError("SSIM needs torchmetrics: pip install torchmetrics") from error
+    return structural_similarity_index_measure
+
+
+def reconstruct(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    answers: tuple[Tensor, Tensor],
+    *,
+    edge: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
+    epochs: int = 12,
+) -> Reconstruction:
+    """Attack with decoders trained on defended uploads, and by search against the edge.
+
+    Args:
+        train: uploads (N, ...) and images (N, C, H, W) in [0, 1], to train decoders on.
+        test: the same, to judge on.
+        answers: the task's answers, of both, for the floor.
+        edge: differentiable, images -> uploads, for the search; None leaves it out.
+        seed: of the decoders.
+        epochs: of the decoders.
+    """
+    z, images = train
+    z_test, images_test = test
+    mean = images.mean(0, keepdim=True)
+    found = {}
+    best = images_test
+    bar = tqdm(LOSSES.items(), desc="decoders", leave=False, disable=None)
+    for name, loss in bar:
+        decoded = _decode(z, images, z_test, loss, seed, epochs)
+        found[name] = similarity(decoded, images_test)
+        if found[name].psnr >= max(s.psnr for s in found.values()):
+            best = decoded
+    search = None
+    count = min(16, len(z_test))
+    if edge is not None:
+        searched = _search(edge, z, z_test[:count], mean, seed)
+        search = similarity(searched, images_test[:count])
+    return Reconstruction(
+        found,
+        search,
+        similarity(mean.expand_as(images_test), images_test),
+        similarity(_task_means(images, *answers), images_test),
+        _linkage(best, images_test),
+        1 / len(images_test),
+        torch.stack([images_test[:8], best[:8].clamp(0, 1)]),
+    )
+
+
+def _decode(
+    z: Tensor,
+    images: Tensor,
+    z_test: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    seed: int,
+    epochs: int,
+) -> Tensor:
+    """Train a decoder from whitened vectors or standardized maps to images."""
+    prepare = _per_channel(z) if z.ndim == 4 and z.shape[-1] > 1 else _vectors(z)
+    x, x_test = prepare(z), prepare(z_test)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        net = _decoder(x.shape[1:], tuple(images.shape[1:]))
+        size = min(64, max(8, len(x) // 8))
+        steps = epochs * (len(x) // size)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        for _ in range(epochs):
+            net.train()
+            order = torch.randperm(len(x))
+            for batch in order[: len(order) // size * size].split(size):
+                optimizer.zero_grad()
+                loss(net(x[batch]), images[batch]).backward()
+                optimizer.step()
+                schedule.step()
+    net.eval()
+    with torch.no_grad():
+        return torch.cat([net(part) for part in x_test.split(250)])
+
+
+def _decoder(shape: torch.Size, image: tuple[int, ...]) -> nn.Module:
+    """Build a decoder that doubles a 7 x 7 or given map until it covers the image."""
+    channels, height, width = image
+    start = shape[1:] if len(shape) == 3 else (-(-height // 8), -(-width // 8))
+    layers: list[nn.Module] = []
+    if len(shape) == 1:
+        layers += [nn.Linear(shape[0], 128 * math.prod(start)), nn.Unflatten(1, (128, *start))]
+    layers += [nn.Conv2d(shape[0] if len(shape) == 3 else 128, 128, 3, padding=1)]
+    layers += [nn.BatchNorm2d(128), nn.ReLU()]
+    size, inner = start[0], 128
+    while size < height:
+        outer = max(32, inner // 2)
+        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(inner, outer, 3, padding=1)]
+        layers += [nn.BatchNorm2d(outer), nn.ReLU()]
+        size, inner = 2 * size, outer
+    layers += [
+        nn.Upsample((height, width), mode="bilinear"),
+        nn.Conv2d(inner, channels, 3, padding=1),
+    ]
+    return nn.Sequential(*layers, nn.Sigmoid())
+
+
+def _vectors(z: Tensor) -> Callable[[Tensor], Tensor]:
+    fitted = whiten(z.flatten(1)) if z[0].numel() <= 2048 else standardize(z.flatten(1))
+    return lambda x: fitted(x.flatten(1))
+
+
+def _per_channel(z: Tensor) -> Callable[[Tensor], Tensor]:
+    mean = z.mean((0, 2, 3), keepdim=True)
+    deviation = z.std((0, 2, 3), keepdim=True).clamp_min(1e-12)
+    return lambda x: (x - mean) / deviation
+
+
+def _search(
+    edge: Callable[[Tensor], Tensor], z: Tensor, target: Tensor, mean: Tensor, seed: int
+) -> Tensor:
+    """Find images whose uploads are near, every direction counted in its own unit."""
+    deviation = z.std(0).clamp_min(1e-6 * float(z.std()) + 1e-12)
+    generator = torch.Generator().manual_seed(seed)
+    start = mean.expand(len(target), -1, -1, -1)
+    start = start + 0.05 * torch.randn(start.shape, generator=generator)
+    raw = torch.logit(start.clamp(0.02, 0.98)).requires_grad_()
+    optimizer = torch.optim.Adam([raw], lr=0.05)
+    with torch.enable_grad():
+        for _ in range(200):
+            optimizer.zero_grad()
+            images = raw.sigmoid()
+            distance = ((edge(images) - target) / deviation).square().mean()
+            rough = images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()
+            (distance + 0.5 * rough).backward()
+            optimizer.step()
+    return raw.detach().sigmoid()
+
+
+def _task_means(images: Tensor, answers: Tensor, asked: Tensor) -> Tensor:
+    means = images.mean(0).repeat(int(max(answers.max(), asked.max())) + 1, 1, 1, 1)
+    for answer in answers.unique().tolist():
+        means[answer] = images[answers == answer].mean(0)
+    return means[asked]
+
+
+def _linkage(found: Tensor, images: Tensor) -> float:
+    """Return how often the nearest image to a reconstruction is the true one."""
+    a, b = found.flatten(1), images.flatten(1)
+    nearest = torch.cat([torch.cdist(part, b).argmin(1) for part in a.split(250)])
+    return float((nearest == torch.arange(len(a))).double().mean())

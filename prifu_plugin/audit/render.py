@@ -1,0 +1,180 @@
+"""Show audit reports: Markdown tables, and one self-contained page with pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+import statistics
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from prifu_plugin.audit.result import AttributeResult, AuditReport
+from prifu_plugin.errors import ConfigError
+
+
+def markdown(reports: Sequence[AuditReport]) -> str:
+    """Return reports of the same attributes as Markdown."""
+    lines = []
+    for report in reports:
+        lines += [f"## {report.name}", ""]
+        lines += [
+            f"task {report.task}: {report.utility or 'not measured'}; "
+            f"{report.upload.bytes} bytes a sample, {report.upload.constant} of "
+            f"{report.upload.values} values constant, rank {report.upload.rank}",
+            "",
+            "| attribute | read | floor | plain | leak | verdict | strongest attacker |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in report.attributes:
+            plain = row.ceilings.get("plain")
+            cells = [
+                row.name,
+                str(row.accuracy),
+                f"{row.floor:.3f}",
+                "" if plain is None else f"{plain:.3f}",
+                str(row.leak or ""),
+                "; ".join([verdict(row), *row.marks]),
+                row.winner,
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        found = report.reconstruction
+        if found is not None:
+            lines += [
+                "",
+                f"reconstruction: PSNR {found.best.psnr:.2f} dB (floor "
+                f"{found.task_mean.psnr:.2f}), SSIM {found.best.ssim:.3f} (floor "
+                f"{found.task_mean.ssim:.3f}), linkage {found.linkage:.3f} (chance {found.chance:.3f})",
+            ]
+        lines += ["", f"Not tested: {'; '.join(report.not_tested)}.", ""]
+    lines.append("Empirical: a stronger attacker may read more.")
+    return "\n".join(lines) + "\n"
+
+
+def html(reports: Sequence[AuditReport], title: str = "Privacy audit") -> str:
+    """Return reports of the same attributes as one page: no scripts, no other files.
+
+    Raises:
+        ConfigError: if the reports are of different attributes, or there is none.
+        ImportError: if jinja2 or matplotlib is missing.
+    """
+    names = [[row.name for row in report.attributes] for report in reports]
+    if not names or any(other != names[0] for other in names):
+        raise ConfigError("A page compares reports of the same attributes; render others apart.")
+    try:
+        from jinja2 import Environment
+    except ImportError as error:
+        raise ImportError("The page needs jinja2: pip install jinja2") from error
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    source = resources.files("prifu_plugin.audit").joinpath("templates/report.html")
+    page = environment.from_string(source.read_text(encoding="utf-8"))
+    return page.render(
+        title=title,
+        reports=reports,
+        attributes=names[0],
+        verdict=verdict,
+        bars=_picture(_bars(reports)),
+        bubbles=_picture(_bubbles(reports)),
+        galleries=[_picture(_gallery(report), "png") for report in reports],
+    )
+
+
+def verdict(row: AttributeResult) -> str:
+    """Say in words what a row shows."""
+    if row.accuracy.low != row.accuracy.low:
+        return "too few items to say"
+    if row.accuracy.low > row.floor:
+        return "leaks: read above the floor"
+    if row.marks:
+        return "no evidence either way"
+    return "not read above the floor by these attackers"
+
+
+def _bars(reports: Sequence[AuditReport]) -> Any:
+    figure = _figure(9, 0.6 + 0.34 * sum(len(r.attributes) for r in reports) + 0.3 * len(reports))
+    axes = figure.subplots()
+    places, labels, at = [], [], 0.0
+    for report in reports:
+        for row in report.attributes:
+            axes.barh(at, row.accuracy.value, color=_COLOURS["bar"], height=0.7)
+            axes.plot([row.accuracy.low, row.accuracy.high], [at, at], color="#c44e3c", lw=2)
+            axes.plot([row.floor] * 2, [at - 0.4, at + 0.4], color="black", lw=2)
+            if "plain" in row.ceilings:
+                axes.plot([row.ceilings["plain"]], [at], "|", color="#666666", ms=12)
+            places.append(at)
+            labels.append(f"{report.name}: {row.name}")
+            at += 1
+        at += 0.6
+    axes.set_yticks(places, labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.02), xlabel="accuracy of the strongest attacker")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _bubbles(reports: Sequence[AuditReport]) -> Any:
+    shown = [
+        (report, [row.leak.value for row in report.attributes if row.leak is not None])
+        for report in reports
+        if report.utility is not None
+    ]
+    shown = [(report, leaks) for report, leaks in shown if leaks]
+    if len(shown) < 2:
+        return None
+    figure = _figure(7, 4)
+    axes = figure.subplots()
+    largest = max(report.upload.bytes for report, _ in shown)
+    for report, leaks in shown:
+        assert report.utility is not None
+        mean = statistics.fmean(leaks)
+        size = 60 + 900 * report.upload.bytes / largest
+        axes.scatter([mean], [report.utility.value], s=size, alpha=0.5)
+        axes.plot([mean] * 2, [report.utility.low, report.utility.high], color="#888888", lw=1)
+        axes.annotate(report.name, (mean, report.utility.value), fontsize=8, ha="center")
+    axes.set(xlabel="mean leak over attributes", ylabel="task accuracy")
+    axes.margins(0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _gallery(report: AuditReport) -> Any:
+    found = report.reconstruction
+    if found is None or found.images.ndim != 5 or found.images.shape[2] not in (1, 3):
+        return None
+    rows = found.images
+    figure = _figure(1.1 * rows.shape[1], 2.3)
+    grid = figure.subplots(2, rows.shape[1], squeeze=False)
+    for row, images in zip(grid, rows, strict=True):
+        for axes, image in zip(row, images, strict=True):
+            pixels = image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy()
+            axes.imshow(pixels, cmap="gray", vmin=0, vmax=1)
+            axes.axis("off")
+    return figure
+
+
+_COLOURS = {"bar": "#9db9cf"}
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: pip install matplotlib") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _picture(figure: Any, kind: str = "svg") -> Any:
+    """Return a figure as markup that needs no other file; "" for None."""
+    from markupsafe import Markup
+
+    if figure is None:
+        return ""
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)
+    if kind == "svg":
+        text = file.getvalue().decode()
+        return Markup(text[text.index("<svg") :])  # noqa: S704 - made by matplotlib just now
+    coded = base64.b64encode(file.getvalue()).decode()
+    return Markup(
+        f'<img alt="true images above, reconstructions below" src="data:image/png;base64,{coded}">'
+    )  # noqa: S704

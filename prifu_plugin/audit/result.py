@@ -1,0 +1,202 @@
+"""An audit's result, as data: what JSON holds and every rendering shows."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from prifu_plugin.audit.reconstruction import Reconstruction, Similarity
+from prifu_plugin.audit.statistics import Interval
+
+
+@dataclass(frozen=True)
+class AttributeResult:
+    """What an attacker reads of one private attribute.
+
+    Attributes:
+        name: of the attribute.
+        classes: how many there are.
+        accuracy: of the strongest attacker, mean over attack seeds, with its interval.
+        seeds: accuracy of each attack seed.
+        balanced: balanced accuracy of the first seed.
+        auc: of the first seed.
+        bits: learned of the attribute, first seed.
+        majority: accuracy of the most frequent class, a floor.
+        task_only: accuracy of the best guess from the task's own answer, a floor.
+        ceilings: accuracy of the same suite on "plain", "untrained", "input" where given.
+        leak: share of what the plain model gives away above the floor, with its interval; None if
+            no plain model was given or it gives away nothing.
+        winner: preparation and classifier of the strongest attacker.
+        converged: whether its training had settled.
+        half_data: its accuracy with half of the training data: far below accuracy means that more
+            data would read more.
+        permuted: its accuracy when it is trained on permuted labels.
+        repeated: accuracy on the mean of 16 queries, None if the edge is deterministic.
+        marks: what makes this row no evidence, or limits it.
+    """
+
+    name: str
+    classes: int
+    accuracy: Interval
+    seeds: tuple[float, ...]
+    balanced: float
+    auc: float
+    bits: float
+    majority: float
+    task_only: float
+    ceilings: dict[str, float]
+    leak: Interval | None
+    winner: str
+    converged: bool
+    half_data: float
+    permuted: float
+    repeated: float | None
+    marks: tuple[str, ...]
+
+    @property
+    def floor(self) -> float:
+        """What is known without any upload but the task's answer."""
+        return max(self.majority, self.task_only)
+
+    @property
+    def is_evidence(self) -> bool:
+        """Whether a low accuracy here says anything."""
+        return not self.marks
+
+
+@dataclass(frozen=True)
+class UploadFacts:
+    """What is uploaded.
+
+    Attributes:
+        shape: of one sample.
+        bytes: on the wire, of one sample.
+        values: how many numbers.
+        constant: how many of them are the same for every image.
+        rank: of the uploads, relative to 1e-7 of the largest direction.
+        condition: largest over smallest of these directions.
+        stochastic: whether the edge draws noise afresh for each query.
+    """
+
+    shape: tuple[int, ...]
+    bytes: int
+    values: int
+    constant: int
+    rank: int
+    condition: float
+    stochastic: bool
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """The result of `prifu_plugin.audit`.
+
+    Attributes:
+        name: of what was audited.
+        task: name of the task.
+        utility: the task's accuracy by the cloud on what arrives, None if no cloud was given.
+        attributes: by private attribute.
+        upload: what is uploaded.
+        reconstruction: None if it was not run.
+        sizes: images for training, validation and test of the attacks.
+        settings: suite, seeds, versions.
+        not_tested: attacks that were not run, and why.
+    """
+
+    name: str
+    task: str
+    utility: Interval | None
+    attributes: tuple[AttributeResult, ...]
+    upload: UploadFacts
+    reconstruction: Reconstruction | None
+    sizes: tuple[int, int, int]
+    settings: dict[str, Any]
+    not_tested: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; reconstructed images are left out."""
+        data = asdict(self)
+        if self.reconstruction is not None:
+            data["reconstruction"]["images"] = None
+        plain: dict[str, Any] = _without_nan(data)
+        return plain
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> AuditReport:
+        """Read what `to_json` wrote."""
+        data = json.loads(text)
+        attributes = tuple(_attribute(item) for item in data["attributes"])
+        return cls(
+            data["name"],
+            data["task"],
+            _interval(data["utility"]),
+            attributes,
+            UploadFacts(**{**data["upload"], "shape": tuple(data["upload"]["shape"])}),
+            _reconstruction(data["reconstruction"]),
+            tuple(data["sizes"]),
+            data["settings"],
+            tuple(data["not_tested"]),
+        )
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown tables."""
+        from prifu_plugin.audit.render import markdown
+
+        return markdown([self])
+
+    def to_html(self) -> str:
+        """Return the report as one self-contained page."""
+        from prifu_plugin.audit.render import html
+
+        return html([self])
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_without_nan(item) for item in value]
+    return value
+
+
+def _interval(data: dict[str, Any] | None) -> Interval | None:
+    if data is None:
+        return None
+    return Interval(**{key: float("nan") if v is None else v for key, v in data.items()})
+
+
+def _attribute(data: dict[str, Any]) -> AttributeResult:
+    fields = {**data, "accuracy": _interval(data["accuracy"]), "leak": _interval(data["leak"])}
+    for name in ("auc", "bits", "balanced", "half_data", "permuted"):
+        fields[name] = float("nan") if fields[name] is None else fields[name]
+    fields["seeds"], fields["marks"] = tuple(data["seeds"]), tuple(data["marks"])
+    return AttributeResult(**fields)
+
+
+def _reconstruction(data: dict[str, Any] | None) -> Reconstruction | None:
+    if data is None:
+        return None
+    decoders = {name: Similarity(**item) for name, item in data["decoders"].items()}
+    search = None if data["search"] is None else Similarity(**data["search"])
+    return Reconstruction(
+        decoders,
+        search,
+        Similarity(**data["mean_image"]),
+        Similarity(**data["task_mean"]),
+        data["linkage"],
+        data["chance"],
+        torch.empty(2, 0),
+    )

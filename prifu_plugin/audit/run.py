@@ -1,0 +1,372 @@
+"""audit: what does an upload still tell an attacker who knows everything but the input?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import prifu_plugin.audit.reconstruction as decoding
+from prifu_plugin.audit.data import (
+    AuditData,
+    check_disjoint,
+    check_labels,
+    split_off,
+    uploads,
+)
+from prifu_plugin.audit.inference import Inference, Prepared, infer, prepare
+from prifu_plugin.audit.result import AttributeResult, AuditReport, UploadFacts
+from prifu_plugin.audit.statistics import (
+    FEWEST,
+    Interval,
+    bootstrap,
+    half_width,
+    leak,
+    majority_guess,
+    metrics,
+    task_guess,
+)
+from prifu_plugin.channel import Channel
+from prifu_plugin.errors import ConfigError, OrderError
+
+QUERIES = 16
+"""How often a stochastic edge is asked for the same input by an attacker who averages."""
+
+References = dict[str, nn.Module]
+
+
+def audit(
+    edge: nn.Module,
+    train: AuditData,
+    test: AuditData,
+    *,
+    task: str,
+    attributes: Sequence[str],
+    cloud: nn.Module | None = None,
+    channel: Channel | None = None,
+    references: References | None = None,
+    suite: str = "standard",
+    seeds: int = 2,
+    reconstruct: bool = True,
+    name: str = "edge",
+    seed: int = 0,
+) -> AuditReport:
+    """Attack uploads with a suite, and report the strongest beside floors and ceilings.
+
+    The attacker has the edge, its masks, codec and noise, and labelled training data, and trains
+    on the defended uploads (Algorithm 1 of the paper). Every statement is empirical: a stronger
+    attacker may read more.
+
+    Args:
+        edge: images -> uploads, in eval mode; from `prifu_plugin.split`.
+        train: what attackers are trained and chosen on (a quarter is for choosing).
+        test: what they are judged on; shares no image with train.
+        task: name of the label the model serves.
+        attributes: names of private labels.
+        cloud: what arrives -> the task's logits: gives the utility and the task-only floor.
+        channel: what uploads pass through.
+        references: other edges to compare with: "plain" (the undefended model: leaks are measured
+            against it) and "untrained"; images themselves are always attacked too.
+        suite: "standard" or "quick".
+        seeds: of the attacks; their mean is reported.
+        reconstruct: also reconstruct images; they must be in [0, 1].
+        name: of what is audited, for the report.
+        seed: of splits and bootstraps, and the first of the attacks.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: for labels or images that do not fit.
+        OrderError: if the edge is in train mode.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> x, s = torch.rand(600, 1, 8, 8, generator=g), torch.arange(600) % 2
+        >>> x[s == 1] += 0.2
+        >>> data = AuditData(x, {"task": (x.mean((1, 2, 3)) * 9).long() % 2, "bright": s})
+        >>> parts = data.at(torch.arange(400)), data.at(torch.arange(400, 600))
+        >>> found = audit(nn.Flatten().eval(), *parts, task="task", attributes=["bright"],
+        ...               suite="quick", seeds=1, reconstruct=False)
+        >>> found.attributes[0].accuracy.value > 0.95
+        True
+    """
+    references = references or {}
+    _check(edge, train, test, task, list(attributes), {**references, "cloud": cloud})
+    fitting, choosing = split_off(train, 0.25, seed)
+    parts = (fitting, choosing, test)
+    sent = [_sent(edge, channel, part.images, name) for part in parts]
+    stochastic = _is_stochastic(edge, channel, test.images[:8])
+    answers = [_answers(cloud, z, part.labels[task]) for z, part in zip(sent, parts, strict=True)]
+    prepared = {name: prepare(sent[0], sent[1], sent[2], suite)}
+    if stochastic:
+        sent_mean = [_mean_of_queries(edge, channel, part.images) for part in parts]
+        prepared["repeated"] = prepare(sent_mean[0], sent_mean[1], sent_mean[2], suite)
+    for label, other in references.items():
+        zs = [_sent(other, None, part.images, label) for part in parts]
+        prepared[f"reference {label}"] = prepare(zs[0], zs[1], zs[2], suite)
+    images = [part.images.float() for part in parts]
+    prepared["reference input"] = prepare(images[0], images[1], images[2], suite)
+    bar = tqdm(attributes, desc=f"attacking {name}", leave=False, disable=None)
+    rows = [
+        _attribute(label, name, parts, answers, prepared, task, seeds=seeds, seed=seed)
+        for label in bar
+    ]
+    return AuditReport(
+        name,
+        task,
+        _utility(answers[2], test.labels[task], cloud, seed),
+        tuple(rows),
+        _facts(sent[0], channel, stochastic),
+        _reconstruction(edge, channel, sent, parts, answers, seed) if reconstruct else None,
+        (len(fitting), len(choosing), len(test)),
+        _settings(suite, seeds, seed, references),
+        _not_tested(reconstruct, suite),
+    )
+
+
+def _attribute(
+    label: str,
+    name: str,
+    parts: tuple[AuditData, ...],
+    answers: list[Tensor],
+    prepared: dict[str, Prepared],
+    task: str,
+    *,
+    seeds: int,
+    seed: int,
+) -> AttributeResult:
+    labels = tuple(part.labels[label] for part in parts)
+    classes = int(max(int(y.max()) for y in labels)) + 1
+    truth = labels[2]
+
+    def attack(what: str, at: int = seed) -> Inference:
+        return infer(prepared[what], (labels[0], labels[1], truth), classes, at)
+
+    found = [attack(name, seed + at) for at in range(seeds)]
+    right = _right(found, truth)
+    others = {
+        key.removeprefix("reference "): _right([attack(key)], truth)
+        for key in prepared
+        if key.startswith("reference ")
+    }
+    learned = torch.cat([labels[0], labels[1]])
+    majority = majority_guess(learned, truth)
+    task_only = task_guess((torch.cat(answers[:2]), learned), (answers[2], truth))
+    floor = majority if float(majority.mean()) > float(task_only.mean()) else task_only
+    half, permuted = _controls(prepared[name], labels, classes, seed, found[0].winner)
+    first = metrics(found[0].scores, truth, seed)
+    accuracy = bootstrap(lambda index: float(right[index].mean()), len(truth), seed)
+    repeated = None
+    if "repeated" in prepared:
+        repeated = float(_right([attack("repeated")], truth).mean())
+    converged = all(one.converged for one in found)
+    ceilings = {key: float(value.mean()) for key, value in others.items()}
+    marks = _marks(accuracy, floor, ceilings, permuted, half, converged, len(truth))
+    if _same_partition(parts[2].labels[task], truth):
+        marks = ("it is the task itself", *marks)
+    return AttributeResult(
+        label,
+        classes,
+        accuracy,
+        tuple(float((one.scores.argmax(1) == truth).double().mean()) for one in found),
+        first.balanced,
+        first.auc,
+        first.bits,
+        float(majority.mean()),
+        float(task_only.mean()),
+        ceilings,
+        leak(right, others["plain"], floor, seed) if "plain" in others else None,
+        found[0].winner,
+        converged,
+        half,
+        permuted,
+        repeated,
+        marks,
+    )
+
+
+def _marks(
+    accuracy: Interval,
+    floor: Tensor,
+    ceilings: dict[str, float],
+    permuted: float,
+    half: float,
+    converged: bool,
+    count: int,
+) -> tuple[str, ...]:
+    """Name what keeps a row from being evidence: the sanity triple, convergence, size."""
+    margin = half_width(accuracy.value, count)
+    base = float(floor.mean())
+    marks = []
+    if count < FEWEST:
+        marks.append(f"only {count} test items: no interval")
+    if "plain" in ceilings and ceilings["plain"] < base + margin:
+        marks.append("the suite reads nothing from the plain model either")
+    if permuted > base + 2 * margin + 0.02:
+        marks.append("trained on permuted labels it is still above the floor: train and test mix")
+    strongest = max([accuracy.value, *(v for k, v in ceilings.items() if k != "input")])
+    if ceilings["input"] < strongest - 2 * margin - 0.02:
+        marks.append("the input gives away less than uploads: the suite is too weak for images")
+    if not converged:
+        marks.append("the winner was still learning: train longer")
+    if accuracy.value - half > 2 * margin + 0.03:
+        marks.append("half of the data reads clearly less: more data would read more")
+    return tuple(marks)
+
+
+def _controls(
+    prepared: Prepared, labels: tuple[Tensor, ...], classes: int, seed: int, winner: str
+) -> tuple[float, float]:
+    """Return the winner's accuracy with half of the training data, and with permuted labels."""
+    train, validation, truth = labels
+    size = len(train) // 2
+    halved = Prepared(prepared.suite, tuple((p, x[:size], v, t) for p, x, v, t in prepared.parts))
+    half = infer(halved, (train[:size], validation, truth), classes, seed, winner)
+    generator = torch.Generator().manual_seed(seed)
+    mixed = train[torch.randperm(len(train), generator=generator)]
+    mixed_validation = validation[torch.randperm(len(validation), generator=generator)]
+    control = infer(prepared, (mixed, mixed_validation, truth), classes, seed, winner)
+    return float(_right([half], truth).mean()), float(_right([control], truth).mean())
+
+
+def _right(found: list[Inference], truth: Tensor) -> Tensor:
+    """Return how often the attack is right, by test item, mean over seeds."""
+    return torch.stack([(one.scores.argmax(1) == truth).double() for one in found]).mean(0)
+
+
+def _check(
+    edge: nn.Module,
+    train: AuditData,
+    test: AuditData,
+    task: str,
+    attributes: list[str],
+    others: dict[str, nn.Module | None],
+) -> None:
+    for label, module in {"edge": edge, **others}.items():
+        if module is not None and any(part.training for part in module.modules()):
+            raise OrderError(
+                f"The {label} is in train mode: what it uploads in use is something else. Call "
+                f"{label}.eval() first."
+            )
+    for data, where in ((train, "train"), (test, "test")):
+        check_labels(data, [task, *attributes], where)
+        if len(data) < 20:
+            raise ConfigError(f"{where} has {len(data)} images: an audit needs hundreds.")
+    check_disjoint(train, test)
+    for label in attributes:
+        if len(train.labels[label].unique()) < 2:
+            raise ConfigError(f"Attribute '{label}' has one class only in train: nothing to infer.")
+
+
+def _sent(edge: nn.Module, channel: Channel | None, images: Tensor, what: str) -> Tensor:
+    z = uploads(edge, images, f"uploads of {what}")
+    if channel is None:
+        return z
+    with torch.no_grad():
+        arrived: Tensor = channel.eval()(z).detach().float()
+    return arrived
+
+
+def _is_stochastic(edge: nn.Module, channel: Channel | None, images: Tensor) -> bool:
+    first, second = (_sent(edge, channel, images, "a probe") for _ in range(2))
+    return not torch.equal(first, second)
+
+
+def _mean_of_queries(edge: nn.Module, channel: Channel | None, images: Tensor) -> Tensor:
+    total = _sent(edge, channel, images, "repeated queries")
+    for _ in range(QUERIES - 1):
+        total = total + _sent(edge, channel, images, "repeated queries")
+    return total / QUERIES
+
+
+def _answers(cloud: nn.Module | None, z: Tensor, labels: Tensor) -> Tensor:
+    """Return the task's answer for each upload; without a cloud, the true one, a higher floor."""
+    if cloud is None:
+        return labels
+    device = next((p.device for p in cloud.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        logits = torch.cat([cloud(part.to(device)).cpu() for part in z.split(250)])
+    return (
+        logits.argmax(1)
+        if logits.ndim > 1 and logits.shape[1] > 1
+        else (logits > 0).long().flatten()
+    )
+
+
+def _utility(
+    answers: Tensor, labels: Tensor, cloud: nn.Module | None, seed: int
+) -> Interval | None:
+    if cloud is None:
+        return None
+    right = (answers == labels).double()
+    return bootstrap(lambda index: float(right[index].mean()), len(right), seed)
+
+
+def _facts(z: Tensor, channel: Channel | None, stochastic: bool) -> UploadFacts:
+    flat = z.flatten(1).double()
+    varying = flat.amax(0) > flat.amin(0)
+    live = flat[:, varying]
+    rank, condition = 0, float("nan")
+    if live.shape[1]:
+        live = (live - live.mean(0))[:2000, :4096]
+        values = torch.linalg.svdvals(live)
+        strong = values[values > 1e-7 * values[0]]
+        rank, condition = len(strong), float(strong[0] / strong[-1])
+    wire = z[0].numel() * 4 if channel is None else channel.bytes_per_sample(z)
+    return UploadFacts(
+        tuple(z.shape[1:]), wire, flat.shape[1], int((~varying).sum()), rank, condition, stochastic
+    )
+
+
+def _reconstruction(
+    edge: nn.Module,
+    channel: Channel | None,
+    sent: list[Tensor],
+    parts: tuple[AuditData, ...],
+    answers: list[Tensor],
+    seed: int,
+) -> decoding.Reconstruction:
+    images = parts[0].images
+    if float(images.min()) < 0 or float(images.max()) > 1:
+        raise ConfigError(
+            f"Images reach from {float(images.min()):.2f} to {float(images.max()):.2f}: "
+            "reconstruction compares values in [0, 1]. Let the edge normalize, or pass "
+            "reconstruct=False."
+        )
+    device = next((p.device for p in edge.parameters()), torch.device("cpu"))
+    return decoding.reconstruct(
+        (sent[0], images.float()),
+        (sent[2], parts[2].images.float()),
+        (answers[0], answers[2]),
+        edge=(lambda x: edge(x.to(device)).cpu()) if channel is None else None,
+        seed=seed,
+    )
+
+
+def _same_partition(task: Tensor, label: Tensor) -> bool:
+    """Whether a label is the task under other names."""
+    pairs = torch.stack([task, label], 1).unique(dim=0)
+    return len(pairs) == len(task.unique()) == len(label.unique())
+
+
+def _settings(suite: str, seeds: int, seed: int, references: References) -> dict[str, Any]:
+    return {
+        "suite": suite,
+        "attack seeds": seeds,
+        "seed": seed,
+        "references": sorted(references),
+        "torch": torch.__version__,
+    }
+
+
+def _not_tested(reconstruct: bool, suite: str) -> tuple[str, ...]:
+    found = ["generative priors (GAN, diffusion)", "membership of the training set", "timing"]
+    if not reconstruct:
+        found.append("reconstruction")
+    if suite == "quick":
+        found.append("the standard suite: this was a quick look")
+    return tuple(found)

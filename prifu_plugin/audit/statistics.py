@@ -1,0 +1,177 @@
+"""From scores to figures: accuracies, bits, floors, and their intervals. Knows no attacks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prifu_plugin.ranks import ranks
+
+RESAMPLES = 1000
+FEWEST = 50
+"""Test items below which no interval is given."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95 % bootstrap interval over test items; NaN bounds if too few."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    @classmethod
+    def of(cls, data: dict[str, float] | None) -> Interval | None:
+        """Read what `dataclasses.asdict` wrote."""
+        return None if data is None else cls(**data)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How well scores name the private class.
+
+    Attributes:
+        accuracy: with its interval.
+        balanced: mean recall over the classes.
+        auc: area under the ROC curve, mean over one class against the rest.
+        bits: H(S) - CE(S | z), what the attacker learned of the class; may be below 0.
+    """
+
+    accuracy: Interval
+    balanced: float
+    auc: float
+    bits: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def metrics(scores: Tensor, labels: Tensor, seed: int = 0) -> Metrics:
+    """Turn log-probabilities into figures.
+
+    Args:
+        scores: log-probabilities (N, K).
+        labels: true classes (N,).
+        seed: of the bootstrap.
+
+    Example:
+        >>> perfect = torch.eye(2).repeat(50, 1).add(1e-9).log()
+        >>> found = metrics(perfect, torch.arange(100) % 2)
+        >>> found.accuracy.value, found.auc, round(found.bits, 6)
+        (1.0, 1.0, 1.0)
+    """
+    right = (scores.argmax(1) == labels).double()
+    return Metrics(
+        bootstrap(lambda index: float(right[index].mean()), len(labels), seed),
+        _balanced(right, labels),
+        _auc(scores, labels),
+        _bits(scores, labels),
+    )
+
+
+def bootstrap(statistic: Callable[[Tensor], float], count: int, seed: int = 0) -> Interval:
+    """Return a statistic of all items and the 2.5 and 97.5 percentiles over resamples.
+
+    Args:
+        statistic: indices of items -> number.
+        count: of items.
+        seed: of the resampling.
+    """
+    value = statistic(torch.arange(count))
+    if count < FEWEST:
+        return Interval(value, float("nan"), float("nan"))
+    generator = torch.Generator().manual_seed(seed)
+    draws = [
+        statistic(torch.randint(count, (count,), generator=generator)) for _ in range(RESAMPLES)
+    ]
+    low, high = torch.tensor(draws, dtype=torch.float64).quantile(
+        torch.tensor([0.025, 0.975]).double()
+    )
+    return Interval(value, float(low), float(high))
+
+
+def leak(attacked: Tensor, plain: Tensor, floor: Tensor, seed: int = 0) -> Interval | None:
+    """Return (attack - floor) / (attack on the plain model - floor): 0 is the floor, 1 is plain.
+
+    Args:
+        attacked: whether the attack was right, by test item, (N,) of 0 and 1, or means over seeds.
+        plain: the same of the undefended model, on the same items.
+        floor: the same of the floor's guess.
+        seed: of the bootstrap, which resamples the items of all three together.
+
+    Returns:
+        None where the undefended model is not clearly above the floor: there is nothing to share.
+    """
+    if float((plain - floor).mean()) < 0.02:
+        return None
+
+    def share(index: Tensor) -> float:
+        base = float(floor[index].mean())
+        span = float(plain[index].mean()) - base
+        return (float(attacked[index].mean()) - base) / span if span > 0 else float("nan")
+
+    return bootstrap(share, len(attacked), seed)
+
+
+def majority_guess(train: Tensor, test: Tensor) -> Tensor:
+    """Return whether the most frequent training class is right, by test item."""
+    return (test == train.bincount().argmax()).double()
+
+
+def task_guess(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Tensor:
+    """Return whether the best guess from the task's own answer is right, by test item.
+
+    Args:
+        train: task answer (N,) and private class (N,).
+        test: the same of test data.
+
+    Example:
+        >>> odd, digit = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2, 3, 5])
+        >>> task_guess((odd, digit), (odd, digit)).mean().item()
+        0.75
+    """
+    answer, private = train
+    table = torch.zeros(int(max(answer.max(), test[0].max())) + 1, int(private.max()) + 1)
+    table.index_put_((answer, private), torch.ones(len(answer)), accumulate=True)
+    table += 1e-3 * private.bincount(minlength=table.shape[1])  # for answers never seen
+    return (table.argmax(1)[test[0]] == test[1]).double()
+
+
+def half_width(share: float, count: int) -> float:
+    """Return half of the 95 % interval of a share, by the normal approximation."""
+    return 1.96 * math.sqrt(max(share * (1 - share), 1 / count) / count)
+
+
+def _balanced(right: Tensor, labels: Tensor) -> float:
+    return float(torch.stack([right[labels == c].mean() for c in labels.unique()]).mean())
+
+
+def _auc(scores: Tensor, labels: Tensor) -> float:
+    found = []
+    for c in labels.unique().tolist():
+        mine = labels == c
+        if mine.all():
+            return float("nan")
+        place = ranks(scores[:, c])
+        count = int(mine.sum())
+        above = float(place[mine].sum()) - count * (count - 1) / 2
+        found.append(above / (count * (len(labels) - count)))
+    return sum(found) / len(found)
+
+
+def _bits(scores: Tensor, labels: Tensor) -> float:
+    prior = labels.bincount().double() / len(labels)
+    entropy = -float((prior[prior > 0] * prior[prior > 0].log2()).sum())
+    surprise = -float(scores.double().gather(1, labels[:, None]).mean()) / math.log(2)
+    return entropy - surprise

@@ -1,0 +1,99 @@
+"""Attacks on uploads with planted leaks: each is found, and nothing is found where nothing is."""
+
+import pytest
+import torch
+
+from prifu_plugin.audit.inference import infer, prepare
+from prifu_plugin.audit.preparation import rank, standardize, whiten
+from prifu_plugin.errors import ConfigError
+
+SIZES = (900, 300, 400)
+
+
+def planted(kind, seed=0):
+    """Uploads of 20 numbers, and a private bit hidden in them."""
+    generator = torch.Generator().manual_seed(seed)
+    count = sum(SIZES)
+    z = torch.randn(count, 20, generator=generator)
+    bit = torch.randint(2, (count,), generator=generator)
+    if kind == "linear":
+        z[:, 3] += 4 * bit
+    elif kind == "small":
+        z[:, 3] = 1e-4 * (bit + 0.1 * z[:, 3])
+    elif kind == "hidden":
+        # Far below the noise in each value, but not in the direction in which they agree.
+        z[:, 4] = z[:, 3] + 1e-4 * (bit - 0.5) + 1e-5 * z[:, 5]
+    elif kind == "xor":
+        bit = ((z[:, 3] > 0) ^ (z[:, 7] > 0)).long()
+    elif kind == "monotone":
+        z[:, 3] = (8 * (bit + 0.2 * z[:, 3])).exp()
+    return z, bit
+
+
+def parts(values):
+    return values.split(SIZES)
+
+
+def accuracy(kind, suite="standard", seed=0):
+    z, bit = planted(kind, seed)
+    found = infer(prepare(*parts(z), suite), parts(bit), 2)
+    return float((found.scores.argmax(1) == parts(bit)[2]).double().mean()), found
+
+
+@pytest.mark.parametrize("kind", ["linear", "small", "hidden", "xor", "monotone"])
+def test_a_planted_leak_is_read(kind):
+    right, found = accuracy(kind)
+    assert right > 0.9, (found.winner, found.validation)
+    if kind == "hidden":
+        assert "whitened" in found.winner
+        weak = {n: v for n, v in found.validation.items() if n.startswith(("raw", "standard"))}
+        assert min(weak.values()) < 0.7  # what a naive attacker would have reported
+
+
+def test_where_nothing_is_nothing_is_read():
+    rights = [accuracy("none", seed=seed)[0] for seed in range(3)]
+    assert abs(sum(rights) / 3 - 0.5) < 0.05
+
+
+def test_maps_are_attacked_as_maps():
+    generator = torch.Generator().manual_seed(0)
+    count = sum(SIZES)
+    z = torch.randn(count, 2, 10, 10, generator=generator)
+    bit = torch.randint(2, (count,), generator=generator)
+    # A pattern of zero mean at a random place: neither moments nor position help.
+    for i in range(count):
+        y, x = torch.randint(8, (2,), generator=generator)
+        sign = 1 if bit[i] else -1
+        z[i, 1, y : y + 3, x : x + 3] += (
+            3.0 * torch.tensor([[0, 1, 0], [-1, 0, -1], [0, 1, 0]]) * sign
+        )
+    found = infer(prepare(*parts(z), "standard"), parts(bit), 2)
+    assert found.winner.endswith("convnet")
+    assert (found.scores.argmax(1) == parts(bit)[2]).double().mean() > 0.85
+
+
+def test_constant_uploads_leave_the_prior():
+    z = torch.ones(sum(SIZES), 5)
+    bit = torch.arange(sum(SIZES)) % 3 // 2
+    found = infer(prepare(*parts(z), "standard"), parts(bit), 2)
+    assert (found.scores.argmax(1) == 0).all()
+
+
+def test_the_attack_is_reproducible():
+    first, second = accuracy("xor", "quick")[1], accuracy("xor", "quick")[1]
+    assert torch.equal(first.scores, second.scores)
+
+
+def test_preparations_are_fitted_on_training_uploads_alone():
+    z = torch.randn(200, 5) * torch.tensor([1.0, 10.0, 1e-3, 1.0, 0.0])
+    for fit in (standardize, whiten, rank):
+        fitted = fit(z)
+        assert torch.equal(fitted(z[:10]), fitted(z)[:10])
+        assert fitted(z).shape == (200, 4)
+    white = whiten(z)(z)
+    torch.testing.assert_close(torch.cov(white.T), torch.eye(4), atol=1e-4, rtol=0)
+
+
+def test_an_unknown_suite():
+    with pytest.raises(ConfigError, match="standard, quick"):
+        prepare(*parts(planted("none")[0]), "strong")
