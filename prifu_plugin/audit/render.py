@@ -44,7 +44,8 @@ def markdown(reports: Sequence[AuditReport]) -> str:
                 "",
                 f"reconstruction: PSNR {found.best.psnr:.2f} dB (floor "
                 f"{found.task_mean.psnr:.2f}), SSIM {found.best.ssim:.3f} (floor "
-                f"{found.task_mean.ssim:.3f}), linkage {found.linkage:.3f} (chance {found.chance:.3f})",
+                f"{found.task_mean.ssim:.3f}), linkage {found.linkage:.3f} "
+                f"(chance {found.chance:.3f})",
             ]
         lines += ["", f"Not tested: {'; '.join(report.not_tested)}.", ""]
     lines.append("Empirical: a stronger attacker may read more.")
