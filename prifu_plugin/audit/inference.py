@@ -65,6 +65,8 @@ def prepare(train: Tensor, validation: Tensor, test: Tensor, suite: str) -> Prep
     """
     if suite not in SUITES:
         raise ConfigError(f"suite='{suite}': choose one of {', '.join(SUITES)}.")
+    if not train[0].numel():
+        return Prepared(suite, ())
     found = vectors(train, _names(train, suite))
     if train.ndim == 4 and suite == "standard" and min(train.shape[2:]) > 1:
         found += maps(train)

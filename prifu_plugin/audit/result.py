@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prifu_plugin.audit.reconstruction import Reconstruction, Similarity
 from prifu_plugin.audit.statistics import Interval
@@ -37,6 +38,7 @@ class AttributeResult:
         permuted: its accuracy when it is trained on permuted labels.
         repeated: accuracy on the mean of 16 queries, None if the edge is deterministic.
         marks: what makes this row no evidence, or limits it.
+        right: how often the attack is right, by test item, (N,); not written out.
     """
 
     name: str
@@ -56,6 +58,7 @@ class AttributeResult:
     permuted: float
     repeated: float | None
     marks: tuple[str, ...]
+    right: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
 
     @property
     def floor(self) -> float:
@@ -122,6 +125,8 @@ class AuditReport:
         data = asdict(self)
         if self.reconstruction is not None:
             data["reconstruction"]["images"] = None
+        for row in data["attributes"]:
+            del row["right"]
         plain: dict[str, Any] = _without_nan(data)
         return plain
 

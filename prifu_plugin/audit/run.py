@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from prifu_plugin.errors import ConfigError, OrderError
 QUERIES = 16
 """How often a stochastic edge is asked for the same input by an attacker who averages."""
 
-References = dict[str, nn.Module]
+References = Mapping[str, nn.Module | AuditReport]
 
 
 def audit(
@@ -68,8 +68,9 @@ def audit(
         attributes: names of private labels.
         cloud: what arrives -> the task's logits: gives the utility and the task-only floor.
         channel: what uploads pass through.
-        references: other edges to compare with: "plain" (the undefended model: leaks are measured
-            against it) and "untrained"; images themselves are always attacked too.
+        references: other edges to compare with, or what `audit` said of them on the same data:
+            "plain" (the undefended model: leaks are measured against it) and "untrained". The
+            images themselves are attacked too, unless the report of the plain one tells.
         suite: "standard" or "quick".
         seeds: of the attacks; their mean is reported.
         reconstruct: also reconstruct images; they must be in [0, 1].
@@ -105,14 +106,17 @@ def audit(
     if stochastic:
         sent_mean = [_mean_of_queries(edge, channel, part.images) for part in parts]
         prepared["repeated"] = prepare(sent_mean[0], sent_mean[1], sent_mean[2], suite)
+    reports = {k: v for k, v in references.items() if isinstance(v, AuditReport)}
     for label, other in references.items():
-        zs = [_sent(other, None, part.images, label) for part in parts]
-        prepared[f"reference {label}"] = prepare(zs[0], zs[1], zs[2], suite)
-    images = [part.images.float() for part in parts]
-    prepared["reference input"] = prepare(images[0], images[1], images[2], suite)
+        if isinstance(other, nn.Module):
+            zs = [_sent(other, None, part.images, label) for part in parts]
+            prepared[f"reference {label}"] = prepare(zs[0], zs[1], zs[2], suite)
+    if not any("input" in row.ceilings for r in reports.values() for row in r.attributes):
+        images = [part.images.float() for part in parts]
+        prepared["reference input"] = prepare(images[0], images[1], images[2], suite)
     bar = tqdm(attributes, desc=f"attacking {name}", leave=False, disable=None)
     rows = [
-        _attribute(label, name, parts, answers, prepared, task, seeds=seeds, seed=seed)
+        _attribute(label, name, parts, answers, prepared, reports, task, seeds=seeds, seed=seed)
         for label in bar
     ]
     return AuditReport(
@@ -134,6 +138,7 @@ def _attribute(
     parts: tuple[AuditData, ...],
     answers: list[Tensor],
     prepared: dict[str, Prepared],
+    reports: dict[str, AuditReport],
     task: str,
     *,
     seeds: int,
@@ -153,6 +158,13 @@ def _attribute(
         for key in prepared
         if key.startswith("reference ")
     }
+    others |= _known(reports, label, len(truth))
+    inputs = [
+        r.ceilings["input"]
+        for report in reports.values()
+        for r in report.attributes
+        if r.name == label and "input" in r.ceilings
+    ]
     learned = torch.cat([labels[0], labels[1]])
     majority = majority_guess(learned, truth)
     task_only = task_guess((torch.cat(answers[:2]), learned), (answers[2], truth))
@@ -165,6 +177,7 @@ def _attribute(
         repeated = float(_right([attack("repeated")], truth).mean())
     converged = all(one.converged for one in found)
     ceilings = {key: float(value.mean()) for key, value in others.items()}
+    ceilings |= {"input": max(inputs)} if inputs else {}
     marks = _marks(accuracy, floor, ceilings, permuted, half, converged, len(truth))
     if _same_partition(parts[2].labels[task], truth):
         marks = ("it is the task itself", *marks)
@@ -186,7 +199,22 @@ def _attribute(
         permuted,
         repeated,
         marks,
+        right,
     )
+
+
+def _known(reports: dict[str, AuditReport], label: str, count: int) -> dict[str, Tensor]:
+    """Return the outcomes of audits that were made before, by test item."""
+    found = {}
+    for key, report in reports.items():
+        rows = [row for row in report.attributes if row.name == label]
+        if not rows or len(rows[0].right) != count:
+            raise ConfigError(
+                f"The report '{key}' does not know '{label}' on these {count} test images: audit it"
+                " on the same data in this session, or pass the edge itself."
+            )
+        found[key] = rows[0].right
+    return found
 
 
 def _marks(
@@ -209,7 +237,7 @@ def _marks(
     if permuted > base + 2 * margin + 0.02:
         marks.append("trained on permuted labels it is still above the floor: train and test mix")
     strongest = max([accuracy.value, *(v for k, v in ceilings.items() if k != "input")])
-    if ceilings["input"] < strongest - 2 * margin - 0.02:
+    if ceilings.get("input", 1.0) < strongest - 2 * margin - 0.02:
         marks.append("the input gives away less than uploads: the suite is too weak for images")
     if not converged:
         marks.append("the winner was still learning: train longer")
@@ -244,13 +272,13 @@ def _check(
     test: AuditData,
     task: str,
     attributes: list[str],
-    others: dict[str, nn.Module | None],
+    others: Mapping[str, nn.Module | AuditReport | None],
 ) -> None:
     for label, module in {"edge": edge, **others}.items():
-        if module is not None and any(part.training for part in module.modules()):
+        if isinstance(module, nn.Module) and any(part.training for part in module.modules()):
             raise OrderError(
-                f"The {label} is in train mode: what it uploads in use is something else. Call "
-                f"{label}.eval() first."
+                f"The module given as '{label}' is in train mode: what it computes in use is "
+                "something else. Call its eval() first."
             )
     for data, where in ((train, "train"), (test, "test")):
         check_labels(data, [task, *attributes], where)

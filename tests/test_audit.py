@@ -1,0 +1,217 @@
+"""The audit as a whole: floors, marks, references, bad input, what is written."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.audit.render import html, verdict
+from prifu_plugin.audit.result import AuditReport
+from prifu_plugin.audit.statistics import Interval
+from prifu_plugin.channel import Channel, Noise, Quantizer
+from prifu_plugin.errors import ConfigError, OrderError
+
+
+class Edge(nn.Module):
+    """Uploads the mean colour of the left and of the right half."""
+
+    def __init__(self, keep=(0, 1, 2, 3, 4, 5), noise=0.0):
+        super().__init__()
+        self.keep, self.noise = list(keep), noise
+
+    def forward(self, x):
+        halves = torch.stack([x[..., :4].mean((2, 3)), x[..., 4:].mean((2, 3))], 1).flatten(1)
+        z = halves[:, self.keep]
+        return z + self.noise * torch.randn_like(z)
+
+
+def data(count=700, seed=0):
+    """Images whose left red tells the task and left green a private bit; the right tells none."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 0.3 * torch.rand(count, 3, 8, 8, generator=generator)
+    bits = torch.randint(2, (2, count), generator=generator)
+    x[:, 0, :, :4] += 0.5 * bits[0][:, None, None]
+    x[:, 1, :, :4] += 0.5 * bits[1][:, None, None]
+    labels = {
+        "task": bits[0],
+        "private": bits[1],
+        "coin": torch.randint(2, (count,), generator=generator),
+    }
+    return prifu.AuditData(x, labels)
+
+
+TRAIN, TEST = data(700, 0), data(300, 1)
+
+
+class Cloud(nn.Module):
+    def forward(self, z):
+        return torch.stack([0.4 - z[:, 0], z[:, 0] - 0.4], 1)
+
+
+def run(edge, **settings):
+    chosen = {"suite": "quick", "seeds": 1, "reconstruct": False, "cloud": Cloud().eval()}
+    chosen |= {"task": "task", "attributes": ["private", "coin"], **settings}
+    return prifu.audit(edge.eval(), TRAIN, TEST, **chosen)
+
+
+def rows(report):
+    return {row.name: row for row in report.attributes}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run(Edge(), references={"untrained": Edge((3, 4, 5)).eval()}, name="plain")
+
+
+def test_what_is_there_is_read_and_what_is_not_is_not(plain):
+    found = rows(plain)
+    assert found["private"].accuracy.value > 0.98
+    assert found["private"].floor < 0.6
+    assert verdict(found["private"]).startswith("leaks")
+    assert abs(found["coin"].accuracy.value - 0.5) < 0.08
+    assert plain.utility.value > 0.98
+    assert found["private"].ceilings["untrained"] < 0.6
+    assert found["private"].ceilings["input"] > 0.95
+    assert not found["private"].marks
+    assert plain.upload.values == 6
+    assert plain.upload.bytes == 24
+
+
+def test_a_defence_is_measured_against_the_plain_model(plain):
+    defended = run(Edge((0,)), references={"plain": plain}, name="defended")
+    found = rows(defended)
+    assert found["private"].leak.low <= 0 <= found["private"].leak.high
+    assert found["private"].ceilings["plain"] == rows(plain)["private"].accuracy.value
+    assert found["private"].ceilings["input"] == rows(plain)["private"].ceilings["input"]
+    again = run(Edge((0,)), references={"plain": Edge().eval()}, name="defended")
+    assert rows(again)["private"].leak.value == pytest.approx(found["private"].leak.value, abs=0.05)
+    assert found["coin"].leak is None
+    assert "reads nothing from the plain model" in found["coin"].marks[0]
+    assert verdict(found["coin"]) == "no evidence either way"
+
+
+def test_a_channel_is_part_of_what_is_attacked():
+    z = Edge()(TRAIN.images)
+    channel = Channel(Noise(3.0, key=b"k"), Quantizer(4).fit(z))
+    report = run(Edge(), channel=channel)
+    assert report.upload.bytes == 3
+    assert not report.upload.stochastic
+    assert rows(report)["private"].accuracy.value < 0.7
+
+
+def test_fresh_noise_is_averaged_away():
+    report = run(Edge(noise=0.6))
+    assert report.upload.stochastic
+    row = rows(report)["private"]
+    assert row.repeated > row.accuracy.value + 0.1
+
+
+def test_an_attribute_that_is_the_task():
+    report = run(Edge(), attributes=["task"])
+    assert report.attributes[0].marks[0] == "it is the task itself"
+    assert report.attributes[0].task_only > 0.98
+
+
+def test_a_constant_upload():
+    report = run(Edge(()), cloud=None)
+    row = rows(report)["private"]
+    assert row.winner == "the prior"
+    assert row.accuracy.value == pytest.approx(row.majority)
+    assert report.utility is None
+    assert report.upload.rank == 0
+
+
+def test_reconstruction_and_its_floors():
+    report = run(Edge(), attributes=["private"], reconstruct=True)
+    found = report.reconstruction
+    assert found.best.psnr > found.task_mean.psnr + 1
+    assert found.mean_image.psnr < found.task_mean.psnr
+    assert 0 <= found.linkage <= 1
+    assert found.search is not None
+    dark = prifu.AuditData(TRAIN.images - 1, TRAIN.labels)
+    with pytest.raises(ConfigError, match=r"values in \[0, 1\]"):
+        prifu.audit(Edge().eval(), dark, TEST, task="task", attributes=["private"], suite="quick")
+
+
+def test_what_is_written_can_be_read(plain):
+    text = plain.to_json()
+    again = AuditReport.from_json(text)
+    assert again == plain
+    assert "right" not in json.loads(text)["attributes"][0]
+    assert "| private |" in plain.to_markdown()
+    assert "Empirical" in str(plain)
+
+
+def test_the_page_stands_alone(plain):
+    defended = run(Edge((0,)), references={"plain": plain}, reconstruct=True, name="<defended>")
+    reference = run(Edge(), references={"plain": plain}, name="again")
+    page = html([defended, reference], "A & B")
+    assert "<script" not in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "&lt;defended&gt;" in page
+    assert "<title>A &amp; B</title>" in page
+    assert page.count("<svg") >= 2
+    assert len(page) < 2_000_000
+    with pytest.raises(ConfigError, match="same attributes"):
+        html([defended, run(Edge(), attributes=["coin"])])
+
+
+def test_verdicts():
+    row = rows(run(Edge(), attributes=["private"]))["private"]
+    few = dataclasses.replace(row, accuracy=Interval(0.9, float("nan"), float("nan")))
+    assert verdict(few) == "too few items to say"
+
+
+def changed(data, **labels):
+    return prifu.AuditData(data.images, {**data.labels, **labels})
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        (
+            {"train": changed(TRAIN, private=torch.zeros(3).long())},
+            ConfigError,
+            "one class an image",
+        ),
+        ({"train": changed(TRAIN, private=torch.zeros(700).long())}, ConfigError, "one class only"),
+        ({"train": changed(TRAIN, private=torch.zeros(700))}, ConfigError, "integers"),
+        ({"attributes": ["age"]}, ConfigError, "has task, private, coin"),
+        ({"test": TRAIN}, ConfigError, "700 images are in train and in test"),
+        ({"edge": Edge().train()}, OrderError, "train mode"),
+        ({"suite": "best"}, ConfigError, "standard, quick"),
+        ({"test": TEST.at(torch.arange(10))}, ConfigError, "needs hundreds"),
+    ],
+)
+def test_bad_input(settings, error, match):
+    chosen = {"edge": Edge().eval(), "train": TRAIN, "test": TEST, "task": "task"}
+    chosen = {**chosen, "attributes": ["private"], "suite": "quick", **settings}
+    with pytest.raises(error, match=match):
+        prifu.audit(chosen.pop("edge"), chosen.pop("train"), chosen.pop("test"), **chosen)
+
+
+def test_uploads_that_are_not_finite():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return x.flatten(1).log() - x.flatten(1) / 0
+
+    with pytest.raises(ConfigError, match="NaN or infinite"):
+        run(Broken())
+
+
+def test_few_items_are_marked():
+    report = prifu.audit(
+        Edge().eval(),
+        TRAIN,
+        TEST.at(torch.arange(40)),
+        task="task",
+        attributes=["private"],
+        suite="quick",
+        seeds=1,
+        reconstruct=False,
+    )
+    assert any("no interval" in mark for mark in report.attributes[0].marks)
