@@ -50,6 +50,13 @@ def test_image_folders(tmp_path):
     assert "pruned top-1" in out
 
 
+def test_audit(tmp_path):
+    out = run(EXAMPLES / "audit.py", "--smoke", "--out", tmp_path)
+    assert "## recommended, pooled" in out
+    assert (tmp_path / "report.html").stat().st_size > 20_000
+    assert (tmp_path / "plain_pooled.json").exists()
+
+
 def test_insertion_table():
     table = run(EXAMPLES / "benchmarks" / "insertion.py").splitlines()
     assert all(row.split("|")[-2].strip() == "yes" for row in table[2:])

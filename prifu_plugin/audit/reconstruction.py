@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,8 @@ def reconstruct(
     *,
     edge: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
-    epochs: int = 12,
+    steps: int = 400,
+    losses: Sequence[str] = tuple(LOSSES),
 ) -> Reconstruction:
     """Attack with decoders trained on defended uploads, and by search against the edge.
 
@@ -114,16 +115,16 @@ def reconstruct(
         answers: the task's answers, of both, for the floor.
         edge: differentiable, images -> uploads, for the search; None leaves it out.
         seed: of the decoders.
-        epochs: of the decoders.
+        steps: of each decoder's training.
+        losses: which decoders to train, by names in `LOSSES`.
     """
     z, images = train
     z_test, images_test = test
     mean = images.mean(0, keepdim=True)
     found = {}
     best = images_test
-    bar = tqdm(LOSSES.items(), desc="decoders", leave=False, disable=None)
-    for name, loss in bar:
-        decoded = _decode(z, images, z_test, loss, seed, epochs)
+    for name in tqdm(losses, desc="decoders", leave=False, disable=None):
+        decoded = _decode(z, images, z_test, LOSSES[name], seed, steps)
         found[name] = similarity(decoded, images_test)
         if found[name].psnr >= max(s.psnr for s in found.values()):
             best = decoded
@@ -149,7 +150,7 @@ def _decode(
     z_test: Tensor,
     loss: Callable[[Tensor, Tensor], Tensor],
     seed: int,
-    epochs: int,
+    steps: int,
 ) -> Tensor:
     """Train a decoder from whitened vectors or standardized maps to images."""
     prepare = _per_channel(z) if z.ndim == 4 and z.shape[-1] > 1 else _vectors(z)
@@ -157,18 +158,15 @@ def _decode(
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         net = _decoder(x.shape[1:], tuple(images.shape[1:]))
-        size = min(64, max(8, len(x) // 8))
-        steps = epochs * (len(x) // size)
+        size = min(64, len(x))
         optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-        for _ in range(epochs):
-            net.train()
-            order = torch.randperm(len(x))
-            for batch in order[: len(order) // size * size].split(size):
-                optimizer.zero_grad()
-                loss(net(x[batch]), images[batch]).backward()
-                optimizer.step()
-                schedule.step()
+        for _ in range(steps):
+            batch = torch.randperm(len(x))[:size]
+            optimizer.zero_grad()
+            loss(net(x[batch]), images[batch]).backward()
+            optimizer.step()
+            schedule.step()
     net.eval()
     with torch.no_grad():
         return torch.cat([net(part) for part in x_test.split(250)])
@@ -178,22 +176,21 @@ def _decoder(shape: torch.Size, image: tuple[int, ...]) -> nn.Module:
     """Build a decoder that doubles a 7 x 7 or given map until it covers the image."""
     channels, height, width = image
     start = shape[1:] if len(shape) == 3 else (-(-height // 8), -(-width // 8))
+    width_in = shape[0] if len(shape) == 3 else 64
     layers: list[nn.Module] = []
     if len(shape) == 1:
-        layers += [nn.Linear(shape[0], 128 * math.prod(start)), nn.Unflatten(1, (128, *start))]
-    layers += [nn.Conv2d(shape[0] if len(shape) == 3 else 128, 128, 3, padding=1)]
-    layers += [nn.BatchNorm2d(128), nn.ReLU()]
-    size, inner = start[0], 128
+        layers += [nn.Linear(shape[0], 64 * math.prod(start)), nn.Unflatten(1, (64, *start))]
+    layers += [nn.Conv2d(width_in, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()]
+    size, inner = start[0], 64
     while size < height:
-        outer = max(32, inner // 2)
-        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(inner, outer, 3, padding=1)]
+        outer = max(16, inner // 2)
+        # Each position makes four: cheaper than a convolution at the larger size.
+        layers += [nn.Conv2d(inner, 4 * outer, 3, padding=1), nn.PixelShuffle(2)]
         layers += [nn.BatchNorm2d(outer), nn.ReLU()]
         size, inner = 2 * size, outer
-    layers += [
-        nn.Upsample((height, width), mode="bilinear"),
-        nn.Conv2d(inner, channels, 3, padding=1),
-    ]
-    return nn.Sequential(*layers, nn.Sigmoid())
+    layers += [nn.Upsample((height, width), mode="bilinear")]
+    layers += [nn.Conv2d(inner, channels, 3, padding=1), nn.Sigmoid()]
+    return nn.Sequential(*layers)
 
 
 def _vectors(z: Tensor) -> Callable[[Tensor], Tensor]:

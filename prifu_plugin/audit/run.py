@@ -125,7 +125,7 @@ def audit(
         _utility(answers[2], test.labels[task], cloud, seed),
         tuple(rows),
         _facts(sent[0], channel, stochastic),
-        _reconstruction(edge, channel, sent, parts, answers, seed) if reconstruct else None,
+        _reconstruction(edge, channel, sent, parts, answers, suite, seed) if reconstruct else None,
         (len(fitting), len(choosing), len(test)),
         _settings(suite, seeds, seed, references),
         _not_tested(reconstruct, suite),
@@ -356,6 +356,7 @@ def _reconstruction(
     sent: list[Tensor],
     parts: tuple[AuditData, ...],
     answers: list[Tensor],
+    suite: str,
     seed: int,
 ) -> decoding.Reconstruction:
     images = parts[0].images
@@ -366,12 +367,16 @@ def _reconstruction(
             "reconstruct=False."
         )
     device = next((p.device for p in edge.parameters()), torch.device("cpu"))
+    quick = suite == "quick"
+    searched = channel is None and not quick
     return decoding.reconstruct(
         (sent[0], images.float()),
         (sent[2], parts[2].images.float()),
         (answers[0], answers[2]),
-        edge=(lambda x: edge(x.to(device)).cpu()) if channel is None else None,
+        edge=(lambda x: edge(x.to(device)).cpu()) if searched else None,
         seed=seed,
+        steps=60 if quick else 400,
+        losses=("squared error",) if quick else tuple(decoding.LOSSES),
     )
 
 
