@@ -151,7 +151,7 @@ def influence(model: nn.Module, x: Tensor, target: Tensor, loss: Loss | None = N
         loss: gives the loss of each sample, (N,); cross-entropy by default.
 
     Returns:
-        |dl/dx|, shape and dtype of x.
+        The absolute gradients, shape and dtype of x.
 
     Example:
         >>> net = nn.Linear(2, 2)
