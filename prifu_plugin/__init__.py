@@ -26,6 +26,10 @@ from prifu_plugin.relevance import relevance as relevance
 from prifu_plugin.split import Split as Split
 from prifu_plugin.split import cut_points as cut_points
 from prifu_plugin.split import split as split
+from prifu_plugin.status import status as status
+from prifu_plugin.threshold import Threshold as Threshold
+from prifu_plugin.threshold import fit_alpha as fit_alpha
+from prifu_plugin.threshold import sweep as sweep
 
 __all__ = [
     "AuditData",
@@ -39,10 +43,12 @@ __all__ = [
     "Site",
     "Split",
     "Summary",
+    "Threshold",
     "audit",
     "cut_points",
     "dose_to_beta",
     "filters",
+    "fit_alpha",
     "influence",
     "plan",
     "prune",
@@ -51,7 +57,9 @@ __all__ = [
     "report",
     "sites",
     "split",
+    "status",
     "summary",
+    "sweep",
     "unwrap",
     "wrap",
 ]

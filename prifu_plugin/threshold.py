@@ -1,0 +1,181 @@
+"""Choose alpha after training: stronger filters without training again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prifu_plugin.errors import ConfigError
+from prifu_plugin.graph.insert import filters
+from prifu_plugin.graph.state import wrap_state
+from prifu_plugin.graph.undisturbed import undisturbed
+
+Data = Sequence[tuple[Tensor, Tensor]]
+Metric = Callable[[Tensor, Tensor], Tensor]
+"""Outputs and targets -> one number a sample, larger is better."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """What a model does at one threshold.
+
+    Attributes:
+        alpha: of all filters.
+        score: mean of the metric over the data.
+        open_share: share of all channels that are open.
+        macs_share: multiply-accumulates after pruning over those before, None if not asked.
+    """
+
+    alpha: float
+    score: float
+    open_share: float
+    macs_share: float | None = None
+
+
+def sweep(
+    model: nn.Module,
+    data: Data,
+    alphas: Sequence[float],
+    *,
+    metric: Metric | None = None,
+    macs: bool = False,
+) -> list[Threshold]:
+    """Evaluate a trained, wrapped model at several thresholds, without training again.
+
+    Args:
+        model: a wrapped model; it is not changed.
+        data: batches (x, target) that were not trained on; it is read once for each alpha.
+        alphas: thresholds in [0, 1).
+        metric: one number a sample; whether the class is right by default.
+        macs: also prune at each threshold and count multiply-accumulates.
+
+    Returns:
+        One `Threshold` for each alpha.
+
+    Raises:
+        OrderError: if the model is not wrapped.
+        ConfigError: for an alpha out of range, or no data.
+
+    Example:
+        >>> import prifu_plugin as prifu
+        >>> net = prifu.wrap(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+        >>> data = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+        >>> [round(found.open_share, 2) for found in sweep(net, data, [0.0, 0.5])]
+        [1.0, 1.0]
+    """
+    wrap_state(model)
+    if not len(data):
+        raise ConfigError("data is empty: pass batches (x, target).")
+    wrong = [alpha for alpha in alphas if not 0 <= alpha < 1]
+    if wrong:
+        raise ConfigError(f"alpha={wrong[0]} is not in [0, 1).")
+    found = []
+    for alpha in tqdm(alphas, desc="thresholds", leave=False, disable=None):
+        with _at(model, alpha):
+            found.append(_evaluate(model, data, alpha, metric or _is_right, macs))
+    return found
+
+
+def fit_alpha(
+    model: nn.Module,
+    data: Data,
+    *,
+    max_drop: float | None = None,
+    keep: float | None = None,
+    macs: float | None = None,
+    metric: Metric | None = None,
+    steps: int = 12,
+) -> Threshold:
+    """Find the strongest filter within a budget, and set it on the model.
+
+    Args:
+        model: a wrapped, trained model; its filters' alpha is set.
+        data: batches (x, target) that were not trained on.
+        max_drop: how far the mean metric may fall below that at the present alpha.
+        keep: share of channels to keep at most; the weakest filter that keeps no more.
+        macs: share of multiply-accumulates to keep at most, after pruning.
+        metric: one number a sample; whether the class is right by default.
+        steps: of the search; each reads the data once.
+
+    Returns:
+        What was found.
+
+    Raises:
+        OrderError: if the model is not wrapped.
+        ConfigError: unless exactly one budget is given, or if it cannot be met.
+    """
+    budgets = [budget is not None for budget in (max_drop, keep, macs)]
+    if sum(budgets) != 1:
+        raise ConfigError("Give one budget: max_drop=, keep= or macs=.")
+    wrap_state(model)
+    present = max(unit.alpha for unit in filters(model).values())
+    reference = sweep(model, data, [present], metric=metric)[0].score
+
+    def within(found: Threshold) -> bool:
+        if max_drop is not None:
+            return found.score >= reference - max_drop
+        share = found.open_share if keep is not None else found.macs_share
+        budget = keep if keep is not None else macs
+        assert share is not None
+        assert budget is not None
+        return share <= budget
+
+    # Accuracy falls and sizes shrink with alpha, nearly always: one bisection for both.
+    low, high = (present if max_drop is not None else 0.0), 1.0
+    best: Threshold | None = None
+    for _ in range(steps):
+        middle = (low + high) / 2
+        found = sweep(model, data, [middle], metric=metric, macs=macs is not None)[0]
+        fits = within(found)
+        if fits and (best is None or (found.alpha > best.alpha) == (max_drop is not None)):
+            best = found
+        stronger = fits if max_drop is not None else not fits
+        low, high = (middle, high) if stronger else (low, middle)
+    if best is None and max_drop is not None:
+        best = sweep(model, data, [present], metric=metric)[0]
+    if best is None:
+        raise ConfigError("No threshold below 1 meets the budget: train with a larger dose.")
+    for unit in filters(model).values():
+        unit.alpha = best.alpha
+    return best
+
+
+@contextmanager
+def _at(model: nn.Module, alpha: float) -> Iterator[None]:
+    units = list(filters(model).values())
+    before = [unit.alpha for unit in units]
+    for unit in units:
+        unit.alpha = alpha
+    try:
+        yield
+    finally:
+        for unit, old in zip(units, before, strict=True):
+            unit.alpha = old
+
+
+def _evaluate(model: nn.Module, data: Data, alpha: float, metric: Metric, macs: bool) -> Threshold:
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    with undisturbed(model), torch.no_grad():
+        model.eval()
+        for x, target in data:
+            values = metric(model(x.to(device)), target.to(device))
+            total, count = total + float(values.double().sum()), count + len(x)
+    units = filters(model).values()
+    share = sum(int(u.open.sum()) for u in units) / sum(u.weight.numel() for u in units)
+    after = None
+    if macs:
+        from prifu_plugin.prune.run import prune, report
+
+        before, pruned = report(prune(model, data[0][0][:2])).macs
+        after = pruned / before
+    return Threshold(alpha, total / count, share, after)
+
+
+def _is_right(output: Tensor, target: Tensor) -> Tensor:
+    return (output.argmax(1) == target).double()

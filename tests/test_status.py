@@ -1,0 +1,115 @@
+import pytest
+import torch
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import ConfigError, OrderError
+from prifu_plugin.status import MaskHistory
+from prifu_plugin.threshold import Threshold
+
+
+def network():
+    torch.manual_seed(0)
+    model = prifu.wrap(
+        nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
+    )
+    prifu.filters(model)["1"].weight.data = torch.linspace(0.03, 0.2, 16)
+    return model
+
+
+def data(count=256):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 8, generator=generator)
+    return list(zip(x.split(64), (x[:, 0] > 0).long().split(64), strict=True))
+
+
+def trained():
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        for x, y in data():
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def test_status_counts():
+    model = network()
+    found = prifu.status(model)
+    assert found["channels"] == 16
+    assert found["open"] == found["open/1"] == 16
+    prifu.filters(model)["1"].weight.data.zero_()
+    assert prifu.status(model)["dead filters"] == 1
+    assert all(isinstance(value, (int, float)) for value in found.values())
+    with pytest.raises(OrderError):
+        prifu.status(nn.Linear(2, 2))
+
+
+def test_history_of_masks():
+    model = network()
+    history = MaskHistory(model)
+    unit = prifu.filters(model)["1"]
+    unit.weight.data[:3] = 0.0
+    assert history.record(10)["closed now"] == 3
+    unit.weight.data[0] = 0.1
+    last = history.record(20)
+    assert (last["closed now"], last["opened now"]) == (0, 1)
+    _, axes = history.plot()
+    assert axes.get_images()[0].get_array().shape == (1, 2)
+
+
+def test_a_history_feeds_tensorboard_like_loggers():
+    written = {}
+    history = MaskHistory(network())
+    for name, value in history.record(5).items():
+        written[name] = float(value)
+    assert written["open share"] == 1.0
+
+
+def test_sweep_changes_nothing_and_agrees_with_setting_alpha():
+    model = trained()
+    alphas = [0.0, 0.2, 0.5, 0.9]
+    found = prifu.sweep(model, data(), alphas, macs=True)
+    assert [one.alpha for one in found] == alphas
+    assert {unit.alpha for unit in prifu.filters(model).values()} == {0.1}
+    opened = [one.open_share for one in found]
+    assert opened == sorted(opened, reverse=True)
+    assert opened[0] > opened[-1]
+    for one in found:
+        prifu.filters(model)["1"].alpha = one.alpha
+        right = sum((model(x).argmax(1) == y).sum().item() for x, y in data()) / 256
+        assert one.score == pytest.approx(right)
+        assert one.macs_share == pytest.approx(one.open_share, abs=0.01)
+
+
+def test_fit_alpha_by_accuracy():
+    model = trained()
+    before = prifu.sweep(model, data(), [0.1])[0]
+    found = prifu.fit_alpha(model, data(), max_drop=0.02)
+    assert found.score >= before.score - 0.02
+    assert found.alpha > 0.1
+    assert {unit.alpha for unit in prifu.filters(model).values()} == {found.alpha}
+    stronger = prifu.sweep(model, data(), [min(found.alpha + 0.02, 0.999)])[0]
+    assert stronger.score < before.score - 0.02 or stronger.open_share == found.open_share
+
+
+@pytest.mark.parametrize("budget", ["keep", "macs"])
+def test_fit_alpha_by_size(budget):
+    found = prifu.fit_alpha(trained(), data(), **{budget: 0.5})
+    share = found.open_share if budget == "keep" else found.macs_share
+    assert 0.35 < share <= 0.5
+    assert isinstance(found, Threshold)
+
+
+def test_bad_input():
+    with pytest.raises(ConfigError, match="one budget"):
+        prifu.fit_alpha(network(), data(), keep=0.5, macs=0.5)
+    with pytest.raises(ConfigError, match="not in"):
+        prifu.sweep(network(), data(), [1.0])
+    with pytest.raises(ConfigError, match="empty"):
+        prifu.sweep(network(), [], [0.1])
+    model = network()
+    prifu.filters(model)["1"].weight.data.fill_(0.1)
+    with pytest.raises(ConfigError, match="No threshold"):
+        prifu.fit_alpha(model, data(), keep=0.5)
