@@ -1,0 +1,193 @@
+"""The decay in the ways people train: each against an ordinary loop, or against Eq. 11."""
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import prifu_plugin as prifu
+
+BETA, RATE = 0.05, 0.1
+
+
+def network(**settings):
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2)
+    return prifu.wrap(nn.Sequential(*layers), beta=BETA, **settings)
+
+
+def loss_of(model, seed, rows=slice(None)):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(12, 4, generator=generator)
+    return nn.functional.cross_entropy(model(x[rows]), (x[:, 0] > 0).long()[rows])
+
+
+def ordinary(model, steps=20, make=None):
+    optimizer = (make or (lambda p: torch.optim.SGD(p, lr=RATE, momentum=0.9)))(model.parameters())
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    return model
+
+
+def unit_of(model):
+    return prifu.filters(model)["1"]
+
+
+def same_weights(first, second, tolerance=0.0):
+    pairs = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
+    for (name, a), (other, b) in pairs:
+        assert name.removeprefix("_orig_mod.") == other.removeprefix("_orig_mod.")
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_uneven_accumulation():
+    model, plain = network(), ordinary(network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+    for step in range(20):
+        optimizer.zero_grad()
+        for rows in (slice(0, 7), slice(7, 12)):
+            (loss_of(model, step, rows) * (rows.stop - rows.start) / 12).backward()
+        optimizer.step()
+    same_weights(model, plain, 1e-5)
+    assert unit_of(model).dose == pytest.approx(unit_of(plain).dose)
+
+
+def test_clipping_by_value():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    loss_of(model, 0).backward()
+    nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+    before, grad = unit_of(model).weight.detach().clone(), unit_of(model).weight.grad.clone()
+    optimizer.step()
+    expected = (1 - RATE * BETA) * before - RATE * grad
+    torch.testing.assert_close(unit_of(model).weight.detach(), expected, rtol=0, atol=1e-7)
+
+
+def test_gradient_checkpointing():
+    def train(checkpointing):
+        torch.manual_seed(0)
+        model = prifu.wrap(timm.create_model("test_vit", num_classes=2), beta=BETA)
+        model.set_grad_checkpointing(checkpointing)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for step in range(2):
+            x = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        return model
+
+    same_weights(train(True), train(False), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    model, plain = network(), ordinary(network(), 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+    for step in range(10):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=dtype):
+            loss = loss_of(model, step)
+        loss.backward()
+        optimizer.step()
+    assert unit_of(model).weight.dtype == torch.float32
+    assert unit_of(model).dose == pytest.approx(unit_of(plain).dose)
+    torch.testing.assert_close(unit_of(model).weight, unit_of(plain).weight, rtol=0.1, atol=0.02)
+
+
+def test_layer_decay_gives_each_filter_its_own_dose():
+    from timm.optim import create_optimizer_v2
+
+    model = prifu.wrap(timm.create_model("test_vit", num_classes=2), beta=BETA)
+    optimizer = create_optimizer_v2(model, "sgd", lr=0.1, layer_decay=0.5)
+    model(torch.randn(2, 3, 160, 160)).square().mean().backward()
+    for group in optimizer.param_groups:  # what timm's schedulers do with the scale
+        group["lr"] = 0.1 * group["lr_scale"]
+    optimizer.step()
+    doses = {path: unit.dose for path, unit in prifu.filters(model).items()}
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    for path, unit in prifu.filters(model).items():
+        assert doses[path] == pytest.approx(0.1 * scales[id(unit.weight)] * BETA)
+    assert len(set(doses.values())) > 2
+
+
+def test_a_schedule_that_warms_up_from_zero():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 4, 1.0))
+    for step in range(8):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        schedule.step()
+    assert unit_of(model).dose == pytest.approx(BETA * RATE * (0 + 0.25 + 0.5 + 0.75 + 4))
+
+
+def test_averaged_weights_have_masks_of_their_own():
+    model = network(alpha=0.5)
+    average = AveragedModel(model)
+    unit_of(model).weight.data[0] = 0.0
+    average.update_parameters(model)
+    unit_of(model).weight.data[1] = 0.0
+    average.update_parameters(model)
+    unit = unit_of(average.module)
+    assert torch.equal(unit.closed, unit.weight <= 0.5 * unit.weight.max())
+    pruned = prifu.prune(average.module.eval(), torch.zeros(2, 4))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(pruned(x), average.module(x))
+
+
+def test_a_frozen_backbone_keeps_its_filters():
+    model = network()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("3."))
+    before = unit_of(model).weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ordinary(model, 5, lambda p: torch.optim.Adam([q for q in p if q.requires_grad], lr=0.01))
+    assert torch.equal(unit_of(model).weight, before)
+    assert unit_of(model).dose == 0
+
+
+def test_alpha_changed_in_mid_run():
+    model = ordinary(network(alpha=0.0), 5)
+    unit_of(model).weight.data[:2] = 0.01
+    unit_of(model).alpha = 0.5
+    ordinary(model, 1)
+    assert not unit_of(model).weight[:2].any()
+    assert prifu.status(model)["open"] <= 6
+
+
+def test_a_compiled_step():
+    model, plain = network(), ordinary(network(), 3, lambda p: torch.optim.SGD(p, lr=RATE))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(compiled, step).backward()
+        optimizer.step()
+    same_weights(model, plain, 1e-5)
+
+
+def test_checkpoint_and_resume_are_bit_equal():
+    whole = network()
+    make = torch.optim.AdamW(whole.parameters(), lr=0.01)
+    parts = network()
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=0.01)
+    for step in range(10):
+        for model, one in ((whole, make), (parts, optimizer)):
+            one.zero_grad()
+            loss_of(model, step).backward()
+            one.step()
+        if step == 4:
+            state = copy.deepcopy((parts.state_dict(), optimizer.state_dict()))
+            parts = network()
+            optimizer = torch.optim.AdamW(parts.parameters(), lr=0.01)
+            parts.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+    same_weights(whole, parts)
