@@ -57,6 +57,10 @@ def test_audit(tmp_path):
     assert (tmp_path / "plain_pooled.json").exists()
 
 
+def test_cost():
+    assert "resnet18" in run(EXAMPLES / "benchmarks" / "cost.py", "--smoke")
+
+
 def test_insertion_table():
     table = run(EXAMPLES / "benchmarks" / "insertion.py").splitlines()
     assert all(row.split("|")[-2].strip() == "yes" for row in table[2:])
