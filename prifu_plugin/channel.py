@@ -88,7 +88,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, bits: int) -> None:
         super().__init__()
-        if bits not in range(1, 9):
+        if not isinstance(bits, int) or bits not in range(1, 9):
             raise ConfigError(f"bits={bits}: a quantizer has 1 to 8.")
         self.bits = bits
         self.register_buffer("low", torch.tensor(float("nan")))
@@ -151,17 +151,19 @@ class Quantizer(nn.Module):
 
 
 class Noise(nn.Module):
-    """Gaussian noise of a fixed scale, drawn once for each input.
+    """Gaussian noise of a fixed scale, drawn once for each upload.
 
-    In eval mode the draw is a function of the upload and a secret key, so that repeating a query
-    returns the same noisy upload and averaging reveals nothing more. In training it is fresh.
+    In eval mode the draw is a function of the upload, to the last bit, and of a secret key: the
+    very same query returns the very same answer. A query that differs a little, or the same image
+    computed in another batch, is drawn anew, so that averaging over *varied* queries still helps
+    an attacker; `prifu_plugin.audit` tries that. In training the draw is fresh.
 
     Args:
         scale: standard deviation, in units of z.
-        key: the edge's secret.
+        key: the edge's secret, 16 to 64 random bytes (`secrets.token_bytes(32)`).
 
     Example:
-        >>> noise = Noise(0.3, key=b"secret").eval()
+        >>> noise = Noise(0.3, key=b"thirty-two secret random bytes..").eval()
         >>> z = torch.zeros(2, 4)
         >>> torch.equal(noise(z), noise(z))
         True
@@ -171,6 +173,8 @@ class Noise(nn.Module):
         super().__init__()
         if not scale >= 0 or not math.isfinite(scale):
             raise ConfigError(f"scale={scale} is not at least 0.")
+        if not isinstance(key, bytes) or not 16 <= len(key) <= 64:
+            raise ConfigError("key must be 16 to 64 random bytes: secrets.token_bytes(32).")
         self.scale = scale
         self.key = key
 
@@ -182,11 +186,20 @@ class Noise(nn.Module):
         return z + self.scale * torch.stack(drawn).to(z)
 
     def _draw(self, sample: Tensor) -> Tensor:
-        # Rounded, so that the last bits of another machine do not change the draw.
-        content = (sample * 1e4).round().to(torch.int64).contiguous().numpy().tobytes()
-        digest = hashlib.blake2b(content, key=self.key[:64], digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        return torch.randn(sample.shape, generator=generator)
+        # Every bit counts: uploads that shared a draw would tell by it that they are alike.
+        content = sample.contiguous().numpy().tobytes()
+        seed = hashlib.blake2b(content, key=self.key, digest_size=64).digest()
+        count = sample.numel() + sample.numel() % 2
+        # An extendable hash, since a generator seeded with 32 bits can be tried out.
+        stream = hashlib.shake_256(self.key + seed).digest(8 * count)
+        words = torch.frombuffer(bytearray(stream), dtype=torch.int64)
+        uniform = ((words >> 11).double() + 2.0**52 + 0.5) / 2.0**53
+        first, second = uniform.chunk(2)
+        radius = (-2 * first.log()).sqrt()
+        pair = torch.cat(
+            [radius * (2 * math.pi * second).cos(), radius * (2 * math.pi * second).sin()]
+        )
+        return pair[: sample.numel()].reshape(sample.shape).float()
 
     def extra_repr(self) -> str:
         """Say the scale, not the key."""
@@ -221,7 +234,8 @@ class Projection(nn.Module):
                 "nn.Linear that reads the upload."
             )
         left, values, right = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
-        rank = int((values > values.max() * 1e-12).sum())
+        smallest = max(linear.weight.shape) * torch.finfo(linear.weight.dtype).eps
+        rank = max(1, int((values > values.max() * smallest).sum()))
         self.register_buffer("basis", right[:rank].to(linear.weight.dtype))
         self.register_buffer("rest", (left * values)[:, :rank].to(linear.weight.dtype))
         self.bias = linear.bias

@@ -84,7 +84,7 @@ def split(
         several: upload several tensors where one is not enough, as a tuple.
 
     Returns:
-        Edge and cloud, in eval mode.
+        Edge and cloud, in the mode the model is in.
 
     Raises:
         NoSiteError: if there is no such place; the message names the closest.
@@ -124,10 +124,14 @@ def split(
     edge, cloud = fx.Graph(), fx.Graph()
     _copy_edge(graph, before, edge, tensors)
     _copy_cloud(graph, known, cloud, tensors, sizes)
-    parts = [
-        fx.GraphModule(_members(model, part), part, class_name=name).eval()
-        for part, name in ((edge, "Edge"), (cloud, "Cloud"))
-    ]
+    parts = []
+    with undisturbed(model):  # building a GraphModule sets modes
+        for part, name in ((edge, "Edge"), (cloud, "Cloud")):
+            parts.append(fx.GraphModule(_members(model, part), part, class_name=name))
+    for shell in parts:
+        for module in shell.modules():
+            if isinstance(module, fx.GraphModule) or type(module) is nn.Module:
+                module.training = model.training
     return Split(parts[0], parts[1], node.name)
 
 
@@ -259,9 +263,17 @@ def _copy_cloud(
     tensors: list[fx.Node],
     sizes: list[fx.Node],
 ) -> None:
+    late = [n for n in graph.nodes if n.op == "placeholder" and n not in known and n.users]
+    if late:
+        raise ConfigError(
+            f"The input '{late[0].name}' is used behind the cut only: a split model takes all of "
+            "its inputs on the edge. Cut further on, or upload it yourself."
+        )
     copies: dict[fx.Node, Any] = {}
     if len(tensors) == 1:
-        copies[tensors[0]] = cloud.placeholder(tensors[0].name)
+        upload = cloud.placeholder(tensors[0].name)
+        # The caller's tensor must survive a cloud that begins in place.
+        copies[tensors[0]] = cloud.call_method("clone", (upload,))
     else:
         upload = cloud.placeholder("upload")
         for place, node in enumerate(tensors):

@@ -10,11 +10,11 @@ from prifu_plugin.errors import ConfigError
 SIZES = (900, 300, 400)
 
 
-def planted(kind, seed=0):
+def planted(kind, seed=0, width=20):
     """Uploads of 20 numbers, and a private bit hidden in them."""
     generator = torch.Generator().manual_seed(seed)
     count = sum(SIZES)
-    z = torch.randn(count, 20, generator=generator)
+    z = torch.randn(count, width, generator=generator)
     bit = torch.randint(2, (count,), generator=generator)
     if kind == "linear":
         z[:, 3] += 4 * bit
@@ -48,6 +48,13 @@ def test_a_planted_leak_is_read(kind):
         assert "whitened" in found.winner
         weak = {n: v for n, v in found.validation.items() if n.startswith(("raw", "standard"))}
         assert min(weak.values()) < 0.7  # what a naive attacker would have reported
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-13])
+def test_a_hidden_leak_among_many_values(scale):
+    z, bit = planted("hidden", width=400)
+    found = infer(prepare(*parts(z * scale), "quick"), parts(bit), 2)
+    assert (found.scores.argmax(1) == parts(bit)[2]).double().mean() > 0.9, found.validation
 
 
 def test_where_nothing_is_nothing_is_read():

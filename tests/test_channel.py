@@ -43,15 +43,20 @@ def test_without_a_quantizer_floats_are_sent():
 
 def test_noise_is_drawn_once_for_each_input():
     z = torch.randn(64, 32)
-    noise = Noise(0.5, key=b"one").eval()
+    noise = Noise(0.5, key=b"one" * 8).eval()
     assert torch.equal(noise(z), noise(z))
     assert torch.equal(noise(z)[5:6], noise(z[5:6]))
-    assert not torch.equal(Noise(0.5, key=b"two").eval()(z), noise(z))
+    assert not torch.equal(Noise(0.5, key=b"two" * 8).eval()(z), noise(z))
     drawn = (noise(z) - z) / 0.5
     assert abs(float(drawn.std()) - 1) < 0.05
     assert abs(float(drawn.mean())) < 0.05
     assert not torch.equal(noise.train()(z), noise(z))
     assert "one" not in repr(noise)
+    # A generator of 32 bits could be tried out: draws must not repeat with such a seed.
+    assert not torch.equal(noise(z)[0] - z[0], noise(z)[1] - z[1])
+    small = Noise(1e-6, key=b"one" * 8).eval()
+    tiny = 1e-5 * z
+    assert not torch.equal(small(tiny)[0] - tiny[0], small(tiny)[1] - tiny[1])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -89,9 +94,12 @@ def test_images_on_the_wire():
         lambda: Quantizer(9),
         lambda: Quantizer(4)(torch.zeros(2)),
         lambda: Quantizer(4).fit(torch.tensor([float("nan")])),
-        lambda: Noise(-1, key=b""),
+        lambda: Noise(-1, key=b"k" * 32),
+        lambda: Noise(0.1, key=b""),
+        lambda: Noise(0.1, key="word" * 8),
+        lambda: Quantizer(4.0),
         lambda: Projection(nn.Conv2d(3, 4, 1)),
-        lambda: Channel(Quantizer(4), Noise(0.1, key=b"k")),
+        lambda: Channel(Quantizer(4), Noise(0.1, key=b"k" * 32)),
         lambda: Quantizer(4).fit(torch.randn(3)).unpack(b"123", (3,)),
     ],
 )

@@ -42,6 +42,14 @@ def test_every_attribute_is_drawn(name):
     assert changed.double().mean() > 0.9  # a hat may hide wrinkles, long hair the earrings
 
 
+def test_correlations_in_a_chain():
+    wanted = {("glasses", "beard"): 0.9, ("beard", "smiling"): 0.5}
+    labels = generate_faces(2000, 48, correlations=wanted).labels
+    for (a, b), r in {**wanted, ("glasses", "smiling"): 0.45}.items():
+        found = float(torch.corrcoef(torch.stack([labels[a], labels[b]]).float())[0, 1])
+        assert abs(found - r) < 0.07
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -49,6 +57,7 @@ def test_every_attribute_is_drawn(name):
         {"count": 0},
         {"correlations": {("skin_tone", "smiling"): 0.5}},
         {"correlations": {("beard", "smiling"): 1.5}},
+        {"correlations": {("beard", "hat"): 0.5, ("hat", "beard"): 0.5}},
         {"correlations": {("beard", "smiling"): 0.5, ("beard", "hat"): 0.1}},
     ],
 )

@@ -94,7 +94,7 @@ def test_celeba_incomplete(celeba):
 
 @pytest.fixture
 def lfw(tmp_path):
-    lines = ["# attributes v1.0", "#\tperson\timagenum\tMale\tSmiling\tYouth"]
+    lines = ["# attributes v1.0", "#\tperson\timagenum\tPale Skin\tSmiling\tYouth"]
     for i in range(60):
         person = f"Person Number{i}"
         for number in (1, 2):

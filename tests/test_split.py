@@ -113,6 +113,33 @@ def test_tokens_that_go_around():
         assert torch.equal(cloud(edge(x)), model(x))
 
 
+def test_modes_stay_and_uploads_survive():
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3)
+    model = nn.Sequential(*layers).train()
+    x = torch.randn(2, 3, 8, 8)
+    edge, cloud = prifu.split(model, "1", x)
+    assert all(module.training for module in [*model.modules(), *edge.modules()])
+    model.eval()
+    z = edge.eval()(x)
+    before = z.clone()
+    assert torch.equal(cloud.eval()(z), model(x))
+    assert torch.equal(z, before)
+
+
+def test_an_input_that_comes_late():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, y):
+            return self.b(self.a(x) + y)
+
+    x = torch.zeros(2, 4)
+    with pytest.raises(ConfigError, match="input 'y' is used behind the cut"):
+        prifu.split(Late(), "a", (x, x))
+
+
 def test_every_cut_point_composes():
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=3).eval()

@@ -124,8 +124,9 @@ def infer(
 
 def _names(z: Tensor, suite: str) -> tuple[str, ...]:
     if suite == "quick":
-        return ("standardized", "whitened")
-    return ("raw", "standardized", "whitened", "ranked") if z.ndim == 2 else _names(z, "quick")
+        return ("standardized", "whitened", "whitened fully")
+    known = ("standardized", "whitened", "whitened fully")
+    return ("raw", *known, "ranked") if z.ndim == 2 else known
 
 
 def _attackers(preparation: Preparation, suite: str) -> list[Attacker]:
@@ -135,6 +136,6 @@ def _attackers(preparation: Preparation, suite: str) -> list[Attacker]:
         return [ridge, mlp]
     if preparation.name.endswith("standardized"):
         return [ridge, logistic, mlp, neighbours, boosting]
-    if preparation.name.endswith("whitened"):
+    if "whitened" in preparation.name:
         return [ridge, logistic, mlp, neighbours]
     return [ridge, mlp]

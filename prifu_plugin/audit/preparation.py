@@ -13,7 +13,9 @@ Transform = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-7
 """Directions this much weaker than the strongest are rounding errors of fp32, not information."""
 MOST = 256
-"""Components that are kept at most; more cost time and gain nothing at these sample sizes."""
+"""Components a first look keeps; "whitened fully" keeps all, also the weakest."""
+WIDE = 2048
+"""Values above which maps and tokens are reduced to their strongest components."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,23 @@ def vectors(z: Tensor, names: tuple[str, ...]) -> list[Preparation]:
     Returns:
         For vectors one preparation a name; for maps two, of all values and of the moments.
     """
-    makers = {"raw": _raw, "standardized": standardize, "whitened": whiten, "ranked": rank}
+    makers: dict[str, Callable[[Tensor], Transform]] = {
+        "raw": _raw,
+        "standardized": standardize,
+        "whitened": lambda x: whiten(x, MOST),
+        "whitened fully": whiten,
+        "ranked": rank,
+    }
     views: list[tuple[str, Transform]] = [("", _flat)]
     if z.ndim > 2:
         views = [("", _reduced(z)), ("moments, ", _moments)]
     found = []
     for label, view in views:
         seen = view(z)
-        found += [Preparation(label + name, _then(view, makers[name](seen))) for name in names]
+        for name in names:
+            if name == "whitened fully" and seen.shape[1] <= MOST:
+                continue  # "whitened" has all components already
+            found.append(Preparation(label + name, _then(view, makers[name](seen))))
     return found
 
 
@@ -73,8 +84,7 @@ def standardize(z: Tensor) -> Transform:
         torch.Size([2, 1])
     """
     mean, deviation = z.double().mean(0), z.double().std(0, correction=0)
-    kept = deviation > TOLERANCE * deviation.max().clamp_min(1e-300) * 1e-3
-    kept &= deviation > 1e-12 * (1 + mean.abs())
+    kept = _varies(z)
 
     def apply(x: Tensor) -> Tensor:
         return ((x.double() - mean)[:, kept] / deviation[kept]).float()
@@ -82,8 +92,12 @@ def standardize(z: Tensor) -> Transform:
     return apply
 
 
-def whiten(z: Tensor) -> Transform:
+def whiten(z: Tensor, most: int | None = None) -> Transform:
     """Fit principal components, each with deviation 1: small directions count like large ones.
+
+    Args:
+        z: (N, D).
+        most: components to keep, the strongest; None for all.
 
     Example:
         >>> z = torch.randn(100, 2) * torch.tensor([1.0, 1e-4])
@@ -95,12 +109,13 @@ def whiten(z: Tensor) -> Transform:
     covariance = centred.T @ centred / max(len(z) - 1, 1)
     # Scaled to equal deviations first, so that the tolerance is about directions, not units.
     deviation = covariance.diagonal().clamp_min(0).sqrt()
-    kept = deviation > 1e-12 * (1 + mean.abs())
+    kept = _varies(z)
     scale = 1 / deviation[kept]
     if not kept.any():
         return lambda x: x.new_empty(len(x), 0)
     values, directions = torch.linalg.eigh(covariance[kept][:, kept] * scale[:, None] * scale)
-    strong = (values > TOLERANCE**2 * values.max().clamp_min(1e-300)).nonzero().flatten()[-MOST:]
+    strong = (values > TOLERANCE**2 * values.max().clamp_min(1e-300)).nonzero().flatten()
+    strong = strong if most is None else strong[-most:]
     turn = directions[:, strong] / values[strong].sqrt()
 
     def apply(x: Tensor) -> Tensor:
@@ -131,6 +146,12 @@ def rank(z: Tensor) -> Transform:
     return apply
 
 
+def _varies(z: Tensor) -> Tensor:
+    """Return which dimensions are not constant, whatever their scale."""
+    spread = z.double().std(0, correction=0)
+    return (z.amax(0) > z.amin(0)) & (spread > 1e-9 * z.double().mean(0).abs())
+
+
 def _raw(z: Tensor) -> Transform:
     return lambda x: x.float()
 
@@ -149,7 +170,7 @@ def _moments(z: Tensor) -> Tensor:
 def _reduced(z: Tensor) -> Transform:
     """Flatten; to principal components, of standardized values, if there are very many."""
     flat = z.flatten(1)
-    if flat.shape[1] <= 4 * MOST:
+    if flat.shape[1] <= WIDE:
         return _flat
     scale = standardize(flat)
     seen = scale(flat)

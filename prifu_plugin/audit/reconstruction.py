@@ -220,7 +220,8 @@ def _search(
             images = raw.sigmoid()
             distance = ((edge(images) - target) / deviation).square().mean()
             rough = images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()
-            (distance + 0.5 * rough).backward()
+            # Not backward(), which would leave gradients on the edge's parameters.
+            (raw.grad,) = torch.autograd.grad(distance + 0.5 * rough, raw)
             optimizer.step()
     return raw.detach().sigmoid()
 

@@ -23,8 +23,8 @@ def markdown(reports: Sequence[AuditReport]) -> str:
             f"{report.upload.bytes} bytes a sample, {report.upload.constant} of "
             f"{report.upload.values} values constant, rank {report.upload.rank}",
             "",
-            "| attribute | read | floor | plain | leak | verdict | strongest attacker |",
-            "|---|---|---|---|---|---|---|",
+            "| attribute | read | floor | AUC | plain | leak | verdict | strongest attacker |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for row in report.attributes:
             plain = row.ceilings.get("plain")
@@ -32,6 +32,7 @@ def markdown(reports: Sequence[AuditReport]) -> str:
                 row.name,
                 str(row.accuracy),
                 f"{row.floor:.3f}",
+                str(row.auc),
                 "" if plain is None else f"{plain:.3f}",
                 str(row.leak or ""),
                 "; ".join([verdict(row), *row.marks]),
@@ -84,7 +85,7 @@ def verdict(row: AttributeResult) -> str:
     """Say in words what a row shows."""
     if row.accuracy.low != row.accuracy.low:
         return "too few items to say"
-    if row.accuracy.low > row.floor:
+    if row.gain.low > 0 or row.auc.low > row.task_auc + 0.01:
         return "leaks: read above the floor"
     if row.marks:
         return "no evidence either way"

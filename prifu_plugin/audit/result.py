@@ -24,7 +24,9 @@ class AttributeResult:
         accuracy: of the strongest attacker, mean over attack seeds, with its interval.
         seeds: accuracy of each attack seed.
         balanced: balanced accuracy of the first seed.
-        auc: of the first seed.
+        auc: of the first seed, with its interval.
+        task_auc: of the task's own answer, what an AUC must exceed.
+        gain: accuracy minus that of the better floor, image by image, with its interval.
         bits: learned of the attribute, first seed.
         majority: accuracy of the most frequent class, a floor.
         task_only: accuracy of the best guess from the task's own answer, a floor.
@@ -36,7 +38,8 @@ class AttributeResult:
         half_data: its accuracy with half of the training data: far below accuracy means that more
             data would read more.
         permuted: its accuracy when it is trained on permuted labels.
-        repeated: accuracy on the mean of 16 queries, None if the edge is deterministic.
+        repeated: accuracy on the mean of 16 queries, None if neither edge nor channel draws noise;
+            if it is the stronger attack by validation data, it is the one reported.
         marks: what makes this row no evidence, or limits it.
         right: how often the attack is right, by test item, (N,); not written out.
     """
@@ -46,7 +49,9 @@ class AttributeResult:
     accuracy: Interval
     seeds: tuple[float, ...]
     balanced: float
-    auc: float
+    auc: Interval
+    task_auc: float
+    gain: Interval
     bits: float
     majority: float
     task_only: float
@@ -184,8 +189,10 @@ def _interval(data: dict[str, Any] | None) -> Interval | None:
 
 
 def _attribute(data: dict[str, Any]) -> AttributeResult:
-    fields = {**data, "accuracy": _interval(data["accuracy"]), "leak": _interval(data["leak"])}
-    for name in ("auc", "bits", "balanced", "half_data", "permuted"):
+    fields = dict(data)
+    for name in ("accuracy", "leak", "auc", "gain"):
+        fields[name] = _interval(data[name])
+    for name in ("task_auc", "bits", "balanced", "half_data", "permuted"):
         fields[name] = float("nan") if fields[name] is None else fields[name]
     fields["seeds"], fields["marks"] = tuple(data["seeds"]), tuple(data["marks"])
     return AttributeResult(**fields)

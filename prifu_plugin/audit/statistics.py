@@ -43,13 +43,13 @@ class Metrics:
     Attributes:
         accuracy: with its interval.
         balanced: mean recall over the classes.
-        auc: area under the ROC curve, mean over one class against the rest.
+        auc: area under the ROC curve, mean over one class against the rest, with its interval.
         bits: H(S) - CE(S | z), what the attacker learned of the class; may be below 0.
     """
 
     accuracy: Interval
     balanced: float
-    auc: float
+    auc: Interval
     bits: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,32 +68,35 @@ def metrics(scores: Tensor, labels: Tensor, seed: int = 0) -> Metrics:
     Example:
         >>> perfect = torch.eye(2).repeat(50, 1).add(1e-9).log()
         >>> found = metrics(perfect, torch.arange(100) % 2)
-        >>> found.accuracy.value, found.auc, round(found.bits, 6)
+        >>> found.accuracy.value, found.auc.value, round(found.bits, 6)
         (1.0, 1.0, 1.0)
     """
     right = (scores.argmax(1) == labels).double()
     return Metrics(
         bootstrap(lambda index: float(right[index].mean()), len(labels), seed),
         _balanced(right, labels),
-        _auc(scores, labels),
+        bootstrap(lambda index: area(scores[index], labels[index]), len(labels), seed, 200),
         _bits(scores, labels),
     )
 
 
-def bootstrap(statistic: Callable[[Tensor], float], count: int, seed: int = 0) -> Interval:
+def bootstrap(
+    statistic: Callable[[Tensor], float], count: int, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
     """Return a statistic of all items and the 2.5 and 97.5 percentiles over resamples.
 
     Args:
         statistic: indices of items -> number.
         count: of items.
         seed: of the resampling.
+        resamples: how many.
     """
     value = statistic(torch.arange(count))
     if count < FEWEST:
         return Interval(value, float("nan"), float("nan"))
     generator = torch.Generator().manual_seed(seed)
     draws = [
-        statistic(torch.randint(count, (count,), generator=generator)) for _ in range(RESAMPLES)
+        statistic(torch.randint(count, (count,), generator=generator)) for _ in range(resamples)
     ]
     low, high = torch.tensor(draws, dtype=torch.float64).quantile(
         torch.tensor([0.025, 0.975]).double()
@@ -113,13 +116,14 @@ def leak(attacked: Tensor, plain: Tensor, floor: Tensor, seed: int = 0) -> Inter
     Returns:
         None where the undefended model is not clearly above the floor: there is nothing to share.
     """
-    if float((plain - floor).mean()) < 0.02:
+    above = plain - floor
+    if not bootstrap(lambda index: float(above[index].mean()), len(plain), seed).low > 0:
         return None
 
     def share(index: Tensor) -> float:
-        base = float(floor[index].mean())
-        span = float(plain[index].mean()) - base
-        return (float(attacked[index].mean()) - base) / span if span > 0 else float("nan")
+        gained = float((attacked - floor)[index].mean())
+        # Where a resample has nothing to share, the interval must become wide, not vanish.
+        return gained / max(float(above[index].mean()), 1e-9)
 
     return bootstrap(share, len(attacked), seed)
 
@@ -148,6 +152,14 @@ def task_guess(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Ten
     return (table.argmax(1)[test[0]] == test[1]).double()
 
 
+def task_scores(train: tuple[Tensor, Tensor], answers: Tensor) -> Tensor:
+    """Return log-probabilities of the private classes given the task's answer alone, (N, K)."""
+    answer, private = train
+    table = torch.full((int(max(answer.max(), answers.max())) + 1, int(private.max()) + 1), 1e-3)
+    table.index_put_((answer, private), torch.ones(len(answer)), accumulate=True)
+    return (table / table.sum(1, keepdim=True)).log()[answers]
+
+
 def half_width(share: float, count: int) -> float:
     """Return half of the 95 % interval of a share, by the normal approximation."""
     return 1.96 * math.sqrt(max(share * (1 - share), 1 / count) / count)
@@ -157,7 +169,8 @@ def _balanced(right: Tensor, labels: Tensor) -> float:
     return float(torch.stack([right[labels == c].mean() for c in labels.unique()]).mean())
 
 
-def _auc(scores: Tensor, labels: Tensor) -> float:
+def area(scores: Tensor, labels: Tensor) -> float:
+    """Return the area under the ROC curve, mean over one class against the rest."""
     found = []
     for c in labels.unique().tolist():
         mine = labels == c

@@ -42,6 +42,8 @@ def load_celeba(
     if part not in PARTS:
         raise ConfigError(f"part='{part}': choose one of {', '.join(PARTS)}.")
     lines = _lines(folder / "list_attr_celeba.txt")
+    if len(lines) < 3 or not lines[0].strip().isdigit():
+        raise ConfigError(f"{folder / 'list_attr_celeba.txt'} is cut off or not the official file.")
     names, rows = lines[1].split(), [line.split() for line in lines[2:] if line.strip()]
     unknown = [name for name in attributes if name not in names]
     if unknown:

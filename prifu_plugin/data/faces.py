@@ -108,21 +108,35 @@ def _labels(
         name: torch.randint(classes, (count,), generator=generator)
         for name, classes in ATTRIBUTES.items()
     }
-    followed: set[str] = set()
+    for name, other in _in_order(correlations):
+        same = torch.rand(count, generator=generator) < (1 + correlations[name, other]) / 2
+        found[name] = torch.where(same, found[other], 1 - found[other])
+    return found
+
+
+def _in_order(correlations: dict[tuple[str, str], float]) -> list[tuple[str, str]]:
+    """Check correlations, and order them so that what is followed is drawn before its followers."""
+    followed = dict(correlations.keys())
     for (name, other), correlation in correlations.items():
         for one in (name, other):
             if ATTRIBUTES.get(one) != 2:
                 two = [a for a, classes in ATTRIBUTES.items() if classes == 2]
                 raise ConfigError(f"'{one}' has not two classes; choose among {', '.join(two)}.")
-        if not -1 <= correlation <= 1 or name in followed or name == other:
+        if not -1 <= correlation <= 1 or followed[name] != other or name == other:
             raise ConfigError(
                 f"The correlation {correlation} of '{name}' with '{other}': it must be in [-1, 1], "
                 "and an attribute can follow one other only."
             )
-        followed.add(name)
-        same = torch.rand(count, generator=generator) < (1 + correlation) / 2
-        found[name] = torch.where(same, found[other], 1 - found[other])
-    return found
+
+    def depth(name: str) -> int:
+        steps = 0
+        while name in followed:
+            name, steps = followed[name], steps + 1
+            if steps > len(followed):
+                raise ConfigError(f"The correlations go round in a circle at '{name}'.")
+        return steps
+
+    return sorted(correlations, key=lambda pair: depth(pair[0]))
 
 
 class _Canvas:

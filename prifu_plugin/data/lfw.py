@@ -46,7 +46,9 @@ def load_lfw(
             "(LFW attributes), and the images from the mirrors of LFW."
         )
     lines = file.read_text().splitlines()
-    header = next(line for line in lines if line.startswith("#\tperson"))
+    header = next((line for line in lines if line.startswith("#\tperson")), "")
+    if not header:
+        raise ConfigError(f"{file} has no line '#\tperson\t...': it is not the official file.")
     names = header.split("\t")[1:]
     unknown = [name for name in attributes if name not in names]
     if unknown:

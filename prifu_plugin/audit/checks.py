@@ -1,0 +1,50 @@
+"""What must hold before an audit begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from prifu_plugin.audit.data import AuditData, check_disjoint, check_labels
+from prifu_plugin.audit.result import AuditReport
+from prifu_plugin.errors import ConfigError, OrderError
+
+
+def check(
+    edge: nn.Module,
+    train: AuditData,
+    test: AuditData,
+    task: str,
+    attributes: list[str],
+    others: Mapping[str, nn.Module | AuditReport | None],
+) -> None:
+    """Raise for modules in train mode, and for labels or images that do not fit."""
+    strange = [key for key in others if key not in ("plain", "untrained", "input", "cloud")]
+    if strange:
+        raise ConfigError(f"The reference '{strange[0]}' is not 'plain', 'untrained' or 'input'.")
+    for label, module in {"edge": edge, **others}.items():
+        if isinstance(module, nn.Module) and any(part.training for part in module.modules()):
+            raise OrderError(
+                f"The module given as '{label}' is in train mode: what it computes in use is "
+                "something else. Call its eval() first."
+            )
+    for data, where in ((train, "train"), (test, "test")):
+        check_labels(data, [task, *attributes], where)
+        if len(data) < 20:
+            raise ConfigError(f"{where} has {len(data)} images: an audit needs hundreds.")
+    check_disjoint(train, test)
+    for label in attributes:
+        if len(train.labels[label].unique()) < 2:
+            raise ConfigError(f"Attribute '{label}' has one class only in train: nothing to infer.")
+
+
+def check_images(*parts: Tensor) -> None:
+    """Raise ConfigError unless inputs are images in [0, 1], as reconstruction wants them."""
+    for images in parts:
+        if images.ndim != 4 or float(images.min()) < 0 or float(images.max()) > 1:
+            raise ConfigError(
+                f"Inputs of shape {tuple(images.shape[1:])} reach from {float(images.min()):.2f} "
+                f"to {float(images.max()):.2f}: reconstruction wants images (N, C, H, W) with "
+                "values in [0, 1]. Let the edge normalize, or pass reconstruct=False."
+            )

@@ -1,0 +1,78 @@
+"""What keeps a row of an audit from being evidence: controls, the sanity triple, convergence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prifu_plugin.audit.inference import Inference, Prepared, infer
+from prifu_plugin.audit.statistics import FEWEST, Interval, half_width, majority_guess
+
+
+def marks_of(
+    accuracy: Interval,
+    floor: Tensor,
+    ceilings: dict[str, float],
+    permuted: float,
+    half: float,
+    converged: bool,
+    count: int,
+) -> tuple[str, ...]:
+    """Name what keeps a row from being evidence: the sanity triple, convergence, size."""
+    margin = half_width(accuracy.value, count)
+    base = float(floor.mean())
+    marks = []
+    if count < FEWEST:
+        marks.append(f"only {count} test items: no interval")
+    plain = ceilings.get("plain")
+    if plain is not None and plain < base + half_width(plain, count):
+        marks.append("the suite reads nothing from the plain model either")
+    elif all(
+        value < base + half_width(value, count) for value in [accuracy.value, *ceilings.values()]
+    ):
+        marks.append("the suite reads it from nothing, not even from the images")
+    if permuted > base + half_width(0.5, count) + 0.02:
+        marks.append("trained on permuted labels it is above the floor: something is wrong")
+    strongest = max([accuracy.value, *(v for k, v in ceilings.items() if k != "input")])
+    if ceilings.get("input", 1.0) < strongest - 2 * margin - 0.02:
+        marks.append("the input gives away less than uploads: the suite is too weak for images")
+    if not converged:
+        marks.append("the winner was still learning: train longer")
+    if accuracy.value - half > 2 * margin + 0.03:
+        marks.append("half of the data reads clearly less: more data would read more")
+    return tuple(marks)
+
+
+def controls(
+    prepared: Prepared, labels: tuple[Tensor, ...], classes: int, seed: int, winner: str
+) -> tuple[float, float]:
+    """Return the winner's accuracy with half of the training data, and with permuted labels."""
+    train, validation, truth = labels
+    size = len(train) // 2
+    halved = Prepared(prepared.suite, tuple((p, x[:size], v, t) for p, x, v, t in prepared.parts))
+    half = infer(halved, (train[:size], validation, truth), classes, seed, winner)
+    return float(right_share([half], truth).mean()), _permuted(prepared, labels, classes, seed)
+
+
+def _permuted(prepared: Prepared, labels: tuple[Tensor, ...], classes: int, seed: int) -> float:
+    """Return the mean accuracy of least squares over ten permutations of the training labels."""
+    train, validation, truth = labels
+    flat = [part for part in prepared.parts if not part[0].spatial]
+    if not flat:
+        return float(majority_guess(train, truth).mean())
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(10):
+        mixed = train[torch.randperm(len(train), generator=generator)]
+        others = validation[torch.randperm(len(validation), generator=generator)]
+        only = f"{flat[0][0].name} ridge"
+        control = infer(
+            Prepared(prepared.suite, (flat[0],)), (mixed, others, truth), classes, 0, only
+        )
+        found.append(float(right_share([control], truth).mean()))
+    return sum(found) / len(found)
+
+
+def right_share(found: list[Inference], truth: Tensor) -> Tensor:
+    """Return how often the attack is right, by test item, mean over seeds."""
+    return torch.stack([(one.scores.argmax(1) == truth).double() for one in found]).mean(0)
