@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prifu_plugin.figures import new_figure
 from prifu_plugin.relevance import LayerRelevance, Relevance
 
 
@@ -24,7 +25,7 @@ def plot_ranks(layer: LayerRelevance, axes: Any = None) -> tuple[Any, Any]:
     Raises:
         ImportError: if matplotlib is missing.
     """
-    axes = axes or _figure(7, 3).subplots()
+    axes = axes or new_figure(7, 3).subplots()
     order = layer.avgri.argsort(descending=True)
     places = range(len(order))
     axes.bar(places, _relative(layer.avgri)[order].tolist(), color="#d8dee9", label="AvgRI")
@@ -54,7 +55,7 @@ def plot_inputs(
     Raises:
         ImportError: if matplotlib is missing.
     """
-    axes = axes or _figure(4, 3).subplots()
+    axes = axes or new_figure(4, 3).subplots()
     places = list(range(len(found.inputs)))
     axes.bar(places, found.inputs.tolist(), color="#2e6f95")
     axes.set_xticks(places, list(names or map(str, places)))
@@ -75,7 +76,7 @@ def plot_influence(images: Tensor, maps: Tensor) -> tuple[Any, Any]:
     Raises:
         ImportError: if matplotlib is missing.
     """
-    grid = _figure(1.6 * len(images), 3.4).subplots(2, len(images), squeeze=False)
+    grid = new_figure(1.6 * len(images), 3.4).subplots(2, len(images), squeeze=False)
     for column, (image, influence) in enumerate(zip(images, maps, strict=True)):
         grid[0, column].imshow(image.permute(1, 2, 0).clamp(0, 1).cpu().numpy())
         grid[1, column].imshow(_relative(influence.sum(0)).cpu().numpy(), cmap="magma")
@@ -86,11 +87,3 @@ def plot_influence(images: Tensor, maps: Tensor) -> tuple[Any, Any]:
 
 def _relative(values: Tensor) -> Tensor:
     return values / values.max().clamp_min(torch.finfo(values.dtype).tiny)
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained")

@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 
 from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
 from prifu_plugin.graph.capture import Captured, capture
-from prifu_plugin.graph.state import input_shapes
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.inputs import Inputs, takes
@@ -99,7 +98,7 @@ def split(
         >>> torch.equal(cloud(edge(x)), net(x))
         True
     """
-    inputs = _inputs(model, example_inputs)
+    inputs = Inputs.for_model(model, example_inputs)
     with undisturbed(model, keep="_tensor_constant"):
         captured = capture(model.eval(), len(inputs.shapes))
         _record(captured, model, inputs)
@@ -142,22 +141,11 @@ def cut_points(model: nn.Module, example_inputs: Any = None) -> list[str]:
         >>> cut_points(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8))
         ['_0']
     """
-    inputs = _inputs(model, example_inputs)
+    inputs = Inputs.for_model(model, example_inputs)
     with undisturbed(model, keep="_tensor_constant"):
         captured = capture(model.eval(), len(inputs.shapes))
         _record(captured, model, inputs)
     return _points(captured.graph)
-
-
-def _inputs(model: nn.Module, example_inputs: Any) -> Inputs:
-    if example_inputs is not None:
-        return Inputs.of(example_inputs)
-    shapes = input_shapes(model)
-    if shapes is None:
-        raise ConfigError(
-            f"The input shape of {type(model).__name__} is unknown: pass example_inputs= a batch."
-        )
-    return Inputs.floats(shapes)
 
 
 def _record(captured: Captured, model: nn.Module, inputs: Inputs) -> None:

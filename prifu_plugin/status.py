@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prifu_plugin.figures import new_figure
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
 
@@ -97,13 +98,8 @@ class MaskHistory:
         Raises:
             ImportError: if matplotlib is missing.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Pictures need matplotlib: pip install matplotlib") from error
         if axes is None:
-            height = 1.2 + 0.18 * len(self._last)
-            axes = Figure(figsize=(8, height), layout="constrained").subplots()
+            axes = new_figure(8, 1.2 + 0.18 * len(self._last)).subplots()
         paths = list(self._last)
         shares = [[float(m[path].double().mean()) for m in self.masks] for path in paths]
         image = axes.imshow(shares, aspect="auto", vmin=0, vmax=1, cmap="viridis")

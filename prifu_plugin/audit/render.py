@@ -11,6 +11,7 @@ from typing import Any
 
 from prifu_plugin.audit.result import AttributeResult, AuditReport
 from prifu_plugin.errors import ConfigError
+from prifu_plugin.figures import new_figure
 
 
 def markdown(reports: Sequence[AuditReport]) -> str:
@@ -93,7 +94,9 @@ def verdict(row: AttributeResult) -> str:
 
 
 def _bars(reports: Sequence[AuditReport]) -> Any:
-    figure = _figure(9, 0.6 + 0.34 * sum(len(r.attributes) for r in reports) + 0.3 * len(reports))
+    figure = new_figure(
+        9, 0.6 + 0.34 * sum(len(r.attributes) for r in reports) + 0.3 * len(reports)
+    )
     axes = figure.subplots()
     places, labels, at = [], [], 0.0
     for report in reports:
@@ -123,7 +126,7 @@ def _bubbles(reports: Sequence[AuditReport]) -> Any:
     shown = [(report, leaks) for report, leaks in shown if leaks]
     if len(shown) < 2:
         return None
-    figure = _figure(7, 4)
+    figure = new_figure(7, 4)
     axes = figure.subplots()
     largest = max(report.upload.bytes for report, _ in shown)
     for report, leaks in shown:
@@ -144,7 +147,7 @@ def _gallery(report: AuditReport) -> Any:
     if found is None or found.images.ndim != 5 or found.images.shape[2] not in (1, 3):
         return None
     rows = found.images
-    figure = _figure(1.1 * rows.shape[1], 2.3)
+    figure = new_figure(1.1 * rows.shape[1], 2.3)
     grid = figure.subplots(2, rows.shape[1], squeeze=False)
     for row, images in zip(grid, rows, strict=True):
         for axes, image in zip(row, images, strict=True):
@@ -155,14 +158,6 @@ def _gallery(report: AuditReport) -> Any:
 
 
 _COLOURS = {"bar": "#9db9cf"}
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _picture(figure: Any, kind: str = "svg") -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prifu_plugin.errors import ConfigError
+from prifu_plugin.graph.state import input_shapes
 
 FLOAT = "float"
 """Kind of an input in the model's own floating-point type."""
@@ -50,6 +51,23 @@ class Inputs:
             tuple(_kind(x) for x in listed),
             tuple(1 if x.is_floating_point() else int(x.max()) + 1 for x in listed),
         )
+
+    @classmethod
+    def for_model(cls, model: nn.Module, examples: Any = None) -> Inputs:
+        """Describe example inputs; without any, those of the last forward pass or of timm.
+
+        Raises:
+            ConfigError: if neither is known.
+        """
+        if examples is not None:
+            return cls.of(examples)
+        shapes = input_shapes(model)
+        if shapes is None:
+            raise ConfigError(
+                f"The input shape of {type(model).__name__} is unknown: pass example_inputs= a "
+                "batch, or run the wrapped model once before."
+            )
+        return cls.floats(shapes)
 
     @classmethod
     def floats(cls, shapes: Sequence[tuple[int, ...]]) -> Inputs:

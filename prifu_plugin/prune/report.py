@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from prifu_plugin.figures import new_figure
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.inputs import Inputs, takes
 from prifu_plugin.prune.plan import Plan
@@ -109,12 +110,8 @@ class PruneReport:
         Raises:
             ImportError: if matplotlib is missing.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot needs matplotlib: pip install matplotlib") from error
         if axes is None:
-            axes = Figure(figsize=(9, 3.5), layout="constrained").subplots()
+            axes = new_figure(9, 3.5).subplots()
         layers = [fate for fate in self.layers if fate.type in ("Linear", "Conv1d", "Conv2d")]
         places = list(range(len(layers)))
         kept = [fate.channels - fate.removed for fate in layers]

@@ -21,7 +21,7 @@ from prifu_plugin.errors import (
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.insert import apply_recipe, filters
-from prifu_plugin.graph.state import copied, input_shapes, wrap_state
+from prifu_plugin.graph.state import copied, wrap_state
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.inputs import Inputs, refusal, takes
 from prifu_plugin.prune.lower import lower, plain_layers
@@ -84,7 +84,7 @@ def prune(
         raise ConfigError(f"round_to={round_to} is not a positive number of channels.")
     for unit in filters(model).values():
         unit.check_finite()
-    inputs = _inputs(model, example_inputs)
+    inputs = Inputs.for_model(model, example_inputs)
     device = next(model.parameters()).device
     with torch.inference_mode(False):
         filtered = plain_layers(copied(model).cpu().eval())
@@ -196,18 +196,6 @@ def _explained(model: nn.Module) -> Iterator[None]:
             f"prune cannot analyse this {type(model).__name__} ({type(error).__name__}: {error}), "
             "and leaves it as it is. Please report the model."
         ) from error
-
-
-def _inputs(model: nn.Module, example_inputs: Any) -> Inputs:
-    if example_inputs is not None:
-        return Inputs.of(example_inputs)
-    shapes = input_shapes(model)
-    if shapes is None:
-        raise ConfigError(
-            f"The input shape of {type(model).__name__} is unknown: pass example_inputs= a "
-            "batch, or run the model once before prune."
-        )
-    return Inputs.floats(shapes)
 
 
 def _runs(filtered: nn.Module, inputs: Inputs) -> tuple[Inputs, ...]:
