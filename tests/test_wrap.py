@@ -372,9 +372,10 @@ def test_a_model_without_norms_is_refused():
 
 def test_the_public_surface():
     assert sorted(prifu.__all__) == prifu.__all__ == [
-        "CutFilter", "FilterConfig", "Plan", "PriFU", "PruneReport", "Site", "Summary",
-        "dose_to_beta", "filters", "plan", "prune", "rebuild", "report", "sites", "summary",
-        "unwrap", "wrap",
+        "AuditData", "AuditReport", "CutFilter", "FilterConfig", "Plan", "PriFU", "PruneReport",
+        "Relevance", "Site", "Split", "Summary", "Threshold", "audit", "cut_points",
+        "dose_to_beta", "filters", "fit_alpha", "influence", "plan", "prune", "rebuild",
+        "relevance", "report", "sites", "split", "status", "summary", "sweep", "unwrap", "wrap",
     ]  # fmt: skip
     assert all(getattr(prifu, name).__doc__ for name in prifu.__all__)
 

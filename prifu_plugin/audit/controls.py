@@ -60,15 +60,14 @@ def _permuted(prepared: Prepared, labels: tuple[Tensor, ...], classes: int, seed
     flat = [part for part in prepared.parts if not part[0].spatial]
     if not flat:
         return float(majority_guess(train, truth).mean())
+    narrow = min(flat, key=lambda part: part[1].shape[1])
+    uploads, only = Prepared(prepared.suite, (narrow,)), f"{narrow[0].name} ridge"
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(10):
         mixed = train[torch.randperm(len(train), generator=generator)]
         others = validation[torch.randperm(len(validation), generator=generator)]
-        only = f"{flat[0][0].name} ridge"
-        control = infer(
-            Prepared(prepared.suite, (flat[0],)), (mixed, others, truth), classes, 0, only
-        )
+        control = infer(uploads, (mixed, others, truth), classes, 0, only)
         found.append(float(right_share([control], truth).mean()))
     return sum(found) / len(found)
 

@@ -24,6 +24,9 @@ Attacker = Callable[[Sample, int], Fitted]
 Part = tuple[Tensor, Tensor]
 """Uploads (N, ...) and private labels (N,)."""
 
+_MANY = 512
+"""Values above which logistic regression and trees cost minutes and gain nothing over the rest."""
+
 SUITES = ("standard", "quick")
 
 
@@ -109,7 +112,7 @@ def infer(
     best: tuple[float, str, Fitted, Tensor] | None = None
     for preparation, x, x_validation, x_test in uploads.parts:
         sample = Sample(x, train, x_validation, validation, classes)
-        for attacker in _attackers(preparation, uploads.suite):
+        for attacker in _attackers(preparation, uploads.suite, x.shape[1]):
             name = f"{preparation.name} {attacker.__name__}"
             if only not in (None, name):
                 continue
@@ -129,11 +132,13 @@ def _names(z: Tensor, suite: str) -> tuple[str, ...]:
     return ("raw", *known, "ranked") if z.ndim == 2 else known
 
 
-def _attackers(preparation: Preparation, suite: str) -> list[Attacker]:
+def _attackers(preparation: Preparation, suite: str, width: int) -> list[Attacker]:
     if preparation.spatial:
         return [convnet]
     if suite == "quick":
         return [ridge, mlp]
+    if width > _MANY:
+        return [ridge, mlp, neighbours]
     if preparation.name.endswith("standardized"):
         return [ridge, logistic, mlp, neighbours, boosting]
     if "whitened" in preparation.name:
