@@ -5,7 +5,7 @@ everywhere), and as recommended (one filter more on the upload, trained noise, 4
 Each is cut at two places and attacked; one HTML page shows what was read, beside floors and
 ceilings.
 
-    python examples/audit.py    # about ten minutes on two cores; with --smoke, under one
+    python examples/audit.py    # tens of minutes on two cores; with --smoke, one or two
 """
 
 import argparse
