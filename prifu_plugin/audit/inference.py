@@ -25,7 +25,7 @@ Part = tuple[Tensor, Tensor]
 """Uploads (N, ...) and private labels (N,)."""
 
 _MANY = 512
-"""Values above which logistic regression and trees cost minutes and gain nothing over the rest."""
+"""Values above which logistic regression and trees are left out, since they cost minutes."""
 
 SUITES = ("standard", "quick")
 
