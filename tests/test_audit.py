@@ -109,7 +109,7 @@ def test_fresh_noise_is_averaged_away():
     row = rows(report)["private"]
     assert row.repeated > 0.85
     assert row.accuracy.value == row.repeated
-    assert row.winner.startswith("mean of 16 queries")
+    assert row.winner.startswith("mean of repeated queries")
 
 
 def test_an_attribute_that_is_the_task():
@@ -167,7 +167,7 @@ def test_keyed_noise_is_asked_again():
     row = rows(run(Edge(), channel=keyed))["private"]
     assert row.repeated > 0.9
     assert row.accuracy.value == row.repeated
-    assert row.winner.startswith("mean of 16 queries")
+    assert row.winner.startswith("mean of repeated queries")
 
 
 def test_nothing_of_the_users_is_changed():

@@ -54,3 +54,18 @@ def test_task_floor_knows_what_the_prediction_gives_away():
     assert task_floor((odd, digit), (odd, digit)) == pytest.approx(4 / 6)
     unseen = torch.tensor([2, 0]), torch.tensor([1, 2])
     assert task_floor((odd, digit), unseen) == 1.0
+
+
+def test_textures_are_drawn_independently_and_copies_repeat_the_digit():
+    digits = load_digits(seed=1, textured=True, copies=2)
+    assert digits.images.shape == (10000, 3, 28, 28)
+    assert torch.equal(digits.digit[:5000], digits.digit[5000:])
+    assert not torch.equal(digits.colour[:5000], digits.colour[5000:])
+    assert 0 <= digits.images.min() <= digits.images.max() <= 1
+    for other in (digits.digit, digits.colour):
+        shares = torch.stack([(digits.texture[other == d] == 0).float().mean() for d in range(4)])
+        assert ((shares - 0.25).abs() < 0.05).all()
+    border = digits.images[:, :, :2].mean(1)  # no ink there: waves run along or across
+    along = border.diff(dim=2).abs().mean((1, 2))
+    assert along[digits.texture == 2].mean() < 0.2 * along[digits.texture == 0].mean()
+    assert (load_digits(seed=1).texture == 0).all()

@@ -157,7 +157,7 @@ def _decode(
     x, x_test = prepare(z), prepare(z_test)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        net = _decoder(x.shape[1:], tuple(images.shape[1:]))
+        net = decoder(x.shape[1:], tuple(images.shape[1:]))
         size = min(64, len(x))
         optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
@@ -172,8 +172,13 @@ def _decode(
         return torch.cat([net(part) for part in x_test.split(250)])
 
 
-def _decoder(shape: torch.Size, image: tuple[int, ...]) -> nn.Module:
-    """Build a decoder that doubles a 7 x 7 or given map until it covers the image."""
+def decoder(shape: torch.Size, image: tuple[int, ...]) -> nn.Module:
+    """Build a decoder that doubles a map, the given one or an eighth of the image, to its size.
+
+    Args:
+        shape: of one upload, (C,) or (C, H, W).
+        image: of one image, (C, H, W); what is decoded is in [0, 1].
+    """
     channels, height, width = image
     start = shape[1:] if len(shape) == 3 else (-(-height // 8), -(-width // 8))
     width_in = shape[0] if len(shape) == 3 else 64

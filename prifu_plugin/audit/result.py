@@ -22,7 +22,7 @@ class AttributeResult:
         name: of the attribute.
         classes: how many there are.
         accuracy: of the strongest attacker, mean over attack seeds, with its interval.
-        seeds: accuracy of each attack seed.
+        seeds: accuracy of the winner with each attack seed; the first chose it.
         balanced: balanced accuracy of the first seed.
         auc: of the first seed, with its interval.
         task_auc: of the task's own answer, what an AUC must exceed.
@@ -38,10 +38,12 @@ class AttributeResult:
         half_data: its accuracy with half of the training data: far below accuracy means that more
             data would read more.
         permuted: its accuracy when it is trained on permuted labels.
-        repeated: accuracy on the mean of 16 queries, None if neither edge nor channel draws noise;
-            if it is the stronger attack by validation data, it is the one reported.
+        repeated: accuracy on the mean of repeated queries, None if neither edge nor channel draws
+            noise or nobody asked twice; if it is the stronger attack by validation data, it is the
+            one reported.
         marks: what makes this row no evidence, or limits it.
         right: how often the attack is right, by test item, (N,); not written out.
+        floor_right: whether the floor's guess is right, by test item, (N,); not written out.
     """
 
     name: str
@@ -64,6 +66,7 @@ class AttributeResult:
     repeated: float | None
     marks: tuple[str, ...]
     right: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
+    floor_right: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
 
     @property
     def floor(self) -> float:
@@ -131,7 +134,7 @@ class AuditReport:
         if self.reconstruction is not None:
             data["reconstruction"]["images"] = None
         for row in data["attributes"]:
-            del row["right"]
+            del row["right"], row["floor_right"]
         plain: dict[str, Any] = _without_nan(data)
         return plain
 

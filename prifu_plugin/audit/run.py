@@ -34,9 +34,6 @@ from prifu_plugin.channel import Channel, Noise
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.graph.undisturbed import undisturbed
 
-QUERIES = 16
-"""How often a stochastic edge is asked for the same input by an attacker who averages."""
-
 References = Mapping[str, nn.Module | AuditReport]
 
 
@@ -52,6 +49,7 @@ def audit(
     references: References | None = None,
     suite: str = "standard",
     seeds: int = 2,
+    queries: int = 16,
     reconstruct: bool = True,
     name: str = "edge",
     seed: int = 0,
@@ -76,6 +74,8 @@ def audit(
             any report on the same data may be given as "input" for that.
         suite: "standard" or "quick".
         seeds: of the attacks; their mean is reported.
+        queries: how often an attacker may ask a noisy edge about the same image, to average the
+            answers; 1 for an attacker who sees what one person uploads once.
         reconstruct: also reconstruct images; they must be in [0, 1].
         name: of what is audited, for the report.
         seed: of splits and bootstraps, and the first of the attacks.
@@ -100,8 +100,8 @@ def audit(
     """
     references = references or {}
     check(edge, train, test, task, list(attributes), {**references, "cloud": cloud})
-    if seeds < 1:
-        raise ConfigError(f"seeds={seeds}: an attack needs one at least.")
+    if seeds < 1 or queries < 1:
+        raise ConfigError(f"seeds={seeds}, queries={queries}: an attack needs one at least.")
     if reconstruct:
         check_images(train.images, test.images)
     train, test = integers(train), integers(test)
@@ -112,8 +112,8 @@ def audit(
     noisy = channel is not None and any(isinstance(step, Noise) for step in channel.steps)
     answers = [_answers(cloud, z, part.labels[task]) for z, part in zip(sent, parts, strict=True)]
     prepared = {name: prepare(sent[0], sent[1], sent[2], suite)}
-    if stochastic or noisy:
-        sent_mean = [_mean_of_queries(edge, channel, part.images) for part in parts]
+    if queries > 1 and (stochastic or noisy):
+        sent_mean = [_mean_of_queries(edge, channel, part.images, queries) for part in parts]
         prepared["repeated"] = prepare(sent_mean[0], sent_mean[1], sent_mean[2], suite)
     reports = {k: v for k, v in references.items() if isinstance(v, AuditReport)}
     for label, other in references.items():
@@ -136,8 +136,8 @@ def audit(
         _facts(sent[0], _wire(edge, channel, test.images[:1]), stochastic),
         _reconstruction(edge, channel, sent, parts, answers, suite, seed) if reconstruct else None,
         (len(fitting), len(choosing), len(test)),
-        _settings(suite, seeds, seed, references),
-        _not_tested(reconstruct, suite),
+        {**_settings(suite, seeds, seed, references), "queries": queries},
+        _not_tested(reconstruct, suite, queries),
     )
 
 
@@ -166,7 +166,7 @@ def _attribute(
         again = [attack("repeated", seed + at) for at in range(seeds)]
         repeated = float(right_share(again, truth).mean())
         if max(again[0].validation.values()) > max(found[0].validation.values()):
-            found, prefix, used = again, "mean of 16 queries, ", prepared["repeated"]
+            found, prefix, used = again, "mean of repeated queries, ", prepared["repeated"]
     right = right_share(found, truth)
     others = {
         key.removeprefix("reference "): right_share([attack(key)], truth)
@@ -214,6 +214,7 @@ def _attribute(
         repeated,
         marks,
         right,
+        floor,
     )
 
 
@@ -247,14 +248,16 @@ def _is_stochastic(edge: nn.Module, channel: Channel | None, images: Tensor) -> 
     return not torch.equal(first, second)
 
 
-def _mean_of_queries(edge: nn.Module, channel: Channel | None, images: Tensor) -> Tensor:
+def _mean_of_queries(
+    edge: nn.Module, channel: Channel | None, images: Tensor, queries: int
+) -> Tensor:
     """Ask again and again, each time a little differently: noise drawn once is drawn anew."""
     generator = torch.Generator().manual_seed(0)
     total = _sent(edge, channel, images, "repeated queries")
-    for _ in range(QUERIES - 1):
+    for _ in range(queries - 1):
         varied = images + 1e-3 * torch.randn(images.shape, generator=generator)
         total = total + _sent(edge, channel, varied, "repeated queries")
-    return total / QUERIES
+    return total / queries
 
 
 def _answers(cloud: nn.Module | None, z: Tensor, labels: Tensor) -> Tensor:
@@ -342,8 +345,10 @@ def _settings(suite: str, seeds: int, seed: int, references: References) -> dict
     }
 
 
-def _not_tested(reconstruct: bool, suite: str) -> tuple[str, ...]:
+def _not_tested(reconstruct: bool, suite: str, queries: int) -> tuple[str, ...]:
     found = ["generative priors (GAN, diffusion)", "membership of the training set", "timing"]
+    if queries == 1:
+        found.append("averages over repeated queries of the same image")
     if not reconstruct:
         found.append("reconstruction")
     if suite == "quick":

