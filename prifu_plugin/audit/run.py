@@ -10,26 +10,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import prifu_plugin.audit.reconstruction as decoding
+from prifu_plugin.audit.judge import Evidence, judge
 from prifu_plugin.audit.checks import check, check_images
-from prifu_plugin.audit.controls import controls, marks_of, right_share
-from prifu_plugin.audit.data import (
-    AuditData,
-    integers,
-    split_off,
-    uploads,
-)
-from prifu_plugin.audit.inference import Inference, Prepared, infer, prepare
-from prifu_plugin.audit.result import AttributeResult, AuditReport, UploadFacts
-from prifu_plugin.audit.statistics import (
-    Interval,
-    area,
-    bootstrap,
-    leak,
-    majority_guess,
-    metrics,
-    task_guess,
-    task_scores,
-)
+from prifu_plugin.audit.data import AuditData, integers, split_off, uploads
+from prifu_plugin.audit.inference import prepare
+from prifu_plugin.audit.result import AuditReport, UploadFacts
+from prifu_plugin.audit.statistics import Interval, bootstrap
 from prifu_plugin.channel import Channel, Noise
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.graph.undisturbed import undisturbed
@@ -73,7 +59,8 @@ def audit(
             images themselves are attacked too, unless one of the reports tells what came of it;
             any report on the same data may be given as "input" for that.
         suite: "standard" or "quick".
-        seeds: of the attacks; their mean is reported.
+        seeds: of the attacks: the first chooses the strongest attacker, each of the others trains
+            it anew, and their mean is reported.
         queries: how often an attacker may ask a noisy edge about the same image, to average the
             answers; 1 for an attacker who sees what one person uploads once.
         reconstruct: also reconstruct images; they must be in [0, 1].
@@ -111,7 +98,7 @@ def audit(
     stochastic = _is_stochastic(edge, channel, test.images[:8])
     noisy = channel is not None and any(isinstance(step, Noise) for step in channel.steps)
     answers = [_answers(cloud, z, part.labels[task]) for z, part in zip(sent, parts, strict=True)]
-    prepared = {name: prepare(sent[0], sent[1], sent[2], suite)}
+    prepared = {"sent": prepare(sent[0], sent[1], sent[2], suite)}
     if queries > 1 and (stochastic or noisy):
         sent_mean = [_mean_of_queries(edge, channel, part.images, queries) for part in parts]
         prepared["repeated"] = prepare(sent_mean[0], sent_mean[1], sent_mean[2], suite)
@@ -124,10 +111,8 @@ def audit(
         images = [part.images.float() for part in parts]
         prepared["reference input"] = prepare(images[0], images[1], images[2], suite)
     bar = tqdm(attributes, desc=f"attacking {name}", leave=False, disable=None)
-    rows = [
-        _attribute(label, name, parts, answers, prepared, reports, task, seeds=seeds, seed=seed)
-        for label in bar
-    ]
+    evidence = Evidence(parts, answers, prepared, reports, task, seeds, seed)
+    rows = [judge(label, evidence) for label in bar]
     return AuditReport(
         name,
         task,
@@ -139,99 +124,6 @@ def audit(
         {**_settings(suite, seeds, seed, references), "queries": queries},
         _not_tested(reconstruct, suite, queries),
     )
-
-
-def _attribute(
-    label: str,
-    name: str,
-    parts: tuple[AuditData, ...],
-    answers: list[Tensor],
-    prepared: dict[str, Prepared],
-    reports: dict[str, AuditReport],
-    task: str,
-    *,
-    seeds: int,
-    seed: int,
-) -> AttributeResult:
-    labels = tuple(part.labels[label] for part in parts)
-    classes = int(max(int(y.max()) for y in labels)) + 1
-    truth = labels[2]
-
-    def attack(what: str, at: int = seed) -> Inference:
-        return infer(prepared[what], (labels[0], labels[1], truth), classes, at)
-
-    found = [attack(name, seed + at) for at in range(seeds)]
-    repeated, prefix, used = None, "", prepared[name]
-    if "repeated" in prepared:
-        again = [attack("repeated", seed + at) for at in range(seeds)]
-        repeated = float(right_share(again, truth).mean())
-        if max(again[0].validation.values()) > max(found[0].validation.values()):
-            found, prefix, used = again, "mean of repeated queries, ", prepared["repeated"]
-    right = right_share(found, truth)
-    others = {
-        key.removeprefix("reference "): right_share([attack(key)], truth)
-        for key in prepared
-        if key.startswith("reference ")
-    }
-    others |= _known(reports, label, len(truth))
-    inputs = [
-        r.ceilings["input"]
-        for report in reports.values()
-        for r in report.attributes
-        if r.name == label and "input" in r.ceilings
-    ]
-    learned = torch.cat([labels[0], labels[1]])
-    majority = majority_guess(learned, truth)
-    task_only = task_guess((torch.cat(answers[:2]), learned), (answers[2], truth))
-    floor = majority if float(majority.mean()) > float(task_only.mean()) else task_only
-    half, permuted = controls(used, labels, classes, seed, found[0].winner)
-    first = metrics(found[0].scores, truth, seed)
-    accuracy = bootstrap(lambda index: float(right[index].mean()), len(truth), seed)
-    converged = all(one.converged for one in found)
-    ceilings = {key: float(value.mean()) for key, value in others.items()}
-    ceilings |= {"input": max(inputs)} if inputs else {}
-    marks = marks_of(accuracy, floor, ceilings, permuted, half, converged, len(truth))
-    if _same_partition(parts[2].labels[task], truth):
-        marks = ("it is the task itself", *marks)
-    return AttributeResult(
-        label,
-        classes,
-        accuracy,
-        tuple(float((one.scores.argmax(1) == truth).double().mean()) for one in found),
-        first.balanced,
-        first.auc,
-        area(task_scores((torch.cat(answers[:2]), learned), answers[2]), truth),
-        bootstrap(lambda index: float((right - floor)[index].mean()), len(truth), seed),
-        first.bits,
-        float(majority.mean()),
-        float(task_only.mean()),
-        ceilings,
-        leak(right, others["plain"], floor, seed) if "plain" in others else None,
-        prefix + found[0].winner,
-        converged,
-        half,
-        permuted,
-        repeated,
-        marks,
-        right,
-        floor,
-    )
-
-
-def _known(reports: dict[str, AuditReport], label: str, count: int) -> dict[str, Tensor]:
-    """Return the outcomes of audits that were made before, by test item."""
-    found = {}
-    for key, report in reports.items():
-        if key == "input":
-            continue
-        rows = [row for row in report.attributes if row.name == label]
-        if not rows or len(rows[0].right) != count:
-            raise ConfigError(
-                f"The report '{key}' does not know '{label}' on these {count} test images: audit it"
-                " on the same data in this session, or pass the edge itself."
-            )
-        found[key] = rows[0].right
-    return found
 
 
 def _sent(edge: nn.Module, channel: Channel | None, images: Tensor, what: str) -> Tensor:
@@ -327,12 +219,6 @@ def _reconstruction(
         steps=60 if quick else 250,
         losses=("squared error",) if quick else tuple(decoding.LOSSES),
     )
-
-
-def _same_partition(task: Tensor, label: Tensor) -> bool:
-    """Whether a label is the task under other names."""
-    pairs = torch.stack([task, label], 1).unique(dim=0)
-    return len(pairs) == len(task.unique()) == len(label.unique())
 
 
 def _settings(suite: str, seeds: int, seed: int, references: References) -> dict[str, Any]:

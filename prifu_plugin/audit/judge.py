@@ -1,0 +1,180 @@
+"""One private attribute: the strongest attack beside its floors, ceilings and controls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prifu_plugin.audit.controls import controls, marks_of, right_share
+from prifu_plugin.audit.data import AuditData
+from prifu_plugin.audit.inference import Inference, Prepared, infer
+from prifu_plugin.audit.result import AttributeResult, AuditReport
+from prifu_plugin.audit.statistics import (
+    area,
+    bootstrap,
+    leak,
+    majority_guess,
+    metrics,
+    task_guess,
+    task_scores,
+)
+from prifu_plugin.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What every attribute of an audit is judged on.
+
+    Attributes:
+        parts: data for training, choosing and judging attackers.
+        answers: the task's answers for each of them.
+        prepared: uploads by what they are: "sent", "repeated", "reference ...".
+        reports: earlier audits on the same data, by what they are.
+        task: name of the task.
+        seeds: how many of the attacks.
+        seed: the first of them.
+    """
+
+    parts: tuple[AuditData, ...]
+    answers: list[Tensor]
+    prepared: dict[str, Prepared]
+    reports: dict[str, AuditReport]
+    task: str
+    seeds: int
+    seed: int
+
+    def labels(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a label for training, choosing and judging."""
+        fitting, choosing, test = self.parts
+        return fitting.labels[name], choosing.labels[name], test.labels[name]
+
+
+def judge(label: str, evidence: Evidence) -> AttributeResult:
+    """Attack one attribute and set what was read beside what is known without the upload."""
+    labels, seed = evidence.labels(label), evidence.seed
+    classes = int(max(int(y.max()) for y in labels)) + 1
+    truth = labels[2]
+    found, used, repeated = _strongest(evidence, labels, classes)
+    right = right_share(found, truth)
+    others = _others(evidence, label, labels, classes)
+    majority, task_only, task_auc = _floors(evidence, labels)
+    floor = majority if float(majority.mean()) > float(task_only.mean()) else task_only
+    half, permuted = controls(evidence.prepared[used], labels, classes, seed, found[0].winner)
+    first = metrics(found[0].scores, truth, seed)
+    accuracy = bootstrap(lambda index: float(right[index].mean()), len(truth), seed)
+    converged = all(one.converged for one in found)
+    ceilings = {key: float(value.mean()) for key, value in others.items()}
+    ceilings |= _known_inputs(evidence.reports, label)
+    marks = marks_of(accuracy, floor, ceilings, permuted, half, converged, len(truth))
+    if _same_partition(evidence.labels(evidence.task)[2], truth):
+        marks = ("it is the task itself", *marks)
+    return AttributeResult(
+        label,
+        classes,
+        accuracy,
+        tuple(float((one.scores.argmax(1) == truth).double().mean()) for one in found),
+        first.balanced,
+        first.auc,
+        task_auc,
+        bootstrap(lambda index: float((right - floor)[index].mean()), len(truth), seed),
+        first.bits,
+        float(majority.mean()),
+        float(task_only.mean()),
+        ceilings,
+        leak(right, others["plain"], floor, seed) if "plain" in others else None,
+        ("mean of repeated queries, " if used == "repeated" else "") + found[0].winner,
+        converged,
+        half,
+        permuted,
+        repeated,
+        marks,
+        right,
+        floor,
+    )
+
+
+def _strongest(
+    evidence: Evidence, labels: tuple[Tensor, Tensor, Tensor], classes: int
+) -> tuple[list[Inference], str, float | None]:
+    """Return the better attack by validation data, on what, and what repeated queries gave."""
+    found = _attack(evidence, "sent", labels, classes)
+    if "repeated" not in evidence.prepared:
+        return found, "sent", None
+    again = _attack(evidence, "repeated", labels, classes)
+    repeated = float(right_share(again, labels[2]).mean())
+    if _best(again[0]) > _best(found[0]):
+        return again, "repeated", repeated
+    return found, "sent", repeated
+
+
+def _attack(
+    evidence: Evidence, what: str, labels: tuple[Tensor, Tensor, Tensor], classes: int
+) -> list[Inference]:
+    """Choose an attacker with the first seed and train it anew with the others."""
+    uploads, seed = evidence.prepared[what], evidence.seed
+    first = infer(uploads, labels, classes, seed)
+    others = range(1, evidence.seeds)
+    return [first, *(infer(uploads, labels, classes, seed + k, first.winner) for k in others)]
+
+
+def _best(found: Inference) -> float:
+    return max(found.validation.values(), default=0.0)
+
+
+def _others(
+    evidence: Evidence, label: str, labels: tuple[Tensor, Tensor, Tensor], classes: int
+) -> dict[str, Tensor]:
+    """Return how often attacks on references are right, by test item."""
+    found = {
+        key.removeprefix("reference "): right_share(
+            [infer(uploads, labels, classes, evidence.seed)], labels[2]
+        )
+        for key, uploads in evidence.prepared.items()
+        if key.startswith("reference ")
+    }
+    return found | _known(evidence.reports, label, len(labels[2]))
+
+
+def _known(reports: dict[str, AuditReport], label: str, count: int) -> dict[str, Tensor]:
+    """Return the outcomes of audits that were made before, by test item."""
+    found = {}
+    for key, report in reports.items():
+        if key == "input":
+            continue
+        rows = [row for row in report.attributes if row.name == label]
+        if not rows or len(rows[0].right) != count:
+            raise ConfigError(
+                f"The report '{key}' does not know '{label}' on these {count} test images: audit it"
+                " on the same data in this session, or pass the edge itself."
+            )
+        found[key] = rows[0].right
+    return found
+
+
+def _known_inputs(reports: dict[str, AuditReport], label: str) -> dict[str, float]:
+    inputs = [
+        row.ceilings["input"]
+        for report in reports.values()
+        for row in report.attributes
+        if row.name == label and "input" in row.ceilings
+    ]
+    return {"input": max(inputs)} if inputs else {}
+
+
+def _floors(
+    evidence: Evidence, labels: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, float]:
+    """Return whether the majority and the task's answer are right, and the latter's AUC."""
+    learned, truth = torch.cat(labels[:2]), labels[2]
+    known = torch.cat(evidence.answers[:2]), learned
+    answers = evidence.answers[2]
+    task_auc = area(task_scores(known, answers), truth)
+    return majority_guess(learned, truth), task_guess(known, (answers, truth)), task_auc
+
+
+def _same_partition(task: Tensor, label: Tensor) -> bool:
+    """Whether a label is the task under other names."""
+    pairs = torch.stack([task, label], 1).unique(dim=0)
+    return len(pairs) == len(task.unique()) == len(label.unique())
