@@ -104,3 +104,13 @@ def test_preparations_are_fitted_on_training_uploads_alone():
 def test_an_unknown_suite():
     with pytest.raises(ConfigError, match="standard, quick"):
         prepare(*parts(planted("none")[0]), "strong")
+
+
+def test_constant_uploads_are_reconstructed_as_the_mean_image():
+    from prifu_plugin.audit.reconstruction import reconstruct
+
+    images = torch.rand(80, 1, 8, 8)
+    z, answers = torch.ones(80, 5), torch.zeros(80, dtype=torch.long)
+    parts = [(z[:60], images[:60]), (z[60:], images[60:])]
+    found = reconstruct(*parts, (answers[:60], answers[60:]), steps=5, losses=("squared error",))
+    assert found.best.psnr == pytest.approx(found.mean_image.psnr)

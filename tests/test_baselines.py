@@ -127,7 +127,7 @@ def test_information_limiters_take_what_nobody_named(at, plain):
     before = attacked(plain[at], private, images, task)
     for make in (
         lambda e, c: baselines.VIB(e, c, **shape(at), strength=0.02),
-        lambda e, c: baselines.TrainedNoise(e, c, **shape(at), scale=2.0),
+        lambda e, c: baselines.TrainedNoise(e, c, **shape(at), noise=2.0),
     ):
         after = attacked(trained(make, at, named=False), private, images, task)
         assert after[0] > 0.9

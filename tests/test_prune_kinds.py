@@ -311,3 +311,32 @@ def test_the_channels_of_a_cut(net, shape, cut, dim):
     assert prifu.filters(model)[cut].weight.shape == (8,)
     with pytest.raises(ConfigError, match="cut_dim"):
         prifu.wrap(net, cut=cut, cut_dim=7, example_inputs=torch.zeros(shape))
+
+
+class Gated(nn.Module):
+    """A constant that is computed from a parameter, and a norm that reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.mix = nn.Parameter(torch.randn(8))
+        self.index = nn.Parameter(torch.arange(8.0), requires_grad=False)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        gate = torch.sigmoid(self.mix).view(1, -1, 1, 1)
+        order = self.index.long()
+        return self.norm((y + gate).mean((2, 3))[:, order])
+
+
+def test_what_is_computed_of_parameters_is_known_in_fp64():
+    torch.manual_seed(0)
+    model = prifu.wrap(Gated().eval(), bias=True)
+    for unit in prifu.filters(model).values():
+        unit.weight.data[::2] = 0
+        unit.bias.data.normal_()
+    pruned = prifu.prune(model, torch.randn(2, 3, 8, 8))
+    exact = [check for check in prifu.report(pruned).checks if check.dtype == "float64"]
+    assert exact
+    assert max(check.difference for check in exact) < 1e-13

@@ -56,8 +56,9 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
     labels, seed = evidence.labels(label), evidence.seed
     classes = int(max(int(y.max()) for y in labels)) + 1
     truth = labels[2]
-    found, used, repeated = _strongest(evidence, labels, classes)
-    right = right_share(found, truth)
+    single = _attack(evidence, "sent", labels, classes)
+    found, used, repeated = _strongest(evidence, single, labels, classes)
+    right, once = (right_share(attack, truth) for attack in (found, single))
     others = _others(evidence, label, labels, classes)
     majority, task_only, task_auc = _floors(evidence, labels)
     floor = majority if float(majority.mean()) > float(task_only.mean()) else task_only
@@ -88,25 +89,29 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
         converged,
         half,
         permuted,
+        float(once.mean()),
         repeated,
         marks,
         right,
+        once,
         floor,
     )
 
 
 def _strongest(
-    evidence: Evidence, labels: tuple[Tensor, Tensor, Tensor], classes: int
+    evidence: Evidence,
+    single: list[Inference],
+    labels: tuple[Tensor, Tensor, Tensor],
+    classes: int,
 ) -> tuple[list[Inference], str, float | None]:
     """Return the better attack by validation data, on what, and what repeated queries gave."""
-    found = _attack(evidence, "sent", labels, classes)
     if "repeated" not in evidence.prepared:
-        return found, "sent", None
+        return single, "sent", None
     again = _attack(evidence, "repeated", labels, classes)
     repeated = float(right_share(again, labels[2]).mean())
-    if _best(again[0]) > _best(found[0]):
+    if _best(again[0]) > _best(single[0]):
         return again, "repeated", repeated
-    return found, "sent", repeated
+    return single, "sent", repeated
 
 
 def _attack(

@@ -155,6 +155,8 @@ def _decode(
     """Train a decoder from whitened vectors or standardized maps to images."""
     prepare = _per_channel(z) if z.ndim == 4 and z.shape[-1] > 1 else _vectors(z)
     x, x_test = prepare(z), prepare(z_test)
+    if not x[0].numel():  # constant uploads: the mean image is all there is to know
+        return images.mean(0).expand(len(z_test), -1, -1, -1)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         net = decoder(x.shape[1:], tuple(images.shape[1:]))

@@ -38,11 +38,13 @@ class AttributeResult:
         half_data: its accuracy with half of the training data: far below accuracy means that more
             data would read more.
         permuted: its accuracy when it is trained on permuted labels.
+        once: accuracy of the strongest attack that sees one upload of each image.
         repeated: accuracy on the mean of repeated queries, None if neither edge nor channel draws
             noise or nobody asked twice; if it is the stronger attack by validation data, it is the
             one reported.
         marks: what makes this row no evidence, or limits it.
         right: how often the attack is right, by test item, (N,); not written out.
+        once_right: the same of the attack on one upload each; not written out.
         floor_right: whether the floor's guess is right, by test item, (N,); not written out.
     """
 
@@ -63,9 +65,11 @@ class AttributeResult:
     converged: bool
     half_data: float
     permuted: float
+    once: float
     repeated: float | None
     marks: tuple[str, ...]
     right: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
+    once_right: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
     floor_right: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
 
     @property
@@ -134,7 +138,7 @@ class AuditReport:
         if self.reconstruction is not None:
             data["reconstruction"]["images"] = None
         for row in data["attributes"]:
-            del row["right"], row["floor_right"]
+            del row["right"], row["once_right"], row["floor_right"]
         plain: dict[str, Any] = _without_nan(data)
         return plain
 

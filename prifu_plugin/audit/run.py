@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import prifu_plugin.audit.reconstruction as decoding
-from prifu_plugin.audit.judge import Evidence, judge
 from prifu_plugin.audit.checks import check, check_images
 from prifu_plugin.audit.data import AuditData, integers, split_off, uploads
 from prifu_plugin.audit.inference import prepare
+from prifu_plugin.audit.judge import Evidence, judge
 from prifu_plugin.audit.result import AuditReport, UploadFacts
 from prifu_plugin.audit.statistics import Interval, bootstrap
 from prifu_plugin.channel import Channel, Noise
@@ -36,7 +36,7 @@ def audit(
     suite: str = "standard",
     seeds: int = 2,
     queries: int = 16,
-    reconstruct: bool = True,
+    reconstruct: bool | Sequence[str] = True,
     name: str = "edge",
     seed: int = 0,
 ) -> AuditReport:
@@ -63,7 +63,8 @@ def audit(
             it anew, and their mean is reported.
         queries: how often an attacker may ask a noisy edge about the same image, to average the
             answers; 1 for an attacker who sees what one person uploads once.
-        reconstruct: also reconstruct images; they must be in [0, 1].
+        reconstruct: also reconstruct images, which must be in [0, 1]; True trains a decoder on each
+            loss in `audit.reconstruction.LOSSES`, names choose among them.
         name: of what is audited, for the report.
         seed: of splits and bootstraps, and the first of the attacks.
 
@@ -89,7 +90,8 @@ def audit(
     check(edge, train, test, task, list(attributes), {**references, "cloud": cloud})
     if seeds < 1 or queries < 1:
         raise ConfigError(f"seeds={seeds}, queries={queries}: an attack needs one at least.")
-    if reconstruct:
+    losses = _losses(reconstruct, suite)
+    if losses:
         check_images(train.images, test.images)
     train, test = integers(train), integers(test)
     fitting, choosing = split_off(train, 0.25, seed)
@@ -119,10 +121,12 @@ def audit(
         _utility(answers[2], test.labels[task], cloud, seed),
         tuple(rows),
         _facts(sent[0], _wire(edge, channel, test.images[:1]), stochastic),
-        _reconstruction(edge, channel, sent, parts, answers, suite, seed) if reconstruct else None,
+        _reconstruction(edge, channel, sent, parts, answers, suite, seed, losses)
+        if losses
+        else None,
         (len(fitting), len(choosing), len(test)),
         {**_settings(suite, seeds, seed, references), "queries": queries},
-        _not_tested(reconstruct, suite, queries),
+        _not_tested(losses, suite, queries),
     )
 
 
@@ -205,6 +209,7 @@ def _reconstruction(
     answers: list[Tensor],
     suite: str,
     seed: int,
+    losses: Sequence[str],
 ) -> decoding.Reconstruction:
     images = parts[0].images
     device = next((p.device for p in edge.parameters()), torch.device("cpu"))
@@ -217,8 +222,20 @@ def _reconstruction(
         edge=(lambda x: edge(x.to(device)).cpu()) if searched else None,
         seed=seed,
         steps=60 if quick else 250,
-        losses=("squared error",) if quick else tuple(decoding.LOSSES),
+        losses=losses,
     )
+
+
+def _losses(reconstruct: bool | Sequence[str], suite: str) -> Sequence[str]:
+    if isinstance(reconstruct, bool):
+        every = ("squared error",) if suite == "quick" else tuple(decoding.LOSSES)
+        return every if reconstruct else ()
+    unknown = set(reconstruct) - set(decoding.LOSSES)
+    if unknown:
+        raise ConfigError(
+            f"reconstruct={unknown.pop()!r}: choose among {', '.join(decoding.LOSSES)}, or True."
+        )
+    return reconstruct
 
 
 def _settings(suite: str, seeds: int, seed: int, references: References) -> dict[str, Any]:
@@ -231,11 +248,11 @@ def _settings(suite: str, seeds: int, seed: int, references: References) -> dict
     }
 
 
-def _not_tested(reconstruct: bool, suite: str, queries: int) -> tuple[str, ...]:
+def _not_tested(losses: Sequence[str], suite: str, queries: int) -> tuple[str, ...]:
     found = ["generative priors (GAN, diffusion)", "membership of the training set", "timing"]
     if queries == 1:
         found.append("averages over repeated queries of the same image")
-    if not reconstruct:
+    if not losses:
         found.append("reconstruction")
     if suite == "quick":
         found.append("the standard suite: this was a quick look")

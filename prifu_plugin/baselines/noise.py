@@ -13,20 +13,20 @@ class Noisy(nn.Module):
 
     Args:
         channels: of the upload.
-        scale: standard deviation of the noise, the signal's being 1.
+        noise: standard deviation of the noise, the signal's being 1.
         spatial: whether uploads are (N, C, H, W).
     """
 
-    def __init__(self, channels: int, scale: float, *, spatial: bool) -> None:
+    def __init__(self, channels: int, noise: float, *, spatial: bool) -> None:
         super().__init__()
         kind = nn.BatchNorm2d if spatial else nn.BatchNorm1d
         self.norm = kind(channels, affine=False)
-        self.scale = scale
+        self.noise = noise
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the noisy upload."""
         x: Tensor = self.norm(z)
-        return x + self.scale * torch.randn_like(x)
+        return x + self.noise * torch.randn_like(x)
 
 
 class TrainedNoise(Defence):
@@ -37,11 +37,11 @@ class TrainedNoise(Defence):
         cloud: upload -> logits.
         channels: of the upload.
         spatial: whether it is (N, C, H, W).
-        scale: of the noise.
+        noise: its standard deviation, the signal's being 1.
     """
 
     def __init__(
-        self, edge: nn.Module, cloud: nn.Module, *, channels: int, spatial: bool, scale: float
+        self, edge: nn.Module, cloud: nn.Module, *, channels: int, spatial: bool, noise: float
     ) -> None:
         super().__init__(edge, cloud)
-        self.edge = nn.Sequential(edge, Noisy(channels, scale, spatial=spatial))
+        self.edge = nn.Sequential(edge, Noisy(channels, noise, spatial=spatial))

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from prifu_plugin.prune.facts import Fact, first_channel, live_everywhere, tensor_inputs
 from prifu_plugin.prune.plan import Keep
 from prifu_plugin.prune.planner import Planner
-from prifu_plugin.prune.rules.base import Analysis, Rule
+from prifu_plugin.prune.rules.base import Analysis, Rule, run
 
 SIZE_QUERIES = {
     *("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "dtype", "device"),
@@ -98,11 +98,22 @@ class StaticRule(Rule):
     """Computed from parameters alone: stays live code, so that it stays trainable."""
 
     def const(self, analysis: Analysis) -> Any:
-        """The values themselves."""
-        value = self.node.meta["static"]
+        """The values themselves, computed anew in fp64: the recorded run was in the model's own."""
+        value = self._precise(analysis)
         if isinstance(value, tuple | list):
             return tuple(Fact(tuple(v.shape), (), v.double(), static=True) for v in value)
         return Fact(tuple(value.shape), (), value.detach().double(), static=True)
+
+    def _precise(self, analysis: Analysis) -> Any:
+        recorded = self.node.meta["static"]
+        if not isinstance(recorded, Tensor) or not recorded.is_floating_point():
+            return recorded
+        if self.node.op == "get_attr":
+            value: Any = analysis.root
+            for part in str(self.node.target).split("."):
+                value = getattr(value, part)
+            return value
+        return run(analysis, self.node, lambda source: _value(analysis, source))
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Its inputs are static too and need no mask."""
@@ -111,6 +122,18 @@ class StaticRule(Rule):
     def plan(self, planner: Planner) -> None:
         """Stay; a reader that is alone may slice a parameter."""
         planner.emit(self.node, Keep())
+
+
+def _value(analysis: Analysis, source: fx.Node) -> Any:
+    """Return what a static node gave: in fp64 where it is a number, as recorded otherwise."""
+    recorded = source.meta.get("static")
+    if isinstance(recorded, Tensor) and recorded.is_floating_point():
+        return analysis.fact(source).known
+    if isinstance(recorded, tuple | list):
+        facts = analysis.values[source]
+        pairs = zip(recorded, facts, strict=True)
+        return tuple(f.known if v.is_floating_point() else v for v, f in pairs)
+    return analysis.values[source] if recorded is None else recorded
 
 
 class ScalarRule(Rule):

@@ -1,0 +1,111 @@
+"""The paper's experiments run on little data, and committed pages follow from committed runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAPER = ROOT / "examples" / "paper"
+RESULTS = ROOT / "docs" / "results" / "paper"
+sys.path.insert(0, str(PAPER))
+
+from lab import plans, tables  # noqa: E402
+from lab.runs import key_of, packed, run_of, unpacked  # noqa: E402
+from lab.scale import Scale  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+def run(name, *arguments):
+    command = [sys.executable, "-W", "error", str(PAPER / f"{name}.py"), *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.mark.parametrize("name", ["table1", "fig4", "fig6", "fig7", "fig11"])
+def test_figures_that_train_run(name, tmp_path):
+    assert f"{name}-smoke.md" in run(name, "--smoke", "--out", tmp_path)
+    page = (tmp_path / f"{name}-smoke.md").read_text()
+    for line in page.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / line.split("(")[1].rstrip(")")).stat().st_size > 2000
+
+
+def test_tables_of_attacks_run_and_are_resumed(tmp_path):
+    run("comparison", "--smoke", "--out", tmp_path)
+    first = (tmp_path / "comparison-smoke.md").read_text()
+    for method in ("CI", "MaxEnt-ARL", "RAN", "PAN", "DISCO", "CFB", "NoPeek-Infer", "Shredder"):
+        assert f"\n| {method}," in first, method
+    run("comparison", "--smoke", "--out", tmp_path)  # seconds: all runs are stored
+    assert (tmp_path / "comparison-smoke.md").read_text() == first
+    for name in ("table2", "table3", "fig3", "fig8", "table6"):
+        run(name, "--smoke", "--out", tmp_path)
+        assert "| PriFU" in (tmp_path / f"{name}-smoke.md").read_text() or name in (
+            "fig3",
+            "table3",
+            "table6",
+        )
+
+
+@pytest.mark.parametrize("name", ["comparison", "table2", "table3", "fig3", "fig8", "table6"])
+def test_committed_pages_follow_from_committed_runs(name, tmp_path):
+    committed = RESULTS / f"{name}-cpu.md"
+    if not committed.exists():
+        pytest.skip("no run of it is committed")
+    run(name, "--scale", "cpu", "--cached", "--out", tmp_path)
+    assert (tmp_path / f"{name}-cpu.md").read_text() == committed.read_text()
+
+
+def test_runs_are_known_by_all_that_could_change_them():
+    scale, other = Scale("cpu"), Scale("cpu")
+    other.values["schedule"] = {**other.values["schedule"], "epochs": 13}
+    run = run_of(scale, "CI", 0, strength=0.3, named="colour")
+    same = run_of(scale, "CI", 0, named="colour", strength=0.3)
+    assert key_of(run, scale) == key_of(same, scale)
+    assert key_of(run, scale) != key_of(run, other)
+    assert key_of(run, scale) != key_of({**run, "seed": 1}, scale)
+
+
+def test_outcomes_survive_packing():
+    outcomes = torch.randint(3, (1000,)).double() / 2
+    assert torch.equal(unpacked(packed(outcomes, 2), 2), outcomes)
+
+
+def test_leaks_of_made_up_results():
+    """A method that is read half as well above the floor leaks half; the plain one leaks all."""
+    right = {"plain": torch.ones(400), "half": (torch.arange(400) % 4 < 3).double()}
+    floor = (torch.arange(400) % 4 < 2).double()
+    results = []
+    for method, outcome in right.items():
+        row = {"name": "s", "marks": [], "accuracy": {}, "repeated": None}
+        report = {"attributes": [row], "utility": {"value": 0.9, "low": 0.88, "high": 0.92},
+                  "settings": {"attack seeds": 1}, "reconstruction": None,
+                  "upload": {"bytes": 4}}  # fmt: skip
+        packs = {"once": packed(outcome), "strongest": packed(outcome), "floor": packed(floor)}
+        made = {
+            "data": "d",
+            "network": "n",
+            "cut": "c",
+            "method": method,
+            "settings": {},
+            "seed": 0,
+        }
+        results.append({"run": made, "report": report, "outcomes": {"s": packs}})
+    plain, half = tables.lines(results)
+    assert plain.cells["s"].leak.value == pytest.approx(1)
+    assert half.cells["s"].leak.value == pytest.approx(0.5)
+    assert half.cells["s"].leak.low < 0.5 < half.cells["s"].leak.high
+    assert half.mean_leak(("s",)) == pytest.approx(50)
+
+
+def test_plans_name_every_rival_at_every_cut_and_the_scale_of_the_paper_loads():
+    for scale in (Scale("cpu"), Scale("paper")):
+        for cut in scale["cuts"]:
+            methods = {run["method"] for run in plans.comparison(scale, cut)}
+            assert {"CI", "MaxEnt-ARL", "RAN", "PAN", "DISCO", "CFB", "NoPeek-Infer"} <= methods
+        assert json.dumps(scale.values)
