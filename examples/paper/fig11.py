@@ -1,0 +1,76 @@
+"""Fig. 11: what decoders make of uploads.
+
+python examples/paper/fig11.py [--scale cpu|paper] [--smoke]
+"""
+
+import torch
+from lab.datasets import load
+from lab.methods import deploy
+from lab.pages import picture, write
+from lab.runs import run_of
+from lab.scale import scale_from_command_line
+
+from prifu_plugin.audit.data import uploads
+from prifu_plugin.audit.reconstruction import reconstruct
+from prifu_plugin.figures import new_figure
+
+METHODS = [
+    ("plain", {}),
+    ("PriFU", {}),
+    ("PriFU", {"cut_filter": True, "noise": 0.3}),
+    ("RAN", {"strength": 1.0}),
+    ("NoPeek-Infer", {"strength": 1.0}),
+    ("VIB", {"strength": 0.003}),
+]
+
+
+def main() -> None:
+    """Reconstruct eight test images from each method's uploads."""
+    scale, _ = scale_from_command_line(__doc__)
+    study = load(scale["data"], scale)
+    text = []
+    for cut in scale["cuts"]:
+        rows = {}
+        for method, settings in METHODS:
+            run = run_of(scale, method, scale["seeds"][0], cut=cut, **settings)
+            deployed = deploy(run, study, scale)
+            sent = [
+                uploads(deployed.edge, part.images, method) for part in (study.attack, study.test)
+            ]
+            with torch.no_grad():
+                answers = [
+                    torch.cat([deployed.cloud(z.clone()).argmax(1) for z in part.split(250)])
+                    for part in sent
+                ]
+            name = ", ".join([method, *(f"{k} {v}" for k, v in settings.items())])
+            found = reconstruct(
+                (sent[0], study.attack.images),
+                (sent[1], study.test.images),
+                (answers[0], answers[1]),
+                steps=250,
+                losses=scale["decoders"][:1],
+            )
+            rows[f"{name}: {found.best.psnr:.1f} dB"] = found.images
+        rows = {"the images": torch.stack([found.images[0]] * 2), **rows}
+        text += [f"## The {cut} cut", "", gallery(scale, rows, cut)]
+    text += [
+        f"The mean image alone has {found.mean_image.psnr:.1f} dB, the mean image of the "
+        f"task's answer {found.task_mean.psnr:.1f} dB.",
+        "",
+    ]
+    write(scale, __file__, "Fig. 11: reconstructions", text)
+
+
+def gallery(scale, rows: dict, cut: str) -> str:
+    """Draw a row of images for each method."""
+    grid = new_figure(8, 1.15 * len(rows)).subplots(len(rows), 8)
+    for line, (name, images) in zip(grid, rows.items(), strict=True):
+        for axes, image in zip(line, images[1], strict=True):
+            axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
+            axes.axis("off")
+        line[0].set_title(name, fontsize=8, loc="left")
+    return picture(scale, grid[0, 0].figure, f"fig11-{cut}", "Reconstructed images")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the scripts of examples/paper share: data, networks, methods, cached runs, tables."""

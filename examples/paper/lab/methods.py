@@ -1,0 +1,160 @@
+"""Methods by name: trained on a study, and as deployed, edge, cloud and channel."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import prifu_plugin as prifu
+from lab.datasets import Study
+from lab.networks import CUTS, build
+from lab.scale import Scale
+from prifu_plugin import baselines
+from prifu_plugin.channel import Channel, Projection, Quantizer
+
+RIVALS = {
+    "CI": baselines.CI,
+    "MaxEnt-ARL": baselines.MaxEntARL,
+    "RAN": baselines.RAN,
+    "PAN": baselines.PAN,
+    "DISCO": baselines.DISCO,
+    "CFB": baselines.CFB,
+    "NoPeek-Infer": baselines.NoPeekInfer,
+    "VIB": baselines.VIB,
+    "bottleneck": baselines.Bottleneck,
+    "noise": baselines.TrainedNoise,
+    "Shredder": baselines.Shredder,
+    "slimming": baselines.NetworkSlimming,
+}
+NEEDS_SHAPE = ("CFB", "VIB", "bottleneck", "noise")
+AFTERWARDS = ("bits", "projection", "keep", "order", "directions")
+"""Settings that change an upload after training."""
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What runs on the phone, what runs behind it, and what is between them.
+
+    Attributes:
+        edge: images -> upload.
+        cloud: what arrives -> logits.
+        channel: what uploads pass through.
+        model: the whole network, as trained.
+    """
+
+    edge: nn.Module
+    cloud: nn.Module
+    channel: Channel | None
+    model: nn.Module
+
+
+def deploy(run: dict[str, Any], study: Study, scale: Scale) -> Deployed:
+    """Train what a run asks for and change its upload as asked."""
+    settings = run["settings"]
+    before = {k: v for k, v in settings.items() if k not in AFTERWARDS}
+    key = run["network"], run["cut"], run["method"], tuple(sorted(before.items())), run["seed"]
+    edge, cloud, model = _trained(key, study, scale)
+    images = study.defence.images
+    if settings.get("projection"):
+        edge, cloud = _projected(edge, cloud)
+    if "keep" in settings:
+        ranked = _avgri(edge, cloud, study) if settings["order"] == "avgri" else None
+        size = edge(images[:2]).shape[1]
+        chance = torch.rand(size, generator=torch.Generator().manual_seed(run["seed"]))
+        count = max(1, round(settings["keep"] * size))
+        edge = baselines.keep_channels(edge, chance if ranked is None else ranked, count)
+    if "directions" in settings:
+        edge = baselines.keep_directions(edge, cloud, settings["directions"])
+    channel = None
+    if "bits" in settings:
+        with torch.no_grad():  # the codec's range comes from the defender's own images
+            sent = torch.cat([edge(part) for part in images[:1000].split(250)])
+        channel = Channel(Quantizer(settings["bits"]).fit(sent)).eval()
+    return Deployed(edge.eval(), cloud.eval(), channel, model)
+
+
+@functools.lru_cache(maxsize=4)
+def _trained(key: tuple, study: Study, scale: Scale) -> tuple[nn.Module, nn.Module, nn.Module]:
+    network, cut, method, items, seed = key
+    settings = dict(items)
+    at = CUTS[network][cut]
+    model = build(network, study.classes, seed)
+    first = study.defence.images[:4]
+    if method == "untrained":
+        return (*prifu.split(model.eval(), at, first), model)
+    if method == "PriFU":
+        model = filtered(model, at, first, settings, len(study.defence), scale)
+    edge, cloud = prifu.split(model, at, first)
+    torch.manual_seed(seed)
+    defence = baselines.TaskOnly(edge, cloud)
+    if method in RIVALS:
+        z = edge.eval()(first)
+        shape = {"channels": z.shape[1], "spatial": z.ndim == 4} if method in NEEDS_SHAPE else {}
+        shape |= {"channels": z.shape[1]} if method == "DISCO" else {}
+        options = {k: v for k, v in settings.items() if k != "named"}
+        defence = RIVALS[method](edge, cloud, **shape, **options)
+    labels = study.defence.labels
+    named = settings.get("named")
+    baselines.fit(
+        defence,
+        study.defence.images,
+        labels[study.task],
+        labels[named] if named else None,
+        schedule=scale.schedule,
+        seed=seed,
+        desc=f"{method}, {cut}, seed {seed}",
+    )
+    return defence.edge, defence.cloud, model
+
+
+def filtered(
+    model: nn.Module, at: str, first: Tensor, settings: dict[str, Any], count: int, scale: Scale
+) -> nn.Module:
+    """Wrap a network: "form" is the paper's (no affine norm, a bias, W from 0.1) or preserved."""
+    rates = scale.schedule.rates(count)
+    dose = settings.get("dose", scale["filter"]["dose"])
+    bare = settings.get("form", "paper") == "paper"
+    if bare:  # as in the authors' code, W takes the place of the norm's own scale
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.affine, module.weight, module.bias = False, None, None
+    return prifu.wrap(
+        model,
+        alpha=settings.get("alpha", scale["filter"]["alpha"]),
+        beta=prifu.dose_to_beta(dose, rates) if dose else 0.0,
+        init=scale["filter"]["init"],
+        bias=bare,
+        preserve=not bare,
+        cut=at if settings.get("cut_filter") else None,
+        noise=settings.get("noise", 0.0),
+        example_inputs=first,
+    )
+
+
+def _projected(edge: nn.Module, cloud: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Send what a linear head of two classes can see, one number: the difference of the logits."""
+    head = next(m for m in cloud.modules() if isinstance(m, nn.Linear))
+    if any(isinstance(m, nn.Conv2d) for m in cloud.modules()) or head.out_features != 2:
+        raise ValueError("Only a cloud that is one linear head of two classes is projected.")
+    difference = nn.Linear(head.in_features, 1)
+    with torch.no_grad():
+        difference.weight.copy_(head.weight[1:] - head.weight[:1])
+        difference.bias.copy_(head.bias[1:] - head.bias[:1])
+    projection = Projection(difference)
+    two = nn.Linear(1, 2)
+    with torch.no_grad():
+        two.weight.copy_(torch.tensor([[-0.5], [0.5]]))
+        two.bias.zero_()
+    flat = nn.Flatten()
+    return nn.Sequential(edge, flat, projection), nn.Sequential(projection.server(), two)
+
+
+def _avgri(edge: nn.Module, cloud: nn.Module, study: Study) -> Tensor:
+    """Return the AvgRI (Eq. 2) of the upload's channels."""
+    images, target = study.defence.images[:1000], study.defence.labels[study.task][:1000]
+    with torch.no_grad():
+        z = torch.cat([edge(part) for part in images.split(250)])
+    maps = prifu.influence(cloud, z, target)
+    return maps.reshape(*maps.shape[:2], -1).mean((0, 2))

@@ -1,0 +1,58 @@
+"""Pages under docs/results/paper/: a title, how it was made, tables, pictures, what holds."""
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lab.scale import ROOT, Scale
+
+COLOURS = ("#2e6f95", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#5c677d", "#d4a5a5", "#1d3557")
+
+
+def write(scale: Scale, script: str, title: str, parts: list[str]) -> None:
+    """Write a page; `script` names it and says how it was made."""
+    name = script.rsplit("/", 1)[-1].removesuffix(".py")
+    command = f"python examples/paper/{name}.py --scale {scale.name}"
+    text = [
+        f"# {title}",
+        "",
+        f"`{command}`; data: {scale['data']}, seeds {scale['seeds']}, "
+        f"{scale['attack_seeds']} attack seeds, suite {scale['suite']}.",
+        "",
+    ]
+    file = scale.results / f"{name}-{scale.name}.md"
+    file.write_text("\n".join(text + parts).rstrip() + "\n")
+    shown = file.relative_to(ROOT)
+    print(f"{title}: {shown}")
+
+
+def published(head: list[str], rows: list[list[Any]], source: str) -> list[str]:
+    """Return the paper's own numbers as a table."""
+    lines = [f"The paper's numbers ({source}):", "", "| " + " | ".join(head) + " |"]
+    lines += ["|" + "---|" * len(head)]
+    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+
+def picture(scale: Scale, figure: Figure, name: str, alt: str) -> str:
+    """Save a picture beside its page and return the line that shows it."""
+    file = f"{name}-{scale.name}.png"
+    figure.savefig(scale.results / file, dpi=110, bbox_inches="tight")
+    return f"![{alt}]({file})\n"
+
+
+def verdict(holds: bool, claim: str, found: str) -> str:
+    """Return a line that says whether a claim of the paper holds here."""
+    return f"- {'Holds' if holds else '**Does not hold**'}: {claim} {found}"
+
+
+def gathered(scale: Scale) -> str:
+    """Write the page of claims: what every other page found to hold or not."""
+    text = [f"# What holds of the paper at the scale {scale.name}", ""]
+    for file in sorted(scale.results.glob(f"*-{scale.name}.md")):
+        page = file.read_text().splitlines()
+        said = [line for line in page if line.startswith(("- Holds", "- **Does not", "- Nothing"))]
+        if said:
+            text += [f"## [{page[0].removeprefix('# ')}]({file.name})", "", *said, ""]
+    target = scale.results / f"claims-{scale.name}.md"
+    target.write_text("\n".join(text).rstrip() + "\n")
+    return str(target.relative_to(ROOT))

@@ -1,0 +1,94 @@
+"""Which runs the comparison, the ablation, the backbones and the sweeps consist of."""
+
+from lab.datasets import NAMED
+from lab.runs import Run, run_of
+from lab.scale import Scale
+
+
+def comparison(scale: Scale, cut: str, data: str = "") -> list[Run]:
+    """Every method by its settings, first seed first; a few settings each, the same effort."""
+    data = data or scale["data"]
+    named = NAMED[data.split(":")[0]]
+    methods: list[tuple[str, dict]] = [("plain", {}), ("PriFU", {})]
+    methods += [("PriFU", {"cut_filter": True, "noise": noise}) for noise in (0.1, 0.3)]
+    methods += [("PriFU", {"form": "preserved"})]
+    methods += [("PriFU", {"form": "preserved", "cut_filter": True, "noise": 0.3})]
+    methods += [("PriFU", {"bits": 4}), ("plain", {"bits": 4})]
+    methods += [("plain", {"projection": True})] if cut == "pooled" else []
+    for name in ("CI", "MaxEnt-ARL", "PAN", "DISCO"):
+        methods += [(name, {"named": named, "strength": strength}) for strength in (0.3, 1.0)]
+    methods += [("CFB", {"named": named, "strength": s}) for s in (0.001, 0.003)]
+    methods += [("RAN", {"strength": s}) for s in (0.3, 1.0)]
+    methods += [("NoPeek-Infer", {"strength": s}) for s in (0.3, 1.0)]
+    methods += [("VIB", {"strength": s}) for s in (0.001, 0.003)]
+    methods += [("noise", {"noise": s}) for s in (1.0, 3.0)]
+    methods += [("bottleneck", {"width": 2, "bits": 4}), ("Shredder", {"strength": 0.3})]
+    methods += [("slimming", {"strength": 1e-4, "remove": 0.5}), ("untrained", {})]
+    methods += [("plain", {"keep": 0.25, "order": order}) for order in ("avgri", "random")]
+    methods += [("plain", {"directions": 2})] if cut == "pooled" else []
+    return [
+        run_of(scale, name, seed, data=data, cut=cut, **settings)
+        for seed in scale["seeds"]
+        for name, settings in methods
+    ]
+
+
+def ablation(scale: Scale) -> list[Run]:
+    """Return the four cells of Table 2: with and without decay, with and without filter."""
+    cells = [("plain", {}), ("PriFU", {"alpha": 0.0}), ("PriFU", {"dose": 0.0}), ("PriFU", {})]
+    return [run_of(scale, m, seed, **s) for seed in scale["seeds"] for m, s in cells]
+
+
+def backbones(scale: Scale) -> list[Run]:
+    """Return plain and filtered runs of every backbone (Table 3)."""
+    return [
+        run_of(scale, method, seed, network=network)
+        for seed in scale["seeds"]
+        for network in scale["networks"]["backbones"]
+        for method in ("plain", "PriFU")
+    ]
+
+
+def alphas(scale: Scale) -> list[Run]:
+    """Return runs over thresholds (Fig. 8, left)."""
+    given = scale["filter"]["alpha"]
+    return [
+        run_of(scale, "PriFU", seed, **({} if alpha == given else {"alpha": alpha}))
+        for seed in scale["seeds"]
+        for alpha in scale["sweep"]["alphas"]
+    ]
+
+
+def doses(scale: Scale) -> list[Run]:
+    """Return runs over decays (Fig. 8, right)."""
+    given = scale["filter"]["dose"]
+    return [
+        run_of(scale, "PriFU", seed, **({} if dose == given else {"dose": dose}))
+        for seed in scale["seeds"]
+        for dose in scale["sweep"]["doses"]
+    ]
+
+
+def removals(scale: Scale) -> list[Run]:
+    """Return the plain model with fewer and fewer channels uploaded (Fig. 3)."""
+    return [run_of(scale, "plain", seed) for seed in scale["seeds"]] + [
+        run_of(scale, "plain", seed, keep=keep, order=order)
+        for seed in scale["seeds"]
+        for keep in (0.1, 0.25, 0.5)
+        for order in ("avgri", "random")
+    ]
+
+
+def correlated(scale: Scale) -> list[Run]:
+    """Return runs on faces whose private attribute follows the task (Table 6)."""
+    found = []
+    for seed in scale["seeds"]:
+        for other, correlation in scale["correlated"]["pairs"]:
+            data = f"faces:{other}:{correlation}" if scale.name != "paper" else f"celeba:{other}:0"
+            found += [
+                run_of(scale, "plain", seed, data=data),
+                run_of(scale, "CI", seed, data=data, named=other, strength=0.3),
+                run_of(scale, "MaxEnt-ARL", seed, data=data, named=other, strength=0.3),
+                run_of(scale, "PriFU", seed, data=data),
+            ]
+    return found

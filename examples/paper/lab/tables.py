@@ -1,0 +1,206 @@
+"""From results to lines of a table: means over seeds, leaks, intervals over test images."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lab.runs import unpacked
+from prifu_plugin.audit.statistics import Interval, bootstrap, leak
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What attackers read of one attribute.
+
+    Attributes:
+        accuracy: of the strongest attack on one upload of each image, mean over seeds.
+        floor: what is known from the task's answer or the majority.
+        leak: share of what the plain model gives away above the floor, in percent; None if there
+            is no plain run of the same seeds.
+        spread: standard deviation of the leak over defence seeds, percent points; NaN for one.
+        repeated: accuracy if the attacker may also average queries of the same image.
+    """
+
+    accuracy: Interval
+    floor: float
+    leak: Interval | None
+    spread: float
+    repeated: float
+
+    def __str__(self) -> str:
+        if self.leak is None:
+            return f"{100 * self.accuracy.value:.1f}"
+        low, high = (f"{100 * v:.0f}" for v in (self.leak.low, self.leak.high))
+        return f"{100 * self.accuracy.value:.1f}, leak {100 * self.leak.value:.0f} [{low}, {high}]"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method and setting, over its seeds.
+
+    Attributes:
+        label: what it is.
+        run: of the first seed.
+        seeds: how many.
+        task: accuracy, with its interval over test images.
+        cells: by attribute.
+        psnr: of the best decoder, dB.
+        ssim: likewise.
+        bytes: of one upload.
+        marks: what limits a cell as evidence.
+    """
+
+    label: str
+    run: dict[str, Any]
+    seeds: int
+    task: Interval
+    cells: dict[str, Cell]
+    psnr: float
+    ssim: float
+    bytes: float
+    marks: tuple[str, ...]
+
+    def mean_leak(self, names: tuple[str, ...]) -> float:
+        """Return the mean leak over attributes, percent."""
+        return statistics.mean(100 * self.cells[n].leak.value for n in names if self.cells[n].leak)
+
+
+def lines(results: list[Result]) -> list[Line]:
+    """Group results by all but the seed; leaks are against "plain" on the same data and cut."""
+    groups: dict[tuple, list[Result]] = {}
+    for result in results:
+        groups.setdefault(_identity(result["run"]), []).append(result)
+    plains = {
+        (*_place(r["run"]), r["run"]["seed"]): r
+        for r in results
+        if r["run"]["method"] == "plain" and not r["run"]["settings"]
+    }
+    return [_line(group, plains) for group in groups.values()]
+
+
+def label(run: dict[str, Any]) -> str:
+    """Say what a run is."""
+    words = [run["method"]]
+    for key, value in run["settings"].items():
+        name = {"form": "", "bits": "bits", "named": "naming"}.get(key, key.replace("_", " "))
+        if value is True:
+            words.append(name)
+        elif key == "bits":
+            words.append(f"{value} bits")
+        else:
+            words.append(f"{name} {value}".strip())
+    return ", ".join(words)
+
+
+def markdown(found: list[Line], private: tuple[str, ...]) -> list[str]:
+    """Return a table, in the order given."""
+    head = [
+        "method",
+        "seeds",
+        "task",
+        *private,
+        "mean leak",
+        "asked 16 times",
+        "PSNR",
+        "SSIM",
+        "bytes",
+    ]
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in found:
+        cells = [str(line.cells[name]) for name in private]
+        leaks = [line.cells[name] for name in private]
+        mean = f"{line.mean_leak(private):.0f}" if all(c.leak for c in leaks) else ""
+        asked = "/".join(f"{100 * c.repeated:.0f}" for c in leaks)
+        again = asked if any(c.repeated > c.accuracy.value + 1e-9 for c in leaks) else ""
+        task = f"{100 * line.task.value:.1f} ± {50 * (line.task.high - line.task.low):.1f}"
+        rows.append(
+            "| "
+            + " | ".join(
+                [
+                    line.label,
+                    str(line.seeds),
+                    task,
+                    *cells,
+                    mean,
+                    again,
+                    f"{line.psnr:.2f}",
+                    f"{line.ssim:.3f}",
+                    f"{line.bytes:.0f}",
+                ]
+            )
+            + " |"
+        )
+    return rows
+
+
+def notes(found: list[Line]) -> list[str]:
+    """Return the marks of the audits, each with the lines it limits."""
+    by: dict[str, list[str]] = {}
+    for line in found:
+        for mark in line.marks:
+            by.setdefault(mark, []).append(line.label)
+    return [f"- {mark}: {'; '.join(sorted(set(who)))}." for mark, who in sorted(by.items())]
+
+
+def _line(group: list[Result], plains: dict[tuple, Result]) -> Line:
+    run = group[0]["run"]
+    reports = [result["report"] for result in group]
+    pairs = [(r, plains.get((*_place(r["run"]), r["run"]["seed"]))) for r in group]
+    names = [row["name"] for row in reports[0]["attributes"]]
+    utilities = [report["utility"] for report in reports]
+    task = Interval(*(statistics.mean(u[k] for u in utilities) for k in ("value", "low", "high")))
+    pictures = [_best(report["reconstruction"]) for report in reports]
+    marks = {
+        f"{row['name']}: {mark}"
+        for report in reports
+        for row in report["attributes"]
+        for mark in row["marks"]
+    }
+    return Line(
+        label(run),
+        run,
+        len(group),
+        task,
+        {name: _cell(name, pairs) for name in names},
+        statistics.mean(p for p, _ in pictures),
+        statistics.mean(s for _, s in pictures),
+        statistics.mean(report["upload"]["bytes"] for report in reports),
+        tuple(sorted(marks)),
+    )
+
+
+def _cell(name: str, pairs: list[tuple[Result, Result | None]]) -> Cell:
+    seeds = pairs[0][0]["report"]["settings"]["attack seeds"]
+    mine = [unpacked(r["outcomes"][name]["once"], seeds) for r, _ in pairs]
+    strongest = [unpacked(r["outcomes"][name]["strongest"], seeds) for r, _ in pairs]
+    floors = [unpacked(r["outcomes"][name]["floor"]) for r, _ in pairs]
+    right, floor = torch.stack(mine).mean(0), torch.stack(floors).mean(0)
+    accuracy = bootstrap(lambda index: float(right[index].mean()), len(right))
+    found, spread = None, float("nan")
+    if all(plain is not None for _, plain in pairs):
+        plain = [unpacked(p["outcomes"][name]["once"], seeds) for _, p in pairs if p]
+        found = leak(right, torch.stack(plain).mean(0), floor)
+        each = [leak(m, p, f) for m, p, f in zip(mine, plain, floors, strict=True)]
+        values = [100 * one.value for one in each if one]
+        spread = statistics.stdev(values) if len(values) > 1 else spread
+    again = max(float(torch.stack(strongest).mean()), accuracy.value)
+    return Cell(accuracy, float(floor.mean()), found, spread, again)
+
+
+def _best(found: dict[str, Any] | None) -> tuple[float, float]:
+    if found is None:
+        return float("nan"), float("nan")
+    every = [*found["decoders"].values(), *([found["search"]] if found["search"] else [])]
+    return max(s["psnr"] for s in every), max(s["ssim"] for s in every)
+
+
+def _place(run: dict[str, Any]) -> tuple[str, str, str]:
+    return run["data"], run["network"], run["cut"]
+
+
+def _identity(run: dict[str, Any]) -> tuple:
+    return (*_place(run), run["method"], str(sorted(run["settings"].items())))
