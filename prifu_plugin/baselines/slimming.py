@@ -12,7 +12,7 @@ from prifu_plugin.graph.norms import is_norm
 
 
 class NetworkSlimming(Defence):
-    """Minimize CE(C(z), y) + strength * sum |gamma|, then zero the smallest and fine-tune.
+    """Minimize CE(C(z), y) + strength * sum abs(gamma), then zero the smallest and fine-tune.
 
     The closest relative of a filter: the threshold is one for the whole network, the penalty an L1
     norm, and what is penalized is the scale the norm has anyway.
@@ -37,7 +37,7 @@ class NetworkSlimming(Defence):
         self.remove = remove
 
     def loss(self, z: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Return CE(C(z), y) + strength * sum |gamma|."""
+        """Return CE(C(z), y) + strength * sum abs(gamma)."""
         task = F.cross_entropy(self.cloud(z), batch.task)
         size = torch.stack([norm.weight.abs().sum() for norm in self.norms]).sum()
         terms = {"task": float(task.detach()), "gamma": float(size.detach())}

@@ -4,7 +4,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lab.scale import ROOT, Scale
+from lab.scale import Scale
 
 COLOURS = ("#2e6f95", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#5c677d", "#d4a5a5", "#1d3557")
 
@@ -22,8 +22,7 @@ def write(scale: Scale, script: str, title: str, parts: list[str]) -> None:
     ]
     file = scale.results / f"{name}-{scale.name}.md"
     file.write_text("\n".join(text + parts).rstrip() + "\n")
-    shown = file.relative_to(ROOT)
-    print(f"{title}: {shown}")
+    print(f"{title}: {file}")
 
 
 def published(head: list[str], rows: list[list[Any]], source: str) -> list[str]:
@@ -55,4 +54,4 @@ def gathered(scale: Scale) -> str:
             text += [f"## [{page[0].removeprefix('# ')}]({file.name})", "", *said, ""]
     target = scale.results / f"claims-{scale.name}.md"
     target.write_text("\n".join(text).rstrip() + "\n")
-    return str(target.relative_to(ROOT))
+    return str(target)

@@ -26,6 +26,8 @@ def comparison(scale: Scale, cut: str, data: str = "") -> list[Run]:
     methods += [("slimming", {"strength": 1e-4, "remove": 0.5}), ("untrained", {})]
     methods += [("plain", {"keep": 0.25, "order": order}) for order in ("avgri", "random")]
     methods += [("plain", {"directions": 2})] if cut == "pooled" else []
+    if scale.name == "smoke":  # one setting a method shows that it runs
+        methods = list(dict(reversed(methods)).items())
     return [
         run_of(scale, name, seed, data=data, cut=cut, **settings)
         for seed in scale["seeds"]

@@ -66,7 +66,9 @@ class Line:
 
     def mean_leak(self, names: tuple[str, ...]) -> float:
         """Return the mean leak over attributes, percent."""
-        return statistics.mean(100 * self.cells[n].leak.value for n in names if self.cells[n].leak)
+        leaks = [self.cells[name].leak for name in names]
+        known = [100 * leak.value for leak in leaks if leak is not None]
+        return statistics.mean(known) if known else float("nan")
 
 
 def lines(results: list[Result]) -> list[Line]:
