@@ -39,7 +39,8 @@ class LaplaceNoise(nn.Module):
 class Shredder(Defence):
     """Train for the task; then freeze, and learn additive noise that keeps it.
 
-    Each of several tensors n minimizes CE(C(z + n), y) - strength * mean abs(n) / mean abs(z - E z).
+    Each of several tensors n minimizes CE(C(z + n), y) - strength * mean abs(n) / spread, spread
+    the mean absolute deviation of z.
 
     A distribution is fitted to the tensors, value by value, and drawn from anew for each upload.
     The weight of the noise is in units of z's spread, so that it means the same at every cut.
