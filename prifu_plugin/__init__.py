@@ -10,6 +10,7 @@ from prifu_plugin.filter import PriFU as PriFU
 from prifu_plugin.graph.insert import filters as filters
 from prifu_plugin.graph.insert import unwrap as unwrap
 from prifu_plugin.graph.insert import wrap as wrap
+from prifu_plugin.graph.norms import register_norm as register_norm
 from prifu_plugin.graph.sites import Site as Site
 from prifu_plugin.graph.sites import sites as sites
 from prifu_plugin.graph.summary import Summary as Summary
@@ -53,6 +54,7 @@ __all__ = [
     "plan",
     "prune",
     "rebuild",
+    "register_norm",
     "relevance",
     "report",
     "sites",

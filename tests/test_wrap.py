@@ -375,7 +375,8 @@ def test_the_public_surface():
         "AuditData", "AuditReport", "CutFilter", "FilterConfig", "Plan", "PriFU", "PruneReport",
         "Relevance", "Site", "Split", "Summary", "Threshold", "audit", "cut_points",
         "dose_to_beta", "filters", "fit_alpha", "influence", "plan", "prune", "rebuild",
-        "relevance", "report", "sites", "split", "status", "summary", "sweep", "unwrap", "wrap",
+        "register_norm", "relevance", "report", "sites", "split", "status", "summary", "sweep",
+        "unwrap", "wrap",
     ]  # fmt: skip
     assert all(getattr(prifu, name).__doc__ for name in prifu.__all__)
 
@@ -466,3 +467,40 @@ def test_a_norm_that_is_never_called_is_named():
     with pytest.warns(PrifuWarning, match="never calls 'norm'"):
         model = prifu.wrap(Reads())
     assert set(prifu.filters(model)) == {"norm", "layer_norm"}
+
+
+class UnitNorm(nn.Module):
+    """A normalization layer of somebody's own, by torch alone."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+    def forward(self, x):
+        if x.sum() > 1e30:  # no tracer gets through
+            return x
+        return x / x.norm(dim=1, keepdim=True).clamp_min(1e-6)
+
+
+def test_registered_norms_are_filtered_trained_and_pruned():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), UnitNorm(8), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 2)
+    with pytest.raises(NoSiteError):
+        prifu.wrap(nn.Sequential(*layers))
+    assert prifu.register_norm(UnitNorm, dim=1, channels="width") is UnitNorm
+    model = prifu.wrap(nn.Sequential(*layers)).eval()
+    (unit,) = prifu.filters(model).values()
+    assert len(unit.weight) == 8
+    unit.weight.data[:4] = 0.0
+    x = torch.randn(2, 3, 8, 8)
+    pruned = prifu.prune(model, x)
+    torch.testing.assert_close(pruned(x), model(x), rtol=1e-5, atol=1e-6)
+    assert pruned.get_submodule("2").in_channels == 4
+    assert pruned.get_submodule("0").out_channels == 8  # the norm needs all of its inputs
+
+
+def test_what_is_no_norm_cannot_be_registered():
+    with pytest.raises(ConfigError, match="class of modules"):
+        prifu.register_norm(nn.Linear(2, 2), dim=1)
+    with pytest.raises(ConfigError, match="batch"):
+        prifu.register_norm(UnitNorm, dim=0)

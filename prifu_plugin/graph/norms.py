@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prifu_plugin.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class NormSpec:
@@ -23,6 +25,7 @@ class NormSpec:
         folds_bias: the class has such a bias.
         running: with running statistics in eval mode, each channel is an affine map of its own.
         fused: an activation follows inside the module.
+        channels: name of the attribute that tells how many channels there are; "" for the usual.
     """
 
     dim: int
@@ -30,6 +33,7 @@ class NormSpec:
     folds_bias: bool = True
     running: bool = False
     fused: bool = False
+    channels: str = ""
 
 
 _BATCH = NormSpec(dim=1, running=True)
@@ -117,6 +121,45 @@ FUNCTIONAL_DIMS: dict[Callable[..., Any] | str, int] = {
 """Functional normalizations and their channel dimensions."""
 
 
+def register_norm(cls: type[nn.Module], *, dim: int, channels: str = "") -> type[nn.Module]:
+    """Make `wrap` put filters behind a normalization layer of your own.
+
+    Classes that derive from one of torch, timm or torchvision are known already. Of the inside of
+    a registered class nothing is assumed: the filter multiplies its output, and `prune` keeps its
+    input whole.
+
+    Args:
+        cls: a class of modules; instances of subclasses count too.
+        dim: channel dimension of the output, 1 for (N, C, ...), -1 for (..., C).
+        channels: attribute with the number of channels; by default num_features, num_channels,
+            normalized_shape or the size of weight are looked for.
+
+    Returns:
+        The class.
+
+    Raises:
+        ConfigError: if it is no class of modules, or dim is 0, the batch.
+
+    Example:
+        >>> class Unit(nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.width = width
+        ...     def forward(self, x):
+        ...         return x / x.norm(dim=1, keepdim=True)
+        >>> _ = register_norm(Unit, dim=1, channels="width")
+        >>> import prifu_plugin as prifu
+        >>> [site.path for site in prifu.sites(nn.Sequential(nn.Linear(4, 8), Unit(8)))]
+        ['1']
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ConfigError(f"register_norm({cls!r}): pass a class of modules, not an instance.")
+    if dim == 0:
+        raise ConfigError("dim=0 is the batch: channels are at 1 for (N, C, ...), -1 for (..., C).")
+    _REGISTRY[_name(cls)] = NormSpec(dim=dim, folds=False, channels=channels)
+    return cls
+
+
 def base_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module as it was before a filter was attached."""
     return getattr(type(module), "_prifu_base", type(module))
@@ -134,7 +177,7 @@ def norm_spec(module: nn.Module) -> NormSpec | None:
     """
     cls = base_class(module)
     for ancestor in cls.__mro__:
-        spec = _REGISTRY.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
+        spec = _REGISTRY.get(_name(ancestor))
         if spec is None:
             continue
         if getattr(ancestor, "forward", None) is not cls.forward:
@@ -146,11 +189,20 @@ def norm_spec(module: nn.Module) -> NormSpec | None:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalization layer; cheap, and safe while a model is traced."""
     mro = base_class(module).__mro__
-    return any(f"{cls.__module__}.{cls.__qualname__}" in _REGISTRY for cls in mro)
+    return any(_name(cls) in _REGISTRY for cls in mro)
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def num_channels(module: nn.Module) -> int | None:
     """Return the number of channels of a normalization module, if its attributes tell."""
+    told = [
+        _REGISTRY[_name(c)].channels for c in base_class(module).__mro__ if _name(c) in _REGISTRY
+    ]
+    if told and told[0]:
+        return int(getattr(module, told[0]))
     shape = getattr(module, "normalized_shape", None)
     if shape is not None:
         return int(shape[0]) if len(shape) > 1 else int(shape[-1])
