@@ -8,7 +8,7 @@ from lab.datasets import load
 from lab.pages import published, verdict, write
 from lab.runs import complete
 from lab.scale import scale_from_command_line
-from lab.tables import Line, lines, markdown, notes
+from lab.tables import Line, difference_of_leaks, lines, markdown, notes
 
 PAPER = [
     ["baseline", 92.22, 15.61, 0.6168],
@@ -36,12 +36,12 @@ def claims(found: list[Line], private: tuple[str, ...]) -> list[str]:
         return []
     plain, decay, only, both = found
     leaks = {line.label: line.mean_leak(private) for line in found}
-    least = min(leaks[decay.label], leaks[only.label])
+    less = min((decay, only), key=lambda line: leaks[line.label])
     shown = ", ".join(f"{name} {value:.0f}" for name, value in leaks.items())
     return [
         verdict(
-            leaks[both.label] < least,
-            "decay improves on the filter alone:",
+            difference_of_leaks(both, less, private),
+            "both together leak less than either alone:",
             f"mean leak in percent: {shown}.",
         ),
         verdict(

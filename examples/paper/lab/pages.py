@@ -5,8 +5,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lab.scale import Scale
+from prifu_plugin.audit.statistics import Interval
 
 COLOURS = ("#2e6f95", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#5c677d", "#d4a5a5", "#1d3557")
+
+SAID = ("- Holds", "- **Does not hold**", "- Not shown", "- Nothing")
+"""How the lines begin that say what holds."""
 
 
 def write(scale: Scale, script: str, title: str, parts: list[str]) -> None:
@@ -39,9 +43,21 @@ def picture(scale: Scale, figure: Figure, name: str, alt: str) -> str:
     return f"![{alt}]({file})\n"
 
 
-def verdict(holds: bool, claim: str, found: str) -> str:
-    """Return a line that says whether a claim of the paper holds here."""
-    return f"- {'Holds' if holds else '**Does not hold**'}: {claim} {found}"
+def verdict(holds: bool | Interval, claim: str, found: str) -> str:
+    """Return a line that says whether a claim of the paper holds here.
+
+    Args:
+        holds: whether it does; or the interval of a difference that must be below 0, which leaves
+            room for "not shown".
+        claim: what is claimed.
+        found: what was measured.
+    """
+    if isinstance(holds, Interval):
+        shown = "Holds" if holds.high < 0 else "**Does not hold**" if holds.low > 0 else "Not shown"
+        found += f" Difference {holds.value:.0f} [{holds.low:.0f}, {holds.high:.0f}]."
+    else:
+        shown = "Holds" if holds else "**Does not hold**"
+    return f"- {shown}: {claim} {found}".rstrip()
 
 
 def gathered(scale: Scale) -> str:
@@ -49,7 +65,7 @@ def gathered(scale: Scale) -> str:
     text = [f"# What holds of the paper at the scale {scale.name}", ""]
     for file in sorted(scale.results.glob(f"*-{scale.name}.md")):
         page = file.read_text().splitlines()
-        said = [line for line in page if line.startswith(("- Holds", "- **Does not", "- Nothing"))]
+        said = [line for line in page if line.startswith(SAID)]
         if said:
             text += [f"## [{page[0].removeprefix('# ')}]({file.name})", "", *said, ""]
     target = scale.results / f"claims-{scale.name}.md"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lab.runs import unpacked
 from prifu_plugin.audit.statistics import Interval, bootstrap, leak
@@ -23,6 +24,8 @@ class Cell:
             is no plain run of the same seeds.
         spread: standard deviation of the leak over defence seeds, percent points; NaN for one.
         repeated: accuracy if the attacker may also average queries of the same image.
+        outcomes: whether attack, floor and the attack on the plain model are right, by test image,
+            means over seeds; None without a plain run.
     """
 
     accuracy: Interval
@@ -30,6 +33,7 @@ class Cell:
     leak: Interval | None
     spread: float
     repeated: float
+    outcomes: tuple[Tensor, Tensor, Tensor] | None
 
     def __str__(self) -> str:
         if self.leak is None:
@@ -71,8 +75,13 @@ class Line:
         return statistics.mean(known) if known else float("nan")
 
 
-def lines(results: list[Result]) -> list[Line]:
-    """Group results by all but the seed; leaks are against "plain" on the same data and cut."""
+def lines(results: list[Result], seen: str = "once") -> list[Line]:
+    """Group results by all but the seed; leaks are against "plain" on the same data and cut.
+
+    Args:
+        results: of runs.
+        seen: what attackers see: "once", one upload of each image; "strongest", as many as help.
+    """
     groups: dict[tuple, list[Result]] = {}
     for result in results:
         groups.setdefault(_identity(result["run"]), []).append(result)
@@ -81,7 +90,25 @@ def lines(results: list[Result]) -> list[Line]:
         for r in results
         if r["run"]["method"] == "plain" and not r["run"]["settings"]
     }
-    return [_line(group, plains) for group in groups.values()]
+    return [_line(group, plains, seen) for group in groups.values()]
+
+
+def difference_of_leaks(a: Line, b: Line, names: tuple[str, ...]) -> Interval:
+    """Return how much more of some attributes a leaks than b, percent points, paired by image."""
+    pairs = [(a.cells[name].outcomes, b.cells[name].outcomes) for name in names]
+    known = [(mine, theirs) for mine, theirs in pairs if mine and theirs]
+
+    if not known:
+        return Interval(float("nan"), float("nan"), float("nan"))
+
+    def share(outcomes: tuple[Tensor, Tensor, Tensor], index: Tensor) -> float:
+        right, floor, plain = (float(one[index].mean()) for one in outcomes)
+        return 100 * (right - floor) / max(plain - floor, 1e-9)
+
+    def more(index: Tensor) -> float:
+        return statistics.mean(share(mine, index) - share(theirs, index) for mine, theirs in known)
+
+    return bootstrap(more, len(known[0][0][0]))
 
 
 def label(run: dict[str, Any]) -> str:
@@ -99,8 +126,9 @@ def label(run: dict[str, Any]) -> str:
 
 
 def markdown(found: list[Line], private: tuple[str, ...]) -> list[str]:
-    """Return a table, in the order given."""
+    """Return a table, in the order given, its lines numbered as in pictures."""
     head = [
+        "",
         "method",
         "seeds",
         "task",
@@ -112,7 +140,7 @@ def markdown(found: list[Line], private: tuple[str, ...]) -> list[str]:
         "bytes",
     ]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for line in found:
+    for place, line in enumerate(found, 1):
         cells = [str(line.cells[name]) for name in private]
         leaks = [line.cells[name] for name in private]
         mean = f"{line.mean_leak(private):.0f}" if all(c.leak for c in leaks) else ""
@@ -123,20 +151,25 @@ def markdown(found: list[Line], private: tuple[str, ...]) -> list[str]:
             "| "
             + " | ".join(
                 [
+                    str(place),
                     line.label,
                     str(line.seeds),
                     task,
                     *cells,
                     mean,
                     again,
-                    f"{line.psnr:.2f}",
-                    f"{line.ssim:.3f}",
+                    _shown(line.psnr, 2),
+                    _shown(line.ssim, 3),
                     f"{line.bytes:.0f}",
                 ]
             )
             + " |"
         )
     return rows
+
+
+def _shown(value: float, digits: int) -> str:
+    return "" if value != value else f"{value:.{digits}f}"
 
 
 def notes(found: list[Line]) -> list[str]:
@@ -148,7 +181,7 @@ def notes(found: list[Line]) -> list[str]:
     return [f"- {mark}: {'; '.join(sorted(set(who)))}." for mark, who in sorted(by.items())]
 
 
-def _line(group: list[Result], plains: dict[tuple, Result]) -> Line:
+def _line(group: list[Result], plains: dict[tuple, Result], seen: str) -> Line:
     run = group[0]["run"]
     reports = [result["report"] for result in group]
     pairs = [(r, plains.get((*_place(r["run"]), r["run"]["seed"]))) for r in group]
@@ -167,7 +200,7 @@ def _line(group: list[Result], plains: dict[tuple, Result]) -> Line:
         run,
         len(group),
         task,
-        {name: _cell(name, pairs) for name in names},
+        {name: _cell(name, pairs, seen) for name in names},
         statistics.mean(p for p, _ in pictures),
         statistics.mean(s for _, s in pictures),
         statistics.mean(report["upload"]["bytes"] for report in reports),
@@ -175,22 +208,23 @@ def _line(group: list[Result], plains: dict[tuple, Result]) -> Line:
     )
 
 
-def _cell(name: str, pairs: list[tuple[Result, Result | None]]) -> Cell:
+def _cell(name: str, pairs: list[tuple[Result, Result | None]], seen: str) -> Cell:
     seeds = pairs[0][0]["report"]["settings"]["attack seeds"]
-    mine = [unpacked(r["outcomes"][name]["once"], seeds) for r, _ in pairs]
+    mine = [unpacked(r["outcomes"][name][seen], seeds) for r, _ in pairs]
     strongest = [unpacked(r["outcomes"][name]["strongest"], seeds) for r, _ in pairs]
     floors = [unpacked(r["outcomes"][name]["floor"]) for r, _ in pairs]
     right, floor = torch.stack(mine).mean(0), torch.stack(floors).mean(0)
     accuracy = bootstrap(lambda index: float(right[index].mean()), len(right))
-    found, spread = None, float("nan")
+    found, spread, outcomes = None, float("nan"), None
     if all(plain is not None for _, plain in pairs):
-        plain = [unpacked(p["outcomes"][name]["once"], seeds) for _, p in pairs if p]
-        found = leak(right, torch.stack(plain).mean(0), floor)
+        plain = [unpacked(p["outcomes"][name][seen], seeds) for _, p in pairs if p]
+        outcomes = right, floor, torch.stack(plain).mean(0)
+        found = leak(right, outcomes[2], floor)
         each = [leak(m, p, f) for m, p, f in zip(mine, plain, floors, strict=True)]
         values = [100 * one.value for one in each if one]
         spread = statistics.stdev(values) if len(values) > 1 else spread
     again = max(float(torch.stack(strongest).mean()), accuracy.value)
-    return Cell(accuracy, float(floor.mean()), found, spread, again)
+    return Cell(accuracy, float(floor.mean()), found, spread, again, outcomes)
 
 
 def _best(found: dict[str, Any] | None) -> tuple[float, float]:
