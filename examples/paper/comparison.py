@@ -35,8 +35,9 @@ def main() -> None:
         "share of what the plain model gives away above the floor, in percent, with its "
         "bootstrap interval over test images. Attackers see one upload of each image; where noise "
         "is drawn, a column tells what averages of repeated queries read. Lines within 1.5 points "
-        "of the plain model's accuracy are compared in the claims below; the best setting of each side is chosen on "
-        "these same test images. The column of seeds says how many defence seeds have run.",
+        "of the plain model's accuracy are compared in the claims below; the best setting of each "
+        "side is chosen on these same test images. The column of seeds says how many defence "
+        "seeds have run.",
         "",
     ]
     for cut in scale["cuts"]:

@@ -9,8 +9,8 @@ from prifu_plugin.audit.statistics import Interval
 
 COLOURS = ("#2e6f95", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#5c677d", "#d4a5a5", "#1d3557")
 
-SAID = ("- Holds", "- **Does not hold**", "- Not shown", "- Nothing")
-"""How the lines begin that say what holds."""
+SAID = ("- Holds", "- **Does not hold**", "- Not shown", "- Nothing", "Attackers who ", "## The ")
+"""How the lines begin that say what holds, and under which conditions."""
 
 
 def write(scale: Scale, script: str, title: str, parts: list[str]) -> None:
@@ -63,11 +63,12 @@ def verdict(holds: bool | Interval, claim: str, found: str) -> str:
 def gathered(scale: Scale) -> str:
     """Write the page of claims: what every other page found to hold or not."""
     text = [f"# What holds of the paper at the scale {scale.name}", ""]
-    for file in sorted(scale.results.glob(f"*-{scale.name}.md")):
-        page = file.read_text().splitlines()
-        said = [line for line in page if line.startswith(SAID)]
-        if said:
-            text += [f"## [{page[0].removeprefix('# ')}]({file.name})", "", *said, ""]
     target = scale.results / f"claims-{scale.name}.md"
+    for file in sorted(set(scale.results.glob(f"*-{scale.name}.md")) - {target}):
+        page = file.read_text().splitlines()
+        said = [f"{line}\n" if line[0] != "-" else line for line in page if line.startswith(SAID)]
+        said = [line.replace("## The", "### The") for line in said]
+        if any(line.startswith("- ") for line in said):
+            text += [f"## [{page[0].removeprefix('# ')}]({file.name})", "", *said, ""]
     target.write_text("\n".join(text).rstrip() + "\n")
     return str(target)
