@@ -66,7 +66,7 @@ def gathered(scale: Scale) -> str:
     target = scale.results / f"claims-{scale.name}.md"
     for file in sorted(set(scale.results.glob(f"*-{scale.name}.md")) - {target}):
         page = file.read_text().splitlines()
-        said = [f"{line}\n" if line[0] != "-" else line for line in page if line.startswith(SAID)]
+        said = [f"\n{line}\n" if line[0] != "-" else line for line in page if line.startswith(SAID)]
         said = [line.replace("## The", "### The") for line in said]
         if any(line.startswith("- ") for line in said):
             text += [f"## [{page[0].removeprefix('# ')}]({file.name})", "", *said, ""]
