@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from typing import ClassVar
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from prifu_plugin.baselines.base import Batch, Defence
-from prifu_plugin.baselines.opponents import Opponent, classifier
+from prifu_plugin.baselines.base import Batch
+from prifu_plugin.baselines.ci import CI
 
 
-class MaxEntARL(Defence):
+class MaxEntARL(CI):
     """Make a classifier of the private label uncertain, not wrong: a game that is not zero-sum.
 
     E, C minimize CE(C(z), y) + strength * (log K - H(D(z))), H the mean entropy of D's answers;
-    D minimizes CE(D(z), s) (Eq. 4 and 5 there). Entropy is bounded by log K, so the term is too.
-    D's answers go through log_softmax, where the published code adds 1e-16 to probabilities.
+    D minimizes CE(D(z), s) as in `CI` (Eq. 4 and 5 there). Entropy is bounded by log K, so the
+    term is too. D's answers go through log_softmax, where the published code adds 1e-16 to
+    probabilities.
     """
-
-    needs_private: ClassVar[bool] = True
-
-    def opponents(self, z: Tensor, images: Tensor, classes: int) -> None:
-        """Build D."""
-        self.chance = math.log(classes)
-        self.adversary = Opponent(classifier(z, classes))
-
-    def play(self, z: Tensor, batch: Batch) -> None:
-        """Train D on this batch."""
-        assert batch.private is not None
-        self.adversary.learn_label(z, batch.private)
 
     def loss(self, z: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Return CE(C(z), y) + strength * (log K - H(D(z)))."""
