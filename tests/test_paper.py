@@ -1,6 +1,7 @@
 """The paper's experiments run on little data, and committed pages follow from committed runs."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,46 @@ def test_plans_name_every_rival_at_every_cut_and_the_scale_of_the_paper_loads():
             methods = {run["method"] for run in plans.comparison(scale, cut)}
             assert {"CI", "MaxEnt-ARL", "RAN", "PAN", "DISCO", "CFB", "NoPeek-Infer"} <= methods
         assert json.dumps(scale.values)
+
+
+def made(method, right, floor, seed=0, utility=0.9, **settings):
+    """A result whose attack is right on given test images."""
+    report = {
+        "attributes": [{"name": "s", "marks": [], "accuracy": {}, "repeated": None}],
+        "utility": {"value": utility, "low": utility - 0.02, "high": utility + 0.02},
+        "settings": {"attack seeds": 1},
+        "reconstruction": None,
+        "upload": {"bytes": 4},
+    }
+    outcome = {"once": packed(right), "strongest": packed(right), "floor": packed(floor)}
+    run = {"data": "d", "network": "n", "cut": "c", "method": method}
+    run |= {"settings": settings, "seed": seed}
+    return {"run": run, "report": report, "outcomes": {"s": outcome}}
+
+
+def test_differences_of_leaks_resample_seeds_and_need_something_to_leak():
+    g = torch.Generator().manual_seed(0)
+    floor = torch.zeros(800, dtype=torch.double)
+    draw = lambda share: (torch.rand(800, generator=g) < share).double()  # noqa: E731
+    results = [made("plain", draw(0.9), floor, s) for s in (0, 1)]
+    results += [made("steady", draw(0.3), floor, s) for s in (0, 1)]
+    results += [made("loose", draw(share), floor, s) for s, share in enumerate((0.05, 0.75))]
+    plain, steady, loose = tables.lines(results)
+    sure = tables.difference_of_leaks(steady, plain, ("s",))
+    assert sure.high < 0
+    assert sure.value == pytest.approx(-100 * 2 / 3, abs=6)
+    unsure = tables.difference_of_leaks(steady, loose, ("s",))
+    assert unsure.low < 0 < unsure.high  # its seeds differ more than its images
+    nothing = tables.lines([made("plain", floor, floor), made("other", floor, floor)])
+    assert math.isnan(tables.difference_of_leaks(*nothing, ("s",)).value)
+
+
+def test_seeds_that_did_not_learn_are_left_out_and_named():
+    floor, right = torch.zeros(400).double(), torch.ones(400).double()
+    results = [made("plain", right, floor, s) for s in (0, 1)]
+    results += [made("A", floor, floor, 0, utility=0.5), made("A", right, floor, 1)]
+    results += [made("B", floor, floor, 0, utility=0.5)]
+    _, a, b = tables.lines(results)
+    assert (a.seeds, a.cells["s"].leak.value) == (1, pytest.approx(1))
+    assert a.marks == ("did not learn the task with seed 0, left out",)
+    assert b.marks == ("did not learn the task with seed 0",)

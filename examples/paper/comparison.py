@@ -8,7 +8,7 @@ from lab.datasets import Study, load
 from lab.pages import COLOURS, picture, published, verdict, write
 from lab.runs import complete
 from lab.scale import Scale, scale_from_command_line
-from lab.tables import Line, difference_of_leaks, lines, markdown, notes
+from lab.tables import CHOOSING, JUDGING, Line, difference_of_leaks, lines, markdown, notes
 
 from prifu_plugin.figures import new_figure
 
@@ -35,9 +35,9 @@ def main() -> None:
         "share of what the plain model gives away above the floor, in percent, with its "
         "bootstrap interval over test images. Attackers see one upload of each image; where noise "
         "is drawn, a column tells what averages of repeated queries read. Lines within 1.5 points "
-        "of the plain model's accuracy are compared in the claims below; the best setting of each "
-        "side is chosen on these same test images. The column of seeds says how many defence "
-        "seeds have run.",
+        "of the plain model's accuracy are compared in the claims below: the best setting of each "
+        "side is chosen on half of the test images and judged on the other, with an interval over "
+        "images and defence seeds. The column of seeds says how many have run and learned.",
         "",
     ]
     for cut in scale["cuts"]:
@@ -76,9 +76,12 @@ def claims(found: list[Line], study: Study) -> list[str]:
             continue
         kind = "rival" if against is rivals else "rival or control"
         for names, what in ((unnamed, "nobody named"), ((study.named,), "rivals were told of")):
-            mine, theirs = (min(g, key=lambda one: one.mean_leak(names)) for g in (group, against))
+            mine, theirs = (
+                min(lines, key=lambda one: one.mean_leak(names, CHOOSING))
+                for lines in (group, against)
+            )
             claim = f"PriFU, {name}, leaks less of what {what} than any {kind}:"
-            a, b = (f"{one.label} {one.mean_leak(names):.0f}" for one in (mine, theirs))
+            a, b = (f"{one.label} {one.mean_leak(names, JUDGING):.0f}" for one in (mine, theirs))
             said += [verdict(difference_of_leaks(mine, theirs, names), claim, f"{a}; {b}.")]
     return said
 

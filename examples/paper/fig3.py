@@ -27,6 +27,9 @@ def main() -> None:
     }
     text = [*markdown(found, private), "", drawn(scale, curves, private)]
     pairs = list(zip(curves["avgri"], curves["random"], strict=True))
+    if not pairs:
+        write(scale, __file__, "Fig. 3: removing channels", ["- Nothing has run yet."])
+        return
     better = [a.task.value > b.task.value for a, b in pairs]
     shown = "; ".join(
         f"{a.run['settings']['keep']:.0%} kept: {100 * a.task.value:.1f} against "

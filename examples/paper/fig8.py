@@ -34,11 +34,13 @@ def main() -> None:
         falling = [statistics.mean(opened[v]) for v in sorted(opened)]
         text += [
             verdict(
-                falling == sorted(falling, reverse=True), f"more {name} closes more channels.", ""
+                len(falling) > 1 and falling == sorted(set(falling), reverse=True),
+                f"more {name} closes more channels.",
+                "",
             ),
             verdict(
                 _falls([c.cells[private[0]].accuracy.value for c in found]),
-                f"more {name}, less read of {private[0]}, up to 2 points.",
+                f"more {name}, less read of {private[0]}, by more than 3 points.",
                 "",
             ),
             "",
@@ -67,7 +69,11 @@ def _value(line: Line, name: str, scale: Scale) -> float:
 
 
 def _falls(values: list[float]) -> bool:
-    return all(b <= a + 0.02 for a, b in zip(values, values[1:], strict=False))
+    """Whether no step rises by more than a point and the whole falls by more than three."""
+    steps = zip(values, values[1:], strict=False)
+    return (
+        len(values) > 1 and all(b <= a + 0.01 for a, b in steps) and values[-1] < values[0] - 0.03
+    )
 
 
 if __name__ == "__main__":

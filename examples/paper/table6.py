@@ -53,7 +53,7 @@ def main() -> None:
                 f"mean points above it: {shown}.",
             ),
             verdict(
-                least != "PriFU",
+                least in ("CI", "MaxEnt-ARL"),
                 "methods that are told the attribute leave less of it:",
                 f"least: {least}.",
             ),

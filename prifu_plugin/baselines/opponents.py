@@ -28,7 +28,7 @@ def classifier(z: Tensor, classes: int, hidden: int = 128) -> nn.Module:
         layers += [nn.BatchNorm2d(z.shape[1]), nn.Conv2d(z.shape[1], 32, 3, 2, 1), nn.ReLU()]
     layers += [nn.Flatten()]
     with torch.no_grad():
-        width = nn.Sequential(*layers)(z).shape[1]
+        width = nn.Sequential(*layers).to(z.device)(z).shape[1]
     layers += [nn.BatchNorm1d(width), nn.Linear(width, hidden), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, classes)).to(z.device)
 

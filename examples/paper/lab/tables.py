@@ -24,8 +24,8 @@ class Cell:
             is no plain run of the same seeds.
         spread: standard deviation of the leak over defence seeds, percent points; NaN for one.
         repeated: accuracy if the attacker may also average queries of the same image.
-        outcomes: whether attack, floor and the attack on the plain model are right, by test image,
-            means over seeds; None without a plain run.
+        outcomes: whether attack, floor and the attack on the plain model are right, by seed and
+            test image, (S, N) each; None where the leak is.
     """
 
     accuracy: Interval
@@ -68,11 +68,11 @@ class Line:
     bytes: float
     marks: tuple[str, ...]
 
-    def mean_leak(self, names: tuple[str, ...]) -> float:
-        """Return the mean leak over attributes, percent."""
-        leaks = [self.cells[name].leak for name in names]
-        known = [100 * leak.value for leak in leaks if leak is not None]
-        return statistics.mean(known) if known else float("nan")
+    def mean_leak(self, names: tuple[str, ...], images: slice = slice(None)) -> float:
+        """Return the mean leak over attributes, percent, on some of the test images."""
+        known = [self.cells[name].outcomes for name in names]
+        shares = [_share(*(one[:, images] for one in outcomes)) for outcomes in known if outcomes]
+        return statistics.mean(shares) if len(shares) == len(names) else float("nan")
 
 
 def lines(results: list[Result], seen: str = "once") -> list[Line]:
@@ -90,25 +90,50 @@ def lines(results: list[Result], seen: str = "once") -> list[Line]:
         for r in results
         if r["run"]["method"] == "plain" and not r["run"]["settings"]
     }
+    groups = {key: _learned(group, plains) for key, group in groups.items()}
     return [_line(group, plains, seen) for group in groups.values()]
 
 
+CHOOSING, JUDGING = slice(0, None, 2), slice(1, None, 2)
+"""Halves of the test images: settings are chosen on one, and judged on the other."""
+
+
 def difference_of_leaks(a: Line, b: Line, names: tuple[str, ...]) -> Interval:
-    """Return how much more of some attributes a leaks than b, percent points, paired by image."""
+    """Return how much more of some attributes a leaks than b, percent points.
+
+    On the judging half of the test images; the interval resamples images, the same for both, and
+    the defence seeds of each.
+    """
     pairs = [(a.cells[name].outcomes, b.cells[name].outcomes) for name in names]
-    known = [(mine, theirs) for mine, theirs in pairs if mine and theirs]
-
-    if not known:
+    if not all(mine and theirs for mine, theirs in pairs):
         return Interval(float("nan"), float("nan"), float("nan"))
+    judged = [[[one[:, JUDGING] for one in line] for line in pair] for pair in pairs]
+    chance = torch.Generator().manual_seed(0)
 
-    def share(outcomes: tuple[Tensor, Tensor, Tensor], index: Tensor) -> float:
-        right, floor, plain = (float(one[index].mean()) for one in outcomes)
-        return 100 * (right - floor) / max(plain - floor, 1e-9)
+    def more(images: Tensor, *seeds: Tensor) -> float:
+        shares = [
+            [
+                _share(*(one[chosen][:, images] for one in line))
+                for line, chosen in zip(pair, seeds, strict=True)
+            ]
+            for pair in judged
+        ]
+        return statistics.mean(mine - theirs for mine, theirs in shares)
 
-    def more(index: Tensor) -> float:
-        return statistics.mean(share(mine, index) - share(theirs, index) for mine, theirs in known)
+    count = judged[0][0][0].shape[1]
+    sizes = [len(line[0]) for line in judged[0]]
+    draws = [
+        more(*(torch.randint(n, (n,), generator=chance) for n in (count, *sizes)))
+        for _ in range(1000)
+    ]
+    low, high = torch.tensor(draws).double().quantile(torch.tensor([0.025, 0.975]).double())
+    value = more(torch.arange(count), *(torch.arange(n) for n in sizes))
+    return Interval(value, float(low), float(high))
 
-    return bootstrap(more, len(known[0][0][0]))
+
+def _share(right: Tensor, floor: Tensor, plain: Tensor) -> float:
+    """Return the leak in percent."""
+    return 100 * float((right - floor).mean()) / max(float((plain - floor).mean()), 1e-9)
 
 
 def label(run: dict[str, Any]) -> str:
@@ -181,6 +206,22 @@ def notes(found: list[Line]) -> list[str]:
     return [f"- {mark}: {'; '.join(sorted(set(who)))}." for mark, who in sorted(by.items())]
 
 
+def _learned(group: list[Result], plains: dict[tuple, Result]) -> list[Result]:
+    """Leave out seeds that did not learn the task, unless none did: chance protects perfectly."""
+    kept = []
+    for result in group:
+        plain = plains.get((*_place(result["run"]), result["run"]["seed"]))
+        least = 0.7 * plain["report"]["utility"]["value"] if plain else 0.0
+        if result["report"]["utility"]["value"] >= least:
+            kept.append(result)
+    if len(kept) == len(group):
+        return group
+    seeds = sorted(r["run"]["seed"] for r in group if r not in kept)
+    mark = f"did not learn the task with seed {', '.join(map(str, seeds))}"
+    mark += ", left out" if kept else ""
+    return [{**result, "mark": mark} for result in kept or group]
+
+
 def _line(group: list[Result], plains: dict[tuple, Result], seen: str) -> Line:
     run = group[0]["run"]
     reports = [result["report"] for result in group]
@@ -195,6 +236,7 @@ def _line(group: list[Result], plains: dict[tuple, Result], seen: str) -> Line:
         for row in report["attributes"]
         for mark in row["marks"]
     }
+    marks |= {result["mark"] for result in group if "mark" in result}
     return Line(
         label(run),
         run,
@@ -218,8 +260,9 @@ def _cell(name: str, pairs: list[tuple[Result, Result | None]], seen: str) -> Ce
     found, spread, outcomes = None, float("nan"), None
     if all(plain is not None for _, plain in pairs):
         plain = [unpacked(p["outcomes"][name][seen], seeds) for _, p in pairs if p]
-        outcomes = right, floor, torch.stack(plain).mean(0)
-        found = leak(right, outcomes[2], floor)
+        found = leak(right, torch.stack(plain).mean(0), floor)
+        if found is not None:
+            outcomes = torch.stack(mine), torch.stack(floors), torch.stack(plain)
         each = [leak(m, p, f) for m, p, f in zip(mine, plain, floors, strict=True)]
         values = [100 * one.value for one in each if one]
         spread = statistics.stdev(values) if len(values) > 1 else spread
