@@ -137,10 +137,10 @@ def test_information_limiters_take_what_nobody_named(at, plain):
 @pytest.mark.slow
 def test_shredder_costs_an_attacker_more_than_the_task(plain):
     images, task, private = planted(seed=1)
-    defence = trained(lambda e, c: baselines.Shredder(e, c, strength=0.3), named=False)
+    defence = trained(lambda e, c: baselines.Shredder(e, c, strength=0.03), named=False)
     before, after = (attacked(d, private, images, task) for d in (plain["5"], defence))
-    assert after[0] > 0.95
-    assert after[1] < before[1] - 0.05
+    assert after[0] > 0.85
+    assert before[1] - after[1] > 0.1 + before[0] - after[0]
     assert not torch.equal(defence.encode(images[:4]), defence.encode(images[:4]))
 
 
