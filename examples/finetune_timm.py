@@ -87,8 +87,10 @@ def main(args):
             ema.update(model)
         scheduler.step(epoch + 1)
         state = prifu.summary(model)
-        print(f"epoch {epoch}: loss {loss.item():.3f}, top-1 {evaluate(model, val, device):.1f} %, "
-              f"{state.open} of {state.channels} channels open, dose {state.rows[0].dose:.2f}")
+        print(
+            f"epoch {epoch}: loss {loss.item():.3f}, top-1 {evaluate(model, val, device):.1f} %, "
+            f"{state.open} of {state.channels} channels open, dose {state.rows[0].dose:.2f}"
+        )
         torch.save({"model": model.state_dict(), "ema": ema.module.state_dict(), "epoch": epoch,
                     "optimizer": optimizer.state_dict()}, out / "last.pt")  # fmt: skip
     pruned = prifu.prune(model, first)

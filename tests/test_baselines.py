@@ -324,3 +324,40 @@ def test_one_step_of_training_is_the_losses_own_gradient():
     baselines.fit(plain, images, task, schedule=schedule)
     for name, p, b, g in zip(names, cloud.parameters(), before, grads, strict=True):
         torch.testing.assert_close(p.detach(), b - 0.1 * g, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_narrow_map_begins_with_the_scale_of_its_input():
+    edge, cloud = parts()
+    narrow = baselines.VIB(edge, cloud, **shape("5"), width=2)
+    x = torch.randn(64, 32)
+    directions = torch.linalg.svd(narrow.mean[1].weight).Vh[:2]
+    expected = (x @ directions.T).norm(dim=1)
+    assert torch.allclose((x @ narrow.mean[1].weight.T).norm(dim=1), expected, atol=1e-4)
+
+
+def test_a_gate_hardens_over_the_first_half_of_training():
+    images, task, private = planted(96)
+    defence = baselines.DISCO(*parts(), channels=32, strength=0.3)
+    batch = Batch(images, task, private)
+    defence.begin(batch, 2, torch.optim.SGD(defence.defenders(), lr=0.0))
+    defence.train()
+    found = []
+    for defence.progress in (0.0, 0.25, 0.5, 0.9):
+        defence.step(batch)
+        found.append(defence.pruner.sharpness)
+    assert found == pytest.approx([1.0, math.sqrt(30), 30, 30])
+
+
+def test_a_cloud_that_was_told_goes_on_with_the_average_of_what_it_was_told():
+    images, task, private = planted(96)
+    private[:72] = 1
+    private[72:] = 0
+    defence = baselines.CFB(*parts(), **shape("5"))
+    batch = Batch(images, task, private)
+    defence.begin(batch, 2, torch.optim.SGD(defence.defenders(), lr=0.1))
+    before = defence.enter.bias.detach().clone()
+    told = defence.told(torch.eye(2)).detach()
+    defence.finish([batch])  # one step of Adam moves a bias by at most its rate, 0.001
+    wanted = before + 0.75 * told[1] + 0.25 * told[0]
+    assert torch.allclose(defence.enter.bias, wanted, atol=1.1e-3)
+    assert not torch.allclose(before, wanted, atol=1e-2)

@@ -80,17 +80,23 @@ def checks(way):
     yield "class of the model", lambda: type(model) is type(original)
     yield "isinstance of norms", lambda: isinstance(model.bn1, nn.BatchNorm2d)
     yield "original checkpoint", lambda: not model.load_state_dict(original.state_dict())[0]
-    yield "forward_features", lambda: not torch.equal(
-        model.forward_features(x), original.forward_features(x))
+    yield (
+        "forward_features",
+        lambda: not torch.equal(model.forward_features(x), original.forward_features(x)),
+    )
     yield "deepcopy", lambda: torch.equal(copy.deepcopy(model)(x), model(x))
     yield "pickle", lambda: torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
     yield "compile fullgraph", lambda: torch.allclose(compiled(x), model(x), atol=1e-5)
-    yield "SyncBatchNorm", lambda: torch.allclose(
-        sync(copy.deepcopy(model)).eval()(x), model(x), atol=1e-5)
+    yield (
+        "SyncBatchNorm",
+        lambda: torch.allclose(sync(copy.deepcopy(model)).eval()(x), model(x), atol=1e-5),
+    )
     fused = way(nn.Sequential(timm.layers.BatchNormAct2d(2, act_layer=nn.SiLU))).eval()
     expected = nn.functional.silu(0.1 * x[:, 1] / (1 + 1e-5) ** 0.5)
-    yield "before fused activation", lambda: torch.allclose(
-        fused(x[:, :2])[:, 1], expected, atol=1e-6)
+    yield (
+        "before fused activation",
+        lambda: torch.allclose(fused(x[:, :2])[:, 1], expected, atol=1e-6),
+    )
 
 
 def holds(check):
@@ -103,8 +109,12 @@ def holds(check):
 
 def main():
     """Print the table."""
-    ways = {"container in the slot": slot, "forward hook": hook, "GraphModule": graph,
-            "hosting subclass": host}
+    ways = {
+        "container in the slot": slot,
+        "forward hook": hook,
+        "GraphModule": graph,
+        "hosting subclass": host,
+    }
     rows = {name: {what: holds(check) for what, check in checks(way)} for name, way in ways.items()}
     print("| what users keep | " + " | ".join(rows) + " |")
     print("|---|" + "---|" * len(rows))

@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prifu_plugin.baselines.base import Batch
-from prifu_plugin.baselines.vib import VIB, pointwise
+from prifu_plugin.baselines.vib import VIB
 
 
 class CFB(VIB):
     """Tell the cloud the private label in training, so that z has no need to carry it.
 
     Minimizes strength * I_ub(X; Z) + H_ub(T | S, Z) (their Eq. 6 divided by beta): the divergence
-    of `VIB`, in nats, and the task's cross-entropy given z and s. At inference nobody knows s: a
-    new first map and the cloud behind it are trained on frozen, sampled uploads without it. Means
-    over the batch, where the published code sums.
+    of `VIB`, in nats, and the task's cross-entropy given z and s. At inference nobody knows s: the
+    cloud goes on with what the label adds on average, and is trained on frozen, sampled uploads
+    without it. Means over the batch, where the published code sums.
 
     Arguments are those of `VIB`.
     """
@@ -32,7 +32,7 @@ class CFB(VIB):
     def begin(self, batch: Batch, classes: int, optimizer: torch.optim.Optimizer) -> None:
         """Build the map that is told the label."""
         super().begin(batch, classes, optimizer)
-        self.told = nn.Linear(classes, self.shape[1]).to(batch.images.device)
+        self.told = nn.Linear(classes, self.channels).to(batch.images.device)
         optimizer.add_param_group({"params": list(self.told.parameters())})
 
     def answer(self, z: Tensor, batch: Batch) -> Tensor:
@@ -45,12 +45,18 @@ class CFB(VIB):
 
     def finish(self, batches: list[Batch]) -> None:
         """Train a cloud that is not told the label, on frozen uploads."""
-        width, channels, spatial = self.shape
-        self.enter = pointwise(width, channels, spatial=spatial).to(batches[0].images.device)
-        self.cloud = nn.Sequential(self.enter, self.behind).train()
+        share = self._shares(batches)
+        with torch.no_grad():
+            assert isinstance(self.enter.bias, Tensor)
+            self.enter.bias += self.told(share)
+        self.cloud.train()
         optimizer = torch.optim.Adam(self.cloud.parameters(), lr=1e-3)
         for batch in batches:
             z = self.encode(batch.images)
             optimizer.zero_grad()
             F.cross_entropy(self.cloud(z), batch.task).backward()
             optimizer.step()
+
+    def _shares(self, batches: list[Batch]) -> Tensor:
+        named = torch.cat([batch.private for batch in batches if batch.private is not None])
+        return named.bincount(minlength=self.classes).float() / len(named)

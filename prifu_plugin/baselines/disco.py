@@ -12,8 +12,8 @@ from prifu_plugin.baselines.opponents import Opponent, classifier, reverse_gradi
 from prifu_plugin.baselines.ran import unexplained
 from prifu_plugin.errors import ConfigError, OrderError
 
-SHARPNESS = 30.0
-"""One over the temperature of the gate."""
+SHARPNESS = (1.0, 30.0)
+"""One over the temperature of the gate, at the start and when half of training is done."""
 
 
 class Gate(nn.Module):
@@ -32,6 +32,7 @@ class Gate(nn.Module):
         if not 0 <= remove < 1:
             raise ConfigError(f"remove={remove}: a share in [0, 1).")
         self.place = min(channels - 1, int(channels * remove))
+        self.sharpness = SHARPNESS[1]
         self.scores = nn.Sequential(
             nn.BatchNorm1d(2 * channels), nn.Linear(2 * channels, channels), nn.ReLU(),
             nn.Linear(channels, channels),
@@ -43,7 +44,7 @@ class Gate(nn.Module):
         seen = torch.cat([flat.mean(2), flat.amax(2)], 1)
         scores = self.scores(seen)
         least = scores.sort(1).values[:, self.place, None]
-        gate = torch.sigmoid((scores - least) * SHARPNESS)
+        gate = torch.sigmoid((scores - least) * self.sharpness)
         return gate.reshape(*z.shape[:2], *[1] * (z.ndim - 2))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -91,6 +92,8 @@ class DISCO(Defence):
         """Take the three parties' turn in one backward pass."""
         if self.optimizer is None:
             raise OrderError("DISCO.step before begin: train with baselines.fit.")
+        first, last = SHARPNESS
+        self.pruner.sharpness = first * (last / first) ** min(1.0, 2 * self.progress)
         z = self.extractor(batch.images)
         gate = self.pruner.gate(z)
         task = F.cross_entropy(self.cloud(z * gate), batch.task)

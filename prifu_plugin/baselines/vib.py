@@ -67,7 +67,7 @@ class VIB(Defence):
         self.enter = pointwise(width, channels, spatial=spatial)
         self.behind = cloud
         self.cloud = nn.Sequential(self.enter, self.behind)
-        self.shape = (width, channels, spatial)
+        self.channels = channels
 
     def step(self, batch: Batch) -> dict[str, float]:
         """Train on one batch."""
@@ -88,5 +88,12 @@ class VIB(Defence):
 
 
 def pointwise(inputs: int, outputs: int, *, spatial: bool) -> nn.Module:
-    """Return a linear map of channels, the same at every position."""
-    return nn.Conv2d(inputs, outputs, 1) if spatial else nn.Linear(inputs, outputs)
+    """Return a linear map of channels, the same at every position, that begins as a rotation.
+
+    torch's own start takes most of the scale of a narrow map's input away, and a network cut there
+    does not always learn.
+    """
+    layer = nn.Conv2d(inputs, outputs, 1) if spatial else nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -17,15 +17,21 @@ def comparison(scale: Scale, cut: str, data: str = "") -> list[Run]:
     methods += [("plain", {"projection": True})] if cut == "pooled" else []
     for name in ("CI", "MaxEnt-ARL", "PAN", "DISCO"):
         methods += [(name, {"named": named, "strength": strength}) for strength in (0.3, 1.0)]
-    methods += [("CFB", {"named": named, "strength": s}) for s in (0.001, 0.003)]
+    nats = (0.001, 0.003) if cut == "pooled" else (0.00003, 0.0001)  # summed over positions
+    methods += [("CFB", {"named": named, "strength": s}) for s in nats]
     methods += [("RAN", {"strength": s}) for s in (0.3, 1.0)]
     methods += [("NoPeek-Infer", {"strength": s}) for s in (0.3, 1.0)]
-    methods += [("VIB", {"strength": s}) for s in (0.001, 0.003)]
+    methods += [("VIB", {"strength": s}) for s in nats]
     methods += [("noise", {"noise": s}) for s in (1.0, 3.0)]
-    methods += [("bottleneck", {"width": 2, "bits": 4}), ("Shredder", {"strength": 0.3})]
+    methods += [("bottleneck", {"width": width, "bits": 4}) for width in (2, 8)]
+    methods += [("Shredder", {"strength": s}) for s in (0.03, 0.3)]
     methods += [("slimming", {"strength": 1e-4, "remove": 0.5}), ("untrained", {})]
     methods += [("plain", {"keep": 0.25, "order": order}) for order in ("avgri", "random")]
     methods += [("plain", {"directions": 2})] if cut == "pooled" else []
+    if cut == "pooled":  # noise first, then only what the head sees of it
+        filtered = {"cut_filter": True, "projection": True}
+        methods += [("PriFU", {**filtered, "noise": noise}) for noise in (0.1, 0.3)]
+        methods += [("noise", {"noise": noise, "projection": True}) for noise in (1.0, 3.0)]
     if scale.name == "smoke":  # one setting a method shows that it runs
         methods = list(dict(reversed(methods)).items())
     return [
