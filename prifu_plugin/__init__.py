@@ -24,6 +24,8 @@ from prifu_plugin.prune.run import report as report
 from prifu_plugin.relevance import Relevance as Relevance
 from prifu_plugin.relevance import influence as influence
 from prifu_plugin.relevance import relevance as relevance
+from prifu_plugin.schedule import FilterSchedule as FilterSchedule
+from prifu_plugin.schedule import recalibrate as recalibrate
 from prifu_plugin.split import Split as Split
 from prifu_plugin.split import cut_points as cut_points
 from prifu_plugin.split import split as split
@@ -37,6 +39,7 @@ __all__ = [
     "AuditReport",
     "CutFilter",
     "FilterConfig",
+    "FilterSchedule",
     "Plan",
     "PriFU",
     "PruneReport",
@@ -54,6 +57,7 @@ __all__ = [
     "plan",
     "prune",
     "rebuild",
+    "recalibrate",
     "register_norm",
     "relevance",
     "report",

@@ -5,6 +5,8 @@
 
 A family are the models of one file of timm or torchvision whose module trees are the same up to
 widths and repeats; its member with the fewest parameters is run, and the table says for whom.
+From LARGE parameters on, runs of blocks that are alike are shortened to two, and the row says how
+many were left out.
 """
 
 import collections
@@ -31,6 +33,7 @@ from prifu_plugin.errors import NoSiteError
 ROOT = Path(__file__).resolve().parent.parent
 OUT, RESULTS = ROOT / "out" / "zoo", ROOT / "docs" / "results" / "zoo.json"
 SECONDS, GIGABYTES = 240, 14
+LARGE = 12_000_000
 
 
 def names():
@@ -105,12 +108,53 @@ def example(name, model):
     raise ValueError(f"takes none of {tries}")
 
 
+def shorten(model):
+    """Leave out blocks that are like the two before them; return how many.
+
+    Two stay, since neighbours often differ in what shapes do not show (shifted windows).
+    """
+    left_out = 0
+    for holder in list(model.modules()):
+        if not isinstance(holder, nn.Sequential | nn.ModuleList):
+            continue
+        kept, last, run = [], None, 0
+        for name, block in holder.named_children():
+            shapes = [(key, tuple(value.shape)) for key, value in block.state_dict().items()]
+            alike = (type(block), shapes) if shapes else (type(block), repr(block))
+            run = run + 1 if alike == last else 1
+            last = alike
+            if run <= 2:
+                kept.append((name, block))
+        if len(kept) == len(holder):
+            continue
+        left_out += len(holder) - len(kept)
+        if isinstance(holder, nn.ModuleList):
+            kept = [(str(place), block) for place, (_, block) in enumerate(kept)]
+        holder._modules.clear()
+        holder._modules.update(kept)
+    return left_out
+
+
+def built(name):
+    """Return a model, an example that it takes, and how many blocks were left out."""
+    model = build(name)
+    x = example(name, model)
+    if sum(p.numel() for p in model.parameters()) < LARGE:
+        return model, x, 0
+    left_out = shorten(model)
+    try:
+        with torch.no_grad():
+            model.eval()(*x)
+    except Exception:  # its forward counts on blocks that were left out
+        return build(name), x, 0
+    return model, x, left_out
+
+
 def run_one(name):
     """Return the row of one model."""
-    row = {"name": name}
-    model = build(name)
+    model, x, left_out = built(name)
+    row = {"name": name, "left_out": left_out}
     row["parameters"] = sum(p.numel() for p in model.parameters())
-    x = example(name, model)
     row["input"] = [list(t.shape) for t in x]
     model.eval()
     with torch.no_grad():
@@ -243,6 +287,8 @@ def page(rows, versions):
     lines += ["| model | for | outcome | fp64 | saved of possible | prune s | kept whole |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for row in rows:
+        if row.get("left_out"):
+            row["name"] += f" (without {row['left_out']} repeated blocks)"
         share = f"{row['saved'] / row['possible']:.3f}" if row.get("possible") else ""
         fp64 = f"{row['fp64']:.0e}" if "fp64" in row else ""
         why = "; ".join(row.get("kept", [])) or row.get("why", "")

@@ -95,5 +95,6 @@ def pointwise(inputs: int, outputs: int, *, spatial: bool) -> nn.Module:
     """
     layer = nn.Conv2d(inputs, outputs, 1) if spatial else nn.Linear(inputs, outputs)
     nn.init.orthogonal_(layer.weight)
+    assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer

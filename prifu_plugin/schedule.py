@@ -1,0 +1,200 @@
+"""Settings of filters that change over training, and statistics once masks have settled."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from prifu_plugin.cut import CutFilter
+from prifu_plugin.errors import ConfigError, FilterError
+from prifu_plugin.graph.insert import filters
+from prifu_plugin.graph.state import wrap_state
+
+Course = tuple[float, float] | Callable[[float], float]
+"""From one value to another, linearly; or any function of the share of training that is done."""
+
+
+class FilterSchedule:
+    """Change alpha, beta, gain or noise of a wrapped model over training, step by step.
+
+    Call `step` where a learning-rate scheduler's is called. A threshold that grows lets filters
+    learn before they close; a gain that falls from 1/init to 1 starts as the pretrained network
+    and ends as the paper's filter; noise that grows lets a network find its task first.
+
+    Args:
+        model: a wrapped model.
+        steps: optimizer steps of the whole run.
+        alpha: course of the threshold of Eq. 4.
+        beta: course of the decay of Eq. 6; `dose_to_beta` finds a constant one.
+        gain: course of the fixed factor on W.
+        noise: course of the noise on the filtered upload.
+        until: share of training in (0, 1] after which pairs have reached their second value.
+        every: steps between changes; compiled models compile anew for new values.
+
+    Raises:
+        ConfigError: if nothing is scheduled, a value leaves its range anywhere on the course, or
+            noise is scheduled without a filter on an upload.
+        OrderError: if the model is not wrapped.
+
+    Example:
+        >>> import prifu_plugin as prifu
+        >>> model = prifu.wrap(nn.Sequential(nn.BatchNorm1d(4)))
+        >>> schedule = FilterSchedule(model, steps=4, alpha=(0.0, 0.2))
+        >>> for _ in range(3):
+        ...     schedule.step()
+        >>> round(prifu.filters(model)["0"].alpha, 6)
+        0.15
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        steps: int,
+        *,
+        alpha: Course | None = None,
+        beta: Course | None = None,
+        gain: Course | None = None,
+        noise: Course | None = None,
+        until: float = 1.0,
+        every: int = 1,
+    ) -> None:
+        wrap_state(model)
+        if steps < 1 or every < 1 or not 0 < until <= 1:
+            raise ConfigError(
+                f"steps={steps}, every={every}, until={until}: steps and every are at least 1, "
+                "until is a share in (0, 1]."
+            )
+        given = {"alpha": alpha, "beta": beta, "gain": gain, "noise": noise}
+        self._courses = {name: course for name, course in given.items() if course is not None}
+        if not self._courses:
+            raise ConfigError("Nothing is scheduled: pass alpha=, beta=, gain= or noise=.")
+        self._cuts = [module for module in model.modules() if isinstance(module, CutFilter)]
+        if noise is not None and not self._cuts:
+            raise ConfigError("noise= is scheduled, but no upload is filtered: wrap with cut=.")
+        self._units = filters(model)
+        self.steps = steps
+        self.until = until
+        self.every = every
+        self.done = 0
+        for step in range(steps + 1):
+            self._check(step)
+        self._apply()
+
+    def step(self) -> None:
+        """Count one optimizer step, and change what is due; after the last, values stay."""
+        self.done += 1
+        if self.done % self.every == 0 or self.done == self.steps:
+            self._apply()
+
+    def values(self) -> dict[str, float]:
+        """Return the scheduled values as of the last change."""
+        last = min(self.done, self.steps)
+        return self._values(last if last == self.steps else last - last % self.every)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs: steps done, and the dose of every filter so far."""
+        return {"done": self.done, "dose": {path: u.dose for path, u in self._units.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            FilterError: if it is of a model with other filters.
+        """
+        if set(state["dose"]) != set(self._units):
+            odd = sorted(set(state["dose"]) ^ set(self._units))
+            raise FilterError(
+                f"The schedule's state is of another model: '{odd[0]}' is a filter in one of them "
+                f"only ({len(odd)} such). Wrap with the settings of that run."
+            )
+        self.done = state["done"]
+        for path, dose in state["dose"].items():
+            self._units[path].dose = dose
+        self._apply()
+
+    def _values(self, step: int) -> dict[str, float]:
+        share = step / self.steps
+        return {name: _at(course, share, self.until) for name, course in self._courses.items()}
+
+    def _check(self, step: int) -> None:
+        for name, value in self._values(step).items():
+            low, high = (0.0, 1.0) if name == "alpha" else (0.0, math.inf)
+            inside = low <= value < high and (value > 0 or name != "gain")
+            if not inside:
+                allowed = {"alpha": "in [0, 1)", "gain": "above 0"}.get(name, "at least 0")
+                where = f"at step {step} of {self.steps}"
+                raise ConfigError(f"{name}={value} {where} is not {allowed}.")
+
+    def _apply(self) -> None:
+        for name, value in self.values().items():
+            for owner in self._cuts if name == "noise" else self._units.values():
+                setattr(owner, name, value)
+
+
+def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Estimate running statistics anew, by `torch.optim.swa_utils.update_bn` and for cut filters.
+
+    Masks that close change what later layers see; statistics that are averages over training lag
+    behind. Inputs pass in train mode, with noise; weights do not change.
+
+    Args:
+        model: a wrapped or pruned model; its modes are as before afterwards.
+        batches: inputs (N, ...), or pairs whose first is the input.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: if there are no batches.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> _ = recalibrate(nn.Sequential(norm), [torch.full((4, 2), 3.0), torch.full((4, 2), 5.0)])
+        >>> norm.running_mean.tolist()
+        [4.0, 4.0]
+    """
+    remaining = iter(batches)
+    first = next(remaining, None)
+    if first is None:
+        raise ConfigError("No batches to estimate statistics from: pass images.")
+    cuts = [module for module in model.modules() if isinstance(module, CutFilter)]
+    modes = {module: module.training for module in model.modules()}
+    stream = _counted(itertools.chain([first], remaining), cuts)
+    device = _device(model)
+    try:
+        model.train()
+        update_bn(stream, model, device=device)
+        with torch.no_grad():
+            for batch in stream:  # update_bn takes none where no norm keeps statistics
+                model((batch[0] if isinstance(batch, list | tuple) else batch).to(device))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for cut in cuts:
+            cut.__dict__.pop("momentum", None)
+    return model
+
+
+def _counted(batches: Iterable[Any], cuts: list[CutFilter]) -> Iterator[Any]:
+    for seen, batch in enumerate(batches, 1):
+        for cut in cuts:  # a cumulative average, as update_bn makes of the norms'
+            cut.momentum = 1 / seen
+        yield batch
+
+
+def _at(course: Course, share: float, until: float) -> float:
+    if callable(course):
+        return float(course(share))
+    start, end = course
+    return start + (end - start) * min(1.0, share / until)
+
+
+def _device(model: nn.Module) -> torch.device:
+    first: Tensor | None = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
