@@ -7,9 +7,10 @@ under a GradScaler) or normalize a gradient term away (Adam).
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -55,13 +56,15 @@ def dose_to_beta(dose: float, learning_rates: Iterable[float]) -> float:
     return dose / total
 
 
-def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> None:
+def _before_step(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group
+) -> tuple[tuple[Any, ...], Group] | None:
     """Remember W of the filters in this optimizer, and shield them from other weight decay."""
     _restore_groups(optimizer)
     _end_of_step(optimizer)
     filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
     if not filters:
-        return
+        return None
     owned = _owned_filters(optimizer, filters)
     _check_ownership(optimizer, filters.values(), {id(unit) for unit, _ in owned})
     remembered = []
@@ -76,6 +79,25 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> 
     _REMEMBERED[optimizer] = remembered
     _RUNNING.append((optimizer, set()))
     _shield_from_weight_decay(optimizer, filters)
+    given = tuple(_undone_on_error(a, optimizer) if callable(a) else a for a in args[1:])
+    named = {k: _undone_on_error(v, optimizer) if callable(v) else v for k, v in kwargs.items()}
+    return (*args[:1], *given), named
+
+
+def _undone_on_error(closure: Callable[..., Any], optimizer: Optimizer) -> Callable[..., Any]:
+    """Return a closure that, when it raises, leaves the optimizer as before the step."""
+
+    @functools.wraps(closure)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return closure(*args, **kwargs)
+        except BaseException:
+            _restore_groups(optimizer)
+            _end_of_step(optimizer)
+            _REMEMBERED.pop(optimizer, None)
+            raise
+
+    return guarded
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> None:

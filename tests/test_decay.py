@@ -325,3 +325,22 @@ def test_a_step_after_one_that_failed():
     expected = filtered((1 - RATE * BETA) * before - RATE * weight(net).grad)
     torch.testing.assert_close(weight(net).detach(), expected, rtol=0, atol=1e-7)
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_closure_that_raises_leaves_the_optimizer_as_it_was(by_name):
+    model = prifu.wrap(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), beta=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    before = copy.deepcopy(optimizer.state_dict())
+    weight = prifu.filters(model)["1"].weight.detach().clone()
+
+    def closure():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(**{"closure": closure}) if by_name else optimizer.step(closure)
+    assert optimizer.state_dict() == before
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    assert prifu.filters(model)["1"].dose == pytest.approx(0.01)
+    assert not torch.equal(prifu.filters(model)["1"].weight, weight)

@@ -174,6 +174,26 @@ def test_a_compiled_step():
     same_weights(model, plain, 1e-5)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_whole_step_compiled(kind):
+    model, plain = network(alpha=0.9), ordinary(network(alpha=0.9), 4, lambda p: kind(p, lr=RATE))
+    optimizer = kind(model.parameters(), lr=RATE)
+
+    def step(x):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
+        optimizer.step()
+
+    compiled = torch.compile(step, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about what it does not compile
+        for seed in range(4):
+            compiled(torch.randn(12, 4, generator=torch.Generator().manual_seed(seed)))
+    same_weights(model, plain, 1e-5)
+    assert unit_of(model).dose == pytest.approx(unit_of(plain).dose)
+    assert unit_of(model).closed.any()
+
+
 def test_checkpoint_and_resume_are_bit_equal():
     whole = network()
     make = torch.optim.AdamW(whole.parameters(), lr=0.01)
