@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test lint docs zoo slow export examples clean
+.PHONY: demo test lint docs zoo slow export loops examples clean
 demo: $(VENV)/stamp
 	$(RUN) examples/quickstart.py
 
@@ -30,6 +30,11 @@ slow: $(VENV)/stamp
 
 export: $(VENV)/stamp
 	$(RUN) -m pytest -m export
+
+# Other people's training loops.
+loops: $(VENV)/stamp
+	$(RUN) -m pip install --quiet --editable '.[loops]'
+	$(RUN) -m pytest -m loops
 
 # Every example as a test, on little data.
 examples: $(VENV)/stamp

@@ -47,10 +47,7 @@ def loaders(args, model):
 def evaluate(model, loader, device):
     """Return top-1 accuracy in percent."""
     model.eval()
-    hits = [
-        float(accuracy(model(images.to(device)), labels.to(device))[0]) * len(labels)
-        for images, labels in loader
-    ]
+    hits = [float(accuracy(model(x.to(device)), y.to(device))[0]) * len(y) for x, y in loader]
     return sum(hits) / len(loader.dataset)
 
 
@@ -77,6 +74,10 @@ def main(args):
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["epoch"] + 1
         scheduler.step(start)
+    history = prifu.MaskHistory(model)
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # pip install tensorboard
+    writer = SummaryWriter(args.tensorboard) if args.tensorboard else None
     for epoch in range(start, args.epochs):
         model.train()
         for images, labels in tqdm(train, desc=f"epoch {epoch}", disable=None):
@@ -86,36 +87,34 @@ def main(args):
             optimizer.step()
             ema.update(model)
         scheduler.step(epoch + 1)
-        state = prifu.summary(model)
+        top1, state = evaluate(model, val, device), history.record(epoch)
         print(
-            f"epoch {epoch}: loss {loss.item():.3f}, top-1 {evaluate(model, val, device):.1f} %, "
-            f"{state.open} of {state.channels} channels open, dose {state.rows[0].dose:.2f}"
+            f"epoch {epoch}: loss {loss.item():.3f}, top-1 {top1:.1f} %, {state['open']} of "
+            f"{state['channels']} channels open, dose {state['dose']:.2f}"
         )
+        for name, value in {"top-1": top1, **state}.items() if writer else ():
+            writer.add_scalar(name, value, epoch)
         torch.save({"model": model.state_dict(), "ema": ema.module.state_dict(), "epoch": epoch,
                     "optimizer": optimizer.state_dict()}, out / "last.pt")  # fmt: skip
     pruned = prifu.prune(model, first)
     save_model(pruned, str(out / "pruned.safetensors"))
     (out / "plan.json").write_text(prifu.plan(pruned).to_json())
+    history.plot()[0].savefig(out / "masks.png", bbox_inches="tight")
     print(prifu.report(pruned), f"pruned top-1 {evaluate(pruned, val, device):.1f} %", sep="\n")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="test_resnet")
-    parser.add_argument("--pretrained", action="store_true")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--num-classes", type=int, default=2)
-    parser.add_argument("--img-size", type=int, default=64, help="of the embedded digits")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--opt", default="adamw")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--alpha", type=float, default=0.1)
-    parser.add_argument("--dose", type=float, default=2.6)
-    parser.add_argument("--resume")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="out/finetune")
-    parser.add_argument("--smoke", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    defaults = {"model": "test_resnet", "num-classes": 2, "epochs": 5, "batch-size": 64,
+                "img-size": 64, "opt": "adamw", "lr": 2e-3, "alpha": 0.1, "dose": 2.6, "seed": 0,
+                "out": "out/finetune"}  # fmt: skip
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help="%(default)s")
+    parser.add_argument("--pretrained", action="store_true", help="start from timm's weights")
+    parser.add_argument("--data-dir", help="with train/ and val/; none: the embedded digits")
+    parser.add_argument("--resume", help="a last.pt of this script")
+    parser.add_argument("--tensorboard", help="folder for its events: masks over training")
+    parser.add_argument("--smoke", action="store_true", help="a minute's run on few images")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.epochs, arguments.dose = min(arguments.epochs, 3), 0.2

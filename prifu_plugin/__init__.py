@@ -29,6 +29,7 @@ from prifu_plugin.schedule import recalibrate as recalibrate
 from prifu_plugin.split import Split as Split
 from prifu_plugin.split import cut_points as cut_points
 from prifu_plugin.split import split as split
+from prifu_plugin.status import MaskHistory as MaskHistory
 from prifu_plugin.status import status as status
 from prifu_plugin.threshold import Threshold as Threshold
 from prifu_plugin.threshold import fit_alpha as fit_alpha
@@ -40,6 +41,7 @@ __all__ = [
     "CutFilter",
     "FilterConfig",
     "FilterSchedule",
+    "MaskHistory",
     "Plan",
     "PriFU",
     "PruneReport",
