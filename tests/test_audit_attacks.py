@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from prifu_plugin.audit.inference import infer, prepare
 from prifu_plugin.audit.preparation import rank, standardize, whiten
+from prifu_plugin.audit.tail import repurposed
 from prifu_plugin.errors import ConfigError
 
 SIZES = (900, 300, 400)
@@ -77,6 +79,43 @@ def test_maps_are_attacked_as_maps():
     found = infer(prepare(*parts(z), "standard"), parts(bit), 2)
     assert found.winner.endswith("convnet")
     assert (found.scores.argmax(1) == parts(bit)[2]).double().mean() > 0.85
+
+
+class Knowing(nn.Module):
+    """A tail that computes the parity of five signs, which few samples do not teach."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Linear(20, 20)
+        nn.init.eye_(self.enter.weight)
+        nn.init.zeros_(self.enter.bias)
+        self.head = nn.Linear(1, 2)
+
+    def forward(self, z):
+        return self.head(self.enter(z.clamp_(-9, 9))[:, :5].sign().prod(1, keepdim=True))
+
+
+def test_what_the_tasks_tail_has_learnt_serves_the_attacker():
+    z, _ = planted("none")
+    bit = (z[:, :5].sign().prod(1) > 0).long()
+    cloud, before = Knowing(), z.clone()
+    weights = [p.detach().clone() for p in cloud.parameters()]
+    found = infer(prepare(*parts(z), "standard", cloud), parts(bit), 2)
+    assert found.winner == "unprepared tail"
+    assert (found.scores.argmax(1) == parts(bit)[2]).double().mean() > 0.95
+    others = [v for name, v in found.validation.items() if name != found.winner]
+    assert max(others) < 0.8
+    assert torch.equal(z, before)
+    assert all(torch.equal(a, b) for a, b in zip(weights, cloud.parameters(), strict=True))
+    again = infer(prepare(*parts(z), "standard", cloud), parts(bit), 2, 0, found.winner)
+    assert torch.equal(found.scores, again.scores)
+
+
+def test_a_tail_of_one_layer_is_no_attacker_of_its_own():
+    z = torch.randn(8, 20)
+    assert repurposed(nn.Sequential(nn.Flatten(), nn.Linear(20, 2)), z, 3) is None
+    assert repurposed(nn.Sequential(nn.Linear(20, 4), nn.Linear(4, 2), nn.ReLU()), z, 3) is None
+    assert prepare(*parts(planted("none")[0]), "quick", Knowing()).tail is None
 
 
 def test_constant_uploads_leave_the_prior():

@@ -3,7 +3,8 @@
     python examples/benchmarks/cost.py > docs/results/cost.txt
 
 Each pair of steps is measured back to back and its ratio taken, so that a busy machine slows both;
-the table shows the median of the ratios and their quartiles.
+the table shows the median of the ratios and their quartiles. Memory is what a step keeps for its
+backward pass.
 """
 
 import argparse
@@ -63,11 +64,27 @@ def ratios(plain, wrapped, rounds):
     return found[2:]
 
 
+def kept_for_backward(model, x):
+    """Return the bytes that a training step keeps for its backward pass, parameters aside."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train()(x).sum().backward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 def main(smoke=False):
     """Print one row a model."""
     print(f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads, "
           "batch 8; median of wrapped / plain over pairs [quartiles]")  # fmt: skip
-    print(f"{'model':22}  {'training step':22}  inference")
+    print(f"{'model':22}  {'training step':22}  {'inference':22}  kept for backward")
     for name, size in tqdm(list(MODELS.items())[: 1 if smoke else None], disable=None):
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=10)
@@ -78,7 +95,8 @@ def main(smoke=False):
             found = ratios(kind(model, x), kind(wrapped, x), 3 if smoke else rounds)
             low, middle, high = statistics.quantiles(found, n=4)
             cells.append(f"{middle:.3f} [{low:.3f}, {high:.3f}]")
-        print(f"{name:22}  {cells[0]:22}  {cells[1]}", flush=True)
+        kept = kept_for_backward(wrapped, x) / kept_for_backward(model, x)
+        print(f"{name:22}  {cells[0]:22}  {cells[1]:22}  {kept:.4f}", flush=True)
 
 
 if __name__ == "__main__":

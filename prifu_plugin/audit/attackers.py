@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prifu_plugin.audit.statistics import area
+from prifu_plugin.audit.tail import repurposed
 
 Classifier = Callable[[Tensor], Tensor]
 """Prepared uploads -> logarithms of class probabilities, (N, K)."""
@@ -136,6 +137,20 @@ def convnet(sample: Sample, seed: int) -> Fitted:
         )
 
     return _train(make, sample, seed, epochs=15)
+
+
+def tail_of(cloud: nn.Module) -> Callable[[Sample, int], Fitted]:
+    """Return an attacker that begins as the layers of the task behind the cut."""
+
+    def tail(sample: Sample, seed: int) -> Fitted:
+        def make() -> nn.Module:
+            net = repurposed(cloud, sample.x, sample.classes)
+            assert net is not None
+            return net
+
+        return _train(make, sample, seed, epochs=15)
+
+    return tail
 
 
 def boosting(sample: Sample, seed: int) -> Fitted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from prifu_plugin.audit.attackers import (
     Fitted,
@@ -16,8 +16,10 @@ from prifu_plugin.audit.attackers import (
     mlp,
     neighbours,
     ridge,
+    tail_of,
 )
-from prifu_plugin.audit.preparation import Preparation, maps, vectors
+from prifu_plugin.audit.preparation import Preparation, as_they_are, maps, vectors
+from prifu_plugin.audit.tail import repurposed
 from prifu_plugin.errors import ConfigError
 
 Attacker = Callable[[Sample, int], Fitted]
@@ -57,14 +59,25 @@ class Prepared:
     Attributes:
         suite: "standard" or "quick".
         parts: (preparation, training, validation, test uploads).
+        tail: the task's layers behind the cut and the uploads as they take them, if it has several.
     """
 
     suite: str
     parts: tuple[PreparedPart, ...]
+    tail: tuple[nn.Module, PreparedPart] | None = None
 
 
-def prepare(train: Tensor, validation: Tensor, test: Tensor, suite: str) -> Prepared:
+def prepare(
+    train: Tensor, validation: Tensor, test: Tensor, suite: str, cloud: nn.Module | None = None
+) -> Prepared:
     """Fit a suite's preparations on training uploads and apply them; once for all attributes.
+
+    Args:
+        train: uploads that attackers are trained on.
+        validation: uploads that they are chosen on.
+        test: uploads that they are judged on.
+        suite: "standard" or "quick".
+        cloud: what takes the uploads in the task, which the standard suite repurposes.
 
     Raises:
         ConfigError: for an unknown suite.
@@ -78,7 +91,9 @@ def prepare(train: Tensor, validation: Tensor, test: Tensor, suite: str) -> Prep
         found += maps(train)
     parts = [(p, p.transform(train), p.transform(validation), p.transform(test)) for p in found]
     usable = tuple(part for part in parts if part[1].shape[1] > 0)
-    return Prepared(suite, usable)
+    if suite == "quick" or cloud is None or repurposed(cloud, train, 2) is None:
+        return Prepared(suite, usable)
+    return Prepared(suite, usable, (cloud, (as_they_are(), train, validation, test)))
 
 
 def infer(
@@ -134,13 +149,17 @@ def infer(
 
 def _plan(uploads: Prepared) -> list[tuple[Attacker, PreparedPart]]:
     """Return what to train on what, the cheap before the costly."""
-    costs: list[Attacker] = [ridge, neighbours, logistic, mlp, boosting, convnet]
+    costs: list[Attacker] = [ridge, neighbours, logistic, mlp, boosting]
     pairs = [
         (attacker, part)
         for part in uploads.parts
         for attacker in _attackers(part[0], uploads.suite, part[1].shape[1])
     ]
-    return sorted(pairs, key=lambda pair: costs.index(pair[0]))
+    if uploads.tail is not None:
+        cloud, part = uploads.tail
+        pairs.append((tail_of(cloud), part))
+    order = {attacker: place for place, attacker in enumerate(costs)}
+    return sorted(pairs, key=lambda pair: order.get(pair[0], len(order)))
 
 
 def _names(z: Tensor, suite: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ class Preparation:
     Attributes:
         name: for the report.
         transform: uploads (N, ...) -> attacker's input.
-        spatial: whether that is (N, C, H, W) for a convnet, rather than (N, D).
+        spatial: whether that keeps the shape of uploads, rather than being (N, D).
     """
 
     name: str
@@ -73,6 +73,11 @@ def maps(z: Tensor) -> list[Preparation]:
         fitted = maker(pixels)
         found.append(Preparation(name, _per_pixel(fitted), spatial=True))
     return found
+
+
+def as_they_are() -> Preparation:
+    """Return the preparation that changes nothing, for attackers that take what the task takes."""
+    return Preparation("unprepared", _same, spatial=True)
 
 
 def standardize(z: Tensor) -> Transform:
@@ -153,7 +158,11 @@ def _varies(z: Tensor) -> Tensor:
 
 
 def _raw(z: Tensor) -> Transform:
-    return lambda x: x.float()
+    return _same
+
+
+def _same(x: Tensor) -> Tensor:
+    return x.float()
 
 
 def _flat(z: Tensor) -> Tensor:

@@ -100,10 +100,10 @@ def audit(
     stochastic = _is_stochastic(edge, channel, test.images[:8])
     noisy = channel is not None and any(isinstance(step, Noise) for step in channel.steps)
     answers = [_answers(cloud, z, part.labels[task]) for z, part in zip(sent, parts, strict=True)]
-    prepared = {"sent": prepare(sent[0], sent[1], sent[2], suite)}
+    prepared = {"sent": prepare(sent[0], sent[1], sent[2], suite, cloud)}
     if queries > 1 and (stochastic or noisy):
-        sent_mean = [_mean_of_queries(edge, channel, part.images, queries) for part in parts]
-        prepared["repeated"] = prepare(sent_mean[0], sent_mean[1], sent_mean[2], suite)
+        means = [_mean_of_queries(edge, channel, part.images, queries) for part in parts]
+        prepared["repeated"] = prepare(means[0], means[1], means[2], suite, cloud)
     reports = {k: v for k, v in references.items() if isinstance(v, AuditReport)}
     for label, other in references.items():
         if isinstance(other, nn.Module):
