@@ -5,12 +5,13 @@ everywhere), and as recommended (one filter more on the upload, trained noise, 4
 Each is cut at two places and attacked; one HTML page shows what was read, beside floors and
 ceilings.
 
-    python examples/audit.py    # tens of minutes on two cores; with --smoke, one or two
+    python examples/audit.py    # a quarter of an hour on two cores; with --smoke, one minute
 """
 
 import argparse
 from pathlib import Path
 
+import rich
 import timm
 import torch
 from tqdm import tqdm
@@ -104,7 +105,7 @@ def main(smoke=False, out="out/audit", seed=0):
                           name=f"recommended, {cut}", **settings)]  # fmt: skip
         del settings["references"]
     for report in reports:
-        print(report)
+        rich.print(report)
         (out / f"{report.name.replace(', ', '_')}.json").write_text(report.to_json())
     (out / "report.html").write_text(html(reports, "What does a smile detector upload?"))
     print(f"Report: {out / 'report.html'}")

@@ -1,11 +1,13 @@
 """The audit as a whole: floors, marks, references, bad input, what is written."""
 
 import dataclasses
+import io
 import json
 import re
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import prifu_plugin as prifu
@@ -215,6 +217,14 @@ def test_what_is_written_can_be_read(plain):
     assert "right" not in json.loads(text)["attributes"][0]
     assert "| private |" in plain.to_markdown()
     assert "Empirical" in str(plain)
+
+
+def test_a_terminal_shows_tables(plain):
+    console = Console(width=160, file=io.StringIO())
+    console.print(plain)
+    shown = console.file.getvalue()
+    assert "private" in shown
+    assert "| private |" not in shown
 
 
 def test_the_page_stands_alone(plain):

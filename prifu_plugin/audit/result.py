@@ -175,6 +175,12 @@ class AuditReport:
 
         return html([self])
 
+    def __rich__(self) -> Any:
+        """Return what `rich.print` draws."""
+        from rich.markdown import Markdown
+
+        return Markdown(self.to_markdown())
+
     def __str__(self) -> str:
         return self.to_markdown()
 

@@ -17,7 +17,7 @@ def comparison(scale: Scale, cut: str, data: str = "") -> list[Run]:
     methods += [("plain", {"projection": True})] if cut == "pooled" else []
     for name in ("CI", "MaxEnt-ARL", "PAN", "DISCO"):
         methods += [(name, {"named": named, "strength": strength}) for strength in (0.3, 1.0)]
-    nats = (0.001, 0.003) if cut == "pooled" else (0.00003, 0.0001)  # summed over positions
+    nats = (0.001, 0.003, 0.01) if cut == "pooled" else (0.00003, 0.0001)  # summed over positions
     methods += [("CFB", {"named": named, "strength": s}) for s in nats]
     methods += [("RAN", {"strength": s}) for s in (0.3, 1.0)]
     methods += [("NoPeek-Infer", {"strength": s}) for s in (0.3, 1.0)]
