@@ -15,6 +15,8 @@ RESULTS = ROOT / "docs" / "results" / "paper"
 sys.path.insert(0, str(PAPER))
 
 from lab import plans, tables  # noqa: E402
+from lab.forms import filtered  # noqa: E402
+from lab.networks import build  # noqa: E402
 from lab.runs import key_of, packed, run_of, unpacked  # noqa: E402
 from lab.scale import Scale  # noqa: E402
 
@@ -50,13 +52,14 @@ def test_tables_of_attacks_run_and_are_resumed(tmp_path):
         "fig3": "| plain, keep 0.1, order avgri |",
         "fig8": "| PriFU, alpha 0.6 |",
         "table6": "| PriFU |",
+        "finetune": "| PriFU, preserved, affine absorbed, gain to 1.0 |",
     }
     for name, row in shown.items():
         run(name, "--smoke", "--out", tmp_path)
         assert row in (tmp_path / f"{name}-smoke.md").read_text(), name
 
 
-TABLES = ["comparison", "table2", "table3", "fig3", "fig8", "table6"]
+TABLES = ["comparison", "table2", "table3", "fig3", "fig8", "table6", "finetune"]
 
 
 @pytest.mark.parametrize("name", [n for n in TABLES if (RESULTS / f"{n}-cpu.md").exists()])
@@ -74,6 +77,23 @@ def test_runs_are_known_by_all_that_could_change_them():
     assert key_of(run, scale) == key_of(same, scale)
     assert key_of(run, scale) != key_of(run, other)
     assert key_of(run, scale) != key_of({**run, "seed": 1}, scale)
+
+
+@pytest.mark.parametrize("affine", ["free", "frozen", "absorbed"])
+def test_forms_begin_as_the_network_they_are_given(affine):
+    images = torch.rand(4, 3, 32, 32)
+    plain = build("resnet", 2, 0)
+    for module in plain.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.weight)
+            torch.nn.init.normal_(module.bias)
+    before = plain.eval()(images).detach()
+    settings = {"form": "preserved", "affine": affine, "alpha": 0.0}
+    wrapped = filtered(plain, "", images, settings, 640, Scale("cpu")).eval()
+    torch.testing.assert_close(wrapped(images), before, rtol=0, atol=1e-4)
+    moving = [m.weight.requires_grad for m in wrapped.modules()
+              if isinstance(m, torch.nn.BatchNorm2d)]  # fmt: skip
+    assert all(moving) if affine == "free" else not any(moving)
 
 
 def test_outcomes_survive_packing():

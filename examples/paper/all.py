@@ -14,7 +14,7 @@ from lab.runs import collect
 from lab.scale import HERE, scale_from_command_line
 
 TRAINING = ("table1", "fig4", "fig6", "fig7", "fig11")
-ATTACKING = ("fig3", "table2", "table3", "comparison", "fig8", "table6")
+ATTACKING = ("fig3", "table2", "table3", "comparison", "fig8", "table6", "finetune")
 
 
 def main() -> None:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 import prifu_plugin as prifu
 from lab.datasets import Study
+from lab.forms import Scheduled, filtered
 from lab.networks import CUTS, build
+from lab.pretrained import pretrained
 from lab.scale import Scale
 from prifu_plugin import baselines
 from prifu_plugin.channel import Channel, Projection, Quantizer
@@ -80,7 +82,10 @@ def _trained(key: tuple, study: Study, scale: Scale) -> tuple[nn.Module, nn.Modu
     network, cut, method, items, seed = key
     settings = dict(items)
     at = CUTS[network][cut]
-    model = build(network, study.classes, seed)
+    if network in ("pretrained-resnet", "imagenet-lite0"):
+        model = pretrained(network, study.classes, seed, scale)
+    else:
+        model = build(network, study.classes, seed)
     first = study.defence.images[:4]
     if method == "untrained":
         return (*prifu.split(model.eval(), at, first), model)
@@ -88,7 +93,8 @@ def _trained(key: tuple, study: Study, scale: Scale) -> tuple[nn.Module, nn.Modu
         model = filtered(model, at, first, settings, len(study.defence), scale)
     edge, cloud = prifu.split(model, at, first)
     torch.manual_seed(seed)
-    defence = baselines.TaskOnly(edge, cloud)
+    steps = len(scale.schedule.rates(len(study.defence)))
+    defence: nn.Module = Scheduled(edge, cloud, model, settings, steps)
     if method in RIVALS:
         z = edge.eval()(first)
         shape = {"channels": z.shape[1], "spatial": z.ndim == 4} if method in NEEDS_SHAPE else {}
@@ -107,30 +113,6 @@ def _trained(key: tuple, study: Study, scale: Scale) -> tuple[nn.Module, nn.Modu
         desc=f"{method}, {cut}, seed {seed}",
     )
     return defence.edge, defence.cloud, model
-
-
-def filtered(
-    model: nn.Module, at: str, first: Tensor, settings: dict[str, Any], count: int, scale: Scale
-) -> nn.Module:
-    """Wrap a network: "form" is the paper's (no affine norm, a bias, W from 0.1) or preserved."""
-    rates = scale.schedule.rates(count)
-    dose = settings.get("dose", scale["filter"]["dose"])
-    bare = settings.get("form", "paper") == "paper"
-    if bare:  # as in the authors' code, W takes the place of the norm's own scale
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.affine, module.weight, module.bias = False, None, None
-    return prifu.wrap(
-        model,
-        alpha=settings.get("alpha", scale["filter"]["alpha"]),
-        beta=prifu.dose_to_beta(dose, rates) if dose else 0.0,
-        init=scale["filter"]["init"],
-        bias=bare,
-        preserve=not bare,
-        cut=at if settings.get("cut_filter") else None,
-        noise=settings.get("noise", 0.0),
-        example_inputs=first,
-    )
 
 
 def _projected(edge: nn.Module, cloud: nn.Module) -> tuple[nn.Module, nn.Module]:

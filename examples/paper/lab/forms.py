@@ -1,0 +1,110 @@
+"""Forms of the filter: how W and a norm's own scale share the work, and how both change."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import prifu_plugin as prifu
+from lab.scale import Scale
+from prifu_plugin import baselines
+from prifu_plugin.baselines.base import Batch
+
+
+def filtered(
+    model: nn.Module, at: str, first: Tensor, settings: dict[str, Any], count: int, scale: Scale
+) -> nn.Module:
+    """Wrap a network.
+
+    Args:
+        model: to wrap, in place.
+        at: the cut, for a filter on the upload.
+        first: example inputs.
+        settings: "form" is the paper's (no affine norm, a bias, W from 0.1) or preserved; "affine"
+            is what becomes of the norms' scale in the preserved form: free, frozen, or absorbed
+            (W starts as its magnitude, it as its sign, and the shift goes behind the filter);
+            "dose", "alpha", "noise".
+        count: images to train on.
+        scale: what all share.
+    """
+    rates = scale.schedule.rates(count)
+    dose = settings.get("dose", scale["filter"]["dose"])
+    bare = settings.get("form", "paper") == "paper"
+    if bare:  # as in the authors' code, W takes the place of the norm's own scale
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.affine, module.weight, module.bias = False, None, None
+    wrapped = prifu.wrap(
+        model,
+        alpha=settings.get("alpha", scale["filter"]["alpha"]),
+        beta=prifu.dose_to_beta(dose, rates) if dose else 0.0,
+        init=scale["filter"]["init"],
+        bias=bare or settings.get("affine") == "absorbed",
+        preserve=not bare,
+        cut=at if settings.get("cut_filter") else None,
+        noise=settings.get("noise", 0.0),
+        example_inputs=first,
+    )
+    if not bare:
+        _share_scale(wrapped, settings.get("affine", "free"))
+    return wrapped
+
+
+class Scheduled(baselines.TaskOnly):
+    """Training for the task, with a filter whose settings may change on the way.
+
+    Args:
+        edge: the front.
+        cloud: the rest.
+        model: both, wrapped or not.
+        settings: "gain_to", "alpha_from" and "ramped" noise change over the first half of
+            training.
+        steps: of training.
+    """
+
+    def __init__(
+        self,
+        edge: nn.Module,
+        cloud: nn.Module,
+        model: nn.Module,
+        settings: dict[str, Any],
+        steps: int,
+    ) -> None:
+        super().__init__(edge, cloud)
+        courses: dict[str, Any] = {}
+        units = list(prifu.filters(model).values()) if set(settings) & CHANGING else []
+        if "gain_to" in settings:
+            courses["gain"] = (units[0].gain, settings["gain_to"])
+        if "alpha_from" in settings:
+            courses["alpha"] = (settings["alpha_from"], units[0].alpha)
+        if settings.get("ramped"):
+            courses["noise"] = (0.0, settings["noise"])
+        self._schedule = prifu.FilterSchedule(model, steps, until=0.5, **courses) if units else None
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """Train on one batch, and change what is due."""
+        terms = super().step(batch)
+        if self._schedule:
+            self._schedule.step()
+        return terms
+
+
+CHANGING = {"gain_to", "alpha_from", "ramped"}
+
+
+def _share_scale(wrapped: nn.Module, affine: str) -> None:
+    """Freeze the norms' own scale, or move its magnitude into W; what is computed stays."""
+    if affine not in ("free", "frozen", "absorbed"):
+        raise ValueError(f"affine={affine!r} is none of free, frozen, absorbed.")
+    for path, unit in prifu.filters(wrapped).items() if affine != "free" else ():
+        norm = wrapped.get_submodule(path)
+        if not isinstance(norm, nn.BatchNorm2d):
+            continue
+        if affine == "absorbed":
+            with torch.no_grad():
+                unit.weight.mul_(norm.weight.abs())
+                unit.bias.copy_(norm.bias)
+                norm.weight.copy_(torch.where(norm.weight < 0, -1.0, 1.0))
+                norm.bias.zero_()
+            norm.bias.requires_grad_(False)
+        norm.weight.requires_grad_(False)
