@@ -1,10 +1,7 @@
 """Fine-tune any timm architecture with filters, with timm's own parts, and resume.
 
-    python examples/finetune_timm.py --model mobilenetv2_100                 # the embedded digits
-    python examples/finetune_timm.py --model resnet50 --pretrained --data-dir path/to/folders
-    python examples/finetune_timm.py --model resnet50 --resume out/finetune/last.pt
-
-With --data-dir the data are an ImageFolder with train/ and val/.
+python examples/finetune_timm.py --model mobilenetv2_100       # the embedded digits
+python examples/finetune_timm.py --model resnet50 --pretrained --data-dir path/to/folders
 """
 
 import argparse
@@ -35,7 +32,7 @@ def loaders(args, model):
         val = ImageFolder(f"{args.data_dir}/val", create_transform(**config))
     else:
         digits = load_digits(args.seed)
-        sizes = (256, 64) if args.smoke else (4000, 1000)
+        sizes = (1024, 256) if args.smoke else (4000, 1000)
         parts = digits.part(0, sizes[0]), digits.part(4000, 4000 + sizes[1])
         scale = torch.nn.Upsample(args.img_size)
         train, val = (TensorDataset(scale(part.images), part.parity) for part in parts)
@@ -44,11 +41,11 @@ def loaders(args, model):
 
 
 @torch.no_grad()
-def evaluate(model, loader, device):
-    """Return top-1 accuracy in percent."""
+def predict(model, loader, device):
+    """Return logits and labels of all images."""
     model.eval()
-    hits = [float(accuracy(model(x.to(device)), y.to(device))[0]) * len(y) for x, y in loader]
-    return sum(hits) / len(loader.dataset)
+    found = [(model(images.to(device)).cpu(), labels) for images, labels in loader]
+    return torch.cat([logits for logits, _ in found]), torch.cat([labels for _, labels in found])
 
 
 def main(args):
@@ -77,7 +74,7 @@ def main(args):
     history = prifu.MaskHistory(model)
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # pip install tensorboard
-    writer = SummaryWriter(args.tensorboard) if args.tensorboard else None
+        writer = SummaryWriter(args.tensorboard)
     for epoch in range(start, args.epochs):
         model.train()
         for images, labels in tqdm(train, desc=f"epoch {epoch}", disable=None):
@@ -87,20 +84,23 @@ def main(args):
             optimizer.step()
             ema.update(model)
         scheduler.step(epoch + 1)
-        top1, state = evaluate(model, val, device), history.record(epoch)
+        top1, state = accuracy(*predict(model, val, device))[0].item(), history.record(epoch)
         print(
             f"epoch {epoch}: loss {loss.item():.3f}, top-1 {top1:.1f} %, {state['open']} of "
             f"{state['channels']} channels open, dose {state['dose']:.2f}"
         )
-        for name, value in {"top-1": top1, **state}.items() if writer else ():
-            writer.add_scalar(name, value, epoch)
+        for name in state if args.tensorboard else ():
+            writer.add_scalar(name, state[name], epoch)
         torch.save({"model": model.state_dict(), "ema": ema.module.state_dict(), "epoch": epoch,
                     "optimizer": optimizer.state_dict()}, out / "last.pt")  # fmt: skip
+    prifu.recalibrate(model, (images.to(device) for images, _ in train))  # masks have settled
+    prifu.learned(*predict(model, val, device))  # warns of a run that ends at chance
     pruned = prifu.prune(model, first)
     save_model(pruned, str(out / "pruned.safetensors"))
     (out / "plan.json").write_text(prifu.plan(pruned).to_json())
     history.plot()[0].savefig(out / "masks.png", bbox_inches="tight")
-    print(prifu.report(pruned), f"pruned top-1 {evaluate(pruned, val, device):.1f} %", sep="\n")
+    top1 = accuracy(*predict(pruned, val, device))[0].item()
+    print(prifu.report(pruned), f"pruned top-1 {top1:.1f} %", sep="\n")
 
 
 if __name__ == "__main__":
@@ -111,9 +111,9 @@ if __name__ == "__main__":
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help="%(default)s")
     parser.add_argument("--pretrained", action="store_true", help="start from timm's weights")
-    parser.add_argument("--data-dir", help="with train/ and val/; none: the embedded digits")
+    parser.add_argument("--data-dir", help="an ImageFolder with train/ and val/")
     parser.add_argument("--resume", help="a last.pt of this script")
-    parser.add_argument("--tensorboard", help="folder for its events: masks over training")
+    parser.add_argument("--tensorboard", help="folder for events of masks over training")
     parser.add_argument("--smoke", action="store_true", help="a minute's run on few images")
     arguments = parser.parse_args()
     if arguments.smoke:

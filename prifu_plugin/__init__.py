@@ -15,6 +15,7 @@ from prifu_plugin.graph.sites import Site as Site
 from prifu_plugin.graph.sites import sites as sites
 from prifu_plugin.graph.summary import Summary as Summary
 from prifu_plugin.graph.summary import summary as summary
+from prifu_plugin.learned import learned as learned
 from prifu_plugin.prune.plan import Plan as Plan
 from prifu_plugin.prune.report import PruneReport as PruneReport
 from prifu_plugin.prune.run import plan_of as plan
@@ -56,6 +57,7 @@ __all__ = [
     "filters",
     "fit_alpha",
     "influence",
+    "learned",
     "plan",
     "prune",
     "rebuild",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prifu_plugin.errors import ConfigError
+from prifu_plugin.errors import ConfigError, PrifuWarning
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.learned import is_above_chance
 
 Data = Sequence[tuple[Tensor, Tensor]]
 Metric = Callable[[Tensor, Tensor], Tensor]
@@ -115,6 +117,13 @@ def fit_alpha(
     wrap_state(model)
     present = max(unit.alpha for unit in filters(model).values())
     reference = sweep(model, data, [present], metric=metric)[0].score
+    if metric is None and not is_above_chance(reference, torch.cat([y for _, y in data])):
+        warnings.warn(
+            f"At the present alpha {present:g} the model is right in {100 * reference:.1f} % of "
+            "cases, no more than by chance: train before choosing a threshold.",
+            PrifuWarning,
+            stacklevel=2,
+        )
 
     def within(found: Threshold) -> bool:
         if max_drop is not None:

@@ -109,7 +109,7 @@ def test_bad_input():
         prifu.sweep(network(), data(), [1.0])
     with pytest.raises(ConfigError, match="empty"):
         prifu.sweep(network(), [], [0.1])
-    model = network()
+    model = trained()
     prifu.filters(model)["1"].weight.data.fill_(0.1)
     with pytest.raises(ConfigError, match="No threshold"):
         prifu.fit_alpha(model, data(), keep=0.5)

@@ -372,11 +372,12 @@ def test_a_model_without_norms_is_refused():
 
 def test_the_public_surface():
     assert sorted(prifu.__all__) == prifu.__all__ == [
-        "AuditData", "AuditReport", "CutFilter", "FilterConfig", "FilterSchedule", "MaskHistory",
-        "Plan", "PriFU", "PruneReport", "Relevance", "Site", "Split", "Summary", "Threshold",
-        "audit", "cut_points", "dose_to_beta", "filters", "fit_alpha", "influence", "plan",
-        "prune", "rebuild", "recalibrate", "register_norm", "relevance", "report", "sites", "split",
-        "status", "summary", "sweep", "unwrap", "wrap",
+        "AuditData", "AuditReport", "CutFilter", "FilterConfig", "FilterSchedule",
+        "MaskHistory", "Plan", "PriFU", "PruneReport", "Relevance", "Site", "Split",
+        "Summary", "Threshold", "audit", "cut_points", "dose_to_beta", "filters",
+        "fit_alpha", "influence", "learned", "plan", "prune", "rebuild", "recalibrate",
+        "register_norm", "relevance", "report", "sites", "split", "status", "summary",
+        "sweep", "unwrap", "wrap",
     ]  # fmt: skip
     assert all(getattr(prifu, name).__doc__ for name in prifu.__all__)
 

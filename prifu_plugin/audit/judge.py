@@ -21,6 +21,7 @@ from prifu_plugin.audit.statistics import (
     task_scores,
 )
 from prifu_plugin.errors import ConfigError
+from prifu_plugin.learned import is_above_chance
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
     ceilings = {key: float(value.mean()) for key, value in others.items()}
     ceilings |= _known_inputs(evidence.reports, label)
     marks = marks_of(accuracy, floor, ceilings, permuted, half, converged, len(truth))
-    if _same_partition(evidence.labels(evidence.task)[2], truth):
+    truths = evidence.labels(evidence.task)[2]
+    if not is_above_chance(float((evidence.answers[2] == truths).double().mean()), truths):
+        marks = ("the model is at chance at its own task", *marks)
+    if _same_partition(truths, truth):
         marks = ("it is the task itself", *marks)
     return AttributeResult(
         label,

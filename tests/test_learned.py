@@ -1,0 +1,68 @@
+"""A model at chance is named as such, wherever its accuracy is looked at."""
+
+import warnings
+
+import pytest
+import torch
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import ConfigError, PrifuWarning
+
+TARGETS = torch.tensor([0, 1, 1, 1]).repeat(100)
+
+
+def logits(right):
+    """Return logits that are right in a share of cases."""
+    correct = torch.arange(len(TARGETS)) < right * len(TARGETS)
+    return torch.nn.functional.one_hot(torch.where(correct, TARGETS, 1 - TARGETS), 2).float()
+
+
+def test_a_model_that_learned_is_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prifu.learned(logits(0.9), TARGETS)
+
+
+def test_the_most_frequent_answer_is_not_learning():
+    always = torch.tensor([[0.0, 1.0]]).repeat(len(TARGETS), 1)
+    with pytest.warns(PrifuWarning, match=r"at chance: 75\.0 % right, and 75\.0 %"):
+        assert not prifu.learned(always, TARGETS)
+
+
+def test_luck_is_rarely_taken_for_learning():
+    generator = torch.Generator().manual_seed(0)
+    lucky = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PrifuWarning)
+        for _ in range(400):
+            targets = torch.randint(2, (200,), generator=generator)
+            lucky += prifu.learned(torch.randn(200, 2, generator=generator), targets)
+    assert lucky <= 0.05 * 400
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ConfigError, match=r"outputs \(400, 2\) and targets \(3,\)"):
+        prifu.learned(logits(1.0), TARGETS[:3])
+
+
+def test_no_threshold_is_chosen_at_chance_without_a_word():
+    torch.manual_seed(0)
+    model = prifu.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2))).eval()
+    data = [(torch.randn(50, 4), torch.arange(50) % 2) for _ in range(2)]
+    with pytest.warns(PrifuWarning, match="no more than by chance"):
+        prifu.fit_alpha(model, data, max_drop=0.5)
+
+
+def test_an_audit_marks_a_model_at_chance():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(600, 4, generator=generator)
+    labels = {"task": torch.arange(600) % 2, "private": (x[:, 0] > 0.5).long()}
+    data = prifu.AuditData(x, labels)
+    parts = data.at(torch.arange(400)), data.at(torch.arange(400, 600))
+    cloud = torch.nn.Linear(4, 2).eval()
+    settings = {"task": "task", "attributes": ["private"], "suite": "quick", "seeds": 1}
+    edge = torch.nn.Identity().eval()
+    found = prifu.audit(edge, *parts, cloud=cloud, reconstruct=False, **settings)
+    assert "the model is at chance at its own task" in found.attributes[0].marks
+    told = prifu.audit(edge, *parts, reconstruct=False, **settings)
+    assert not [mark for mark in told.attributes[0].marks if "chance" in mark]
