@@ -75,7 +75,8 @@ class PriFU(nn.Module):
         """Return gain * RIW, (C,), differentiable in W (Eq. 4 and 5)."""
         # "not at most" keeps a NaN weight visible instead of closing every channel.
         closed = self.weight <= self.alpha * self.weight.amax()
-        return torch.where(closed, torch.zeros_like(self.weight), self.weight) * self.gain
+        riw = self.weight.masked_fill(closed, 0.0)
+        return riw if self.gain == 1 else riw * self.gain
 
     @property
     def closed(self) -> Tensor:

@@ -66,7 +66,7 @@ def folded_parameters(host: nn.Module, unit: PriFU) -> dict[str, Tensor | None]:
     weight, bias = getattr(host, "weight", None), getattr(host, "bias", None)
     folded: dict[str, Tensor | None] = {"weight": scale if weight is None else weight * scale}
     if bias is not None:
-        folded["bias"] = bias * scale if unit.bias is None else bias * scale + unit.bias
+        folded["bias"] = bias * scale if unit.bias is None else unit.bias.addcmul(bias, scale)
     elif unit.bias is not None:
         folded["bias"] = unit.bias
     own = [weight, bias, getattr(host, "running_mean", None)]
