@@ -32,7 +32,7 @@ from prifu_plugin.errors import NoSiteError
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, RESULTS = ROOT / "out" / "zoo", ROOT / "docs" / "results" / "zoo.json"
-SECONDS, GIGABYTES = 240, 14
+SECONDS, GIGABYTES = 480, 14
 LARGE = 12_000_000
 
 
@@ -231,6 +231,8 @@ def child(name):
 def run(pattern=""):
     OUT.mkdir(parents=True, exist_ok=True)
     todo = [n for n in families() if pattern in n and not (OUT / f"{n}.json").exists()]
+    known = committed()
+    todo.sort(key=lambda name: name in known)  # what was never run comes first
     for name in tqdm(todo, disable=None):
         command = [sys.executable, "-W", "ignore", __file__, "one", name]
         try:
@@ -243,12 +245,19 @@ def run(pattern=""):
             (OUT / f"{name}.json").write_text(json.dumps(row))
 
 
+def committed():
+    """Return the rows of the committed table by name."""
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    return {row["name"]: row for row in rows}
+
+
 def table():
-    rows = []
+    rows, known = [], committed()
     for name, members in sorted(families().items()):
         file = OUT / f"{name}.json"
-        if file.exists():
-            rows.append(json.loads(file.read_text()) | {"stands_for": members})
+        row = json.loads(file.read_text()) if file.exists() else known.get(name)
+        if row:
+            rows.append(row | {"stands_for": members})
     versions = {m.__name__: m.__version__ for m in (torch, timm, torchvision)}
     data = {"command": "python tests/sweep.py run", "versions": versions, "rows": rows}
     RESULTS.write_text(json.dumps(data, indent=1) + "\n")
@@ -266,7 +275,7 @@ def page(rows, versions):
         "",
         "Every architecture with half of its channels closed at random: wrapped, trained a step,",
         "pruned, compared. `python tests/sweep.py run`, then `table`, makes this page; a family is",
-        "run by its smallest member, the smallest first, and the page shows what has run so far.",
+        "run by its smallest member, the smallest first; rows stay until they are run again.",
         "A failed verification is a refusal: nothing wrong was returned. In fp32 it mostly means",
         "that the random network differs from itself by as much. Versions: "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -287,12 +296,13 @@ def page(rows, versions):
     lines += ["| model | for | outcome | fp64 | saved of possible | prune s | kept whole |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for row in rows:
+        name = row["name"]
         if row.get("left_out"):
-            row["name"] += f" (without {row['left_out']} repeated blocks)"
+            name += f" (without {row['left_out']} repeated blocks)"
         share = f"{row['saved'] / row['possible']:.3f}" if row.get("possible") else ""
         fp64 = f"{row['fp64']:.0e}" if "fp64" in row else ""
         why = "; ".join(row.get("kept", [])) or row.get("why", "")
-        cells = [row["name"], len(row["stands_for"]), row["outcome"], fp64, share]
+        cells = [name, len(row["stands_for"]), row["outcome"], fp64, share]
         cells += [row.get("seconds_prune", ""), why.replace("|", "/")[:160]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
