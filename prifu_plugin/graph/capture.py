@@ -36,10 +36,13 @@ class ModelTracer(fx.Tracer):
 
     Leaves are the modules of torch.nn, what timm registers as opaque, normalization layers
     (traced through, a BatchNorm would lose its count of batches) and filters.
+
+    Args:
+        opaque: whether to stop at what timm registers.
     """
 
-    def __init__(self) -> None:
-        modules, functions = _timm_leaves()
+    def __init__(self, *, opaque: bool = True) -> None:
+        modules, functions = timm_leaves() if opaque else ([], [])
         self._opaque = tuple(modules)
         super().__init__(autowrap_functions=tuple(functions))
 
@@ -77,14 +80,22 @@ def capture(model: nn.Module, given: int | None = None) -> Captured:
         >>> [n.name for n in capture(nn.Sequential(nn.Linear(2, 2))).graph.nodes]
         ['input_1', '_0', 'output']
     """
+    with undisturbed(model, keep=CONSTANT):
+        return traced(model, lambda _: ModelTracer(), given)
+
+
+def traced(
+    model: nn.Module, tracer: Callable[[dict[str, Any]], fx.Tracer], given: int | None = None
+) -> Captured:
+    """Trace with a tracer made for the arguments that keep their defaults; see `capture`."""
     defaults = {
         name: parameter.default
         for at, (name, parameter) in enumerate(inspect.signature(model.forward).parameters.items())
         if parameter.default is not inspect.Parameter.empty and (given is None or at >= given)
     }
     try:
-        with undisturbed(model, keep=CONSTANT), _traceable_torch():
-            graph = ModelTracer().trace(model, concrete_args=defaults or None)
+        with _traceable_torch():
+            graph = tracer(defaults).trace(model, concrete_args=defaults or None)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be traced: {error}. Its forward branches on the value "
@@ -120,7 +131,7 @@ def _drop_defaults(graph: fx.Graph, defaults: dict[str, Any]) -> None:
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-def _timm_leaves() -> tuple[list[type[nn.Module]], list[Callable[..., Any]]]:
+def timm_leaves() -> tuple[list[type[nn.Module]], list[Callable[..., Any]]]:
     """Return timm's registry of opaque modules and functions, if timm is in use."""
     layers = sys.modules.get("timm.layers")
     if layers is None:

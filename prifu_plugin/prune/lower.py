@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -16,9 +16,13 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import Captured, capture
+from prifu_plugin.graph.sized import capture_sized, is_guard
+from prifu_plugin.prune.spell_out import spell_out
 
 
-def lower(model: nn.Module, given: int | None = None) -> Captured:
+def lower(
+    model: nn.Module, given: int | None = None, examples: Sequence[Tensor] | None = None
+) -> Captured:
     """Capture a model in eval mode as a graph of pure operations.
 
     In-place operations become their pure twins, nn.MultiheadAttention becomes the linear maps it
@@ -27,11 +31,12 @@ def lower(model: nn.Module, given: int | None = None) -> Captured:
     Args:
         model: a module in eval mode; it is not changed, the graph refers to it.
         given: how many positional inputs are given.
+        examples: inputs with which to look inside modules that decide on sizes.
 
     Raises:
         CaptureError: if the model cannot be traced.
     """
-    captured = capture(model, given)
+    captured = capture(model, given) if examples is None else capture_sized(model, examples)
     graph = captured.graph
     for node in list(graph.nodes):
         if _is_assertion(node):
@@ -40,6 +45,7 @@ def lower(model: nn.Module, given: int | None = None) -> Captured:
             _lower_attention(graph, node, model.get_submodule(str(node.target)))
         else:
             _make_pure(graph, node, model)
+            spell_out(graph, node)
     _drop_unused(graph)
     graph.lint()
     return captured
@@ -75,12 +81,13 @@ def _drop_parametrizations(module: Any) -> None:
 
 def _is_assertion(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", "")
-    return node.op == "call_function" and not node.users and name in ("_assert", "_assert_is_none")
+    asserts = node.op == "call_function" and name in ("_assert", "_assert_is_none")
+    return asserts and not node.users and not is_guard(node)
 
 
 def _drop_unused(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if node.op not in ("placeholder", "output") and not node.users:
+        if node.op not in ("placeholder", "output") and not node.users and not is_guard(node):
             graph.erase_node(node)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from prifu_plugin.graph.sized import is_guard
 from prifu_plugin.prune.facts import Fact, first_channel, tensor_inputs
 from prifu_plugin.prune.layout import FILL, Conform, Layout, box, physical, restrict, simplify
 from prifu_plugin.prune.plan import Keep, Kernel, NodePlan, Plan
@@ -179,7 +180,7 @@ def _find_keep(analysis: Analysis, round_to: int) -> None:
             for source in tensor_inputs(node, analysis.values):
                 _merge_all(analysis, wants, source)
             continue
-        read = any(user in exists for user in node.users)
+        read = is_guard(node) or any(user in exists for user in node.users)
         value = analysis.values.get(node)
         if not isinstance(value, Fact):
             if read:

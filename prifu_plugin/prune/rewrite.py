@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from prifu_plugin.graph.capture import Captured
+from prifu_plugin.graph.sized import is_guard
 from prifu_plugin.prune.border import border_map
 from prifu_plugin.prune.kernels import (
     concat_parts,
@@ -283,7 +284,8 @@ class _Rewriter:
             sizes = asked if isinstance(asked, tuple) else self._sizes(node.args[0])
             return self._product(sizes)
         args = self._argument(node, node.args)
-        if any(isinstance(a, tuple | list) for a in args) and callable(node.target):
+        listed = any(isinstance(a, tuple | list) for a in args)
+        if listed and callable(node.target) and node.target not in _COMPARISONS:
             return node.target(*args)
         kwargs = self._argument(node, node.kwargs)
         if not _has_nodes((args, kwargs)):
@@ -330,6 +332,10 @@ class _Rewriter:
         return self.members.cast(value)
 
 
+_COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
+"""Sizes are compared when the model runs; the nodes that stand for them are never equal."""
+
+
 def _like(original: Any, value: Tensor) -> Any:
     if isinstance(original, nn.Parameter):
         return nn.Parameter(value.detach().clone(), original.requires_grad)
@@ -348,5 +354,5 @@ def _has_nodes(value: Any) -> bool:
 
 def _drop_unused(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if node.op not in ("placeholder", "output") and not node.users:
+        if node.op not in ("placeholder", "output") and not node.users and not is_guard(node):
             graph.erase_node(node)

@@ -22,9 +22,9 @@ from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.insert import apply_recipe, filters
 from prifu_plugin.graph.state import copied, wrap_state
-from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.inputs import Inputs, refusal, takes
-from prifu_plugin.prune.lower import lower, plain_layers
+from prifu_plugin.prune.ladder import recorded
+from prifu_plugin.prune.lower import plain_layers
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.planner import make_plan
 from prifu_plugin.prune.precise import precise, reference
@@ -50,8 +50,10 @@ def prune(
     exportable, without filters. It is compared with the filtered model on fresh inputs, in fp64
     and in the model's own precision, at other batch sizes and, for one image input that the model
     takes at another resolution, there too. What a forward does only at sizes that were not
-    compared is not certified. `prifu_plugin.report(pruned)` returns the certificate and the fate of
-    every channel, `prifu_plugin.plan(pruned)` the plan from which `rebuild` makes the model again.
+    compared is not certified; where torch.fx cannot follow a forward because it decides on sizes,
+    the sizes of the example decide, and the result refuses inputs for which they would not.
+    `prifu_plugin.report(pruned)` returns the certificate and the fate of every channel,
+    `prifu_plugin.plan(pruned)` the plan from which `rebuild` makes the model again.
 
     Args:
         model: a wrapped model; it is not changed.
@@ -90,7 +92,7 @@ def prune(
         filtered = plain_layers(copied(model).cpu().eval())
         runs = _runs(filtered, inputs)
         with _explained(filtered):
-            captured = _captured(filtered, runs)
+            captured, runs = recorded(filtered, runs)
             exact = precise(captured)
             analysis = analyse(exact.root, exact.graph)
             graph = _fingerprint(captured)
@@ -143,13 +145,12 @@ def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -
     reference = next((v for v in state_dict.values() if v.is_floating_point()), torch.zeros(()))
     wrapped = plain_layers(apply_recipe(fresh, plan.recipe).to(reference.dtype))
     inputs = Inputs.from_dict(plan.recipe["inputs"])
-    captured = lower(wrapped, len(inputs.shapes))
+    captured, _ = recorded(wrapped, _runs(wrapped, inputs))
     if _fingerprint(captured) != plan.recipe["graph"]:
         raise NoSiteError(
             f"This {type(model).__name__} computes another graph than the one the plan was made "
             "for. Build the model that was wrapped, with the same arguments and versions."
         )
-    record_examples(wrapped, captured.graph, inputs.draw(wrapped, 0))
     pruned = rewrite(captured, plan)
     pruned.load_state_dict(state_dict)
     pruned.meta[META] = {"plan": plan.to_json()}
@@ -213,18 +214,6 @@ def _runs(filtered: nn.Module, inputs: Inputs) -> tuple[Inputs, ...]:
     others = [*inputs.batch(3).sized(), inputs.batch(3)]
     other = next((one for one in others if takes(filtered, one)), None)
     return (first,) if other is None else (first, other)
-
-
-def _captured(filtered: nn.Module, runs: tuple[Inputs, ...]) -> Captured:
-    captured = lower(filtered, len(runs[0].shapes))
-    taken = [str(n.target) for n in captured.graph.nodes if n.op == "placeholder"]
-    if len(taken) != len(runs[0].shapes) or any(name.startswith("*") for name in taken):
-        raise CaptureError(
-            f"The forward of {type(filtered).__name__} takes {', '.join(taken)}, and example_inputs"
-            f" are {len(runs[0].shapes)} tensors: prune needs one named argument for each."
-        )
-    record_examples(filtered, captured.graph, *(run.draw(filtered, 0) for run in runs))
-    return captured
 
 
 def _fingerprint(captured: Captured) -> str:

@@ -1,4 +1,4 @@
-"""Operations on the other dimensions of each channel: pooling, means over space, interpolation."""
+"""Operations on the other dimensions of each channel: pooling, means, interpolation, padding."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from prifu_plugin.prune.rules.base import Analysis, Rule, first_input
 class ChannelwiseRule(Rule):
     """An operation on the other dimensions of each channel that keeps a constant what it is.
 
-    Pooling, means over space, interpolation.
+    Pooling, means over space, interpolation, padding.
 
     Args:
         node: the node.
         dims: dimension of the input -> dimension of the result, for those that remain.
-        shrinks_constants: zeros are padded and counted, so that a constant other than 0 is cut
-            off at the border.
+        border: the value that is padded and counted, so that another constant is none any more;
+            None if none is.
         gone: channel dimensions that a mean runs over; all of their channels are needed.
     """
 
@@ -31,13 +31,13 @@ class ChannelwiseRule(Rule):
         self,
         node: fx.Node,
         dims: dict[int, int],
-        shrinks_constants: bool = False,
+        border: float | None = None,
         gone: set[int] | None = None,
     ) -> None:
         super().__init__(node)
         self.dims = dims
         self.gone = gone or set()
-        self.shrinks_constants = shrinks_constants
+        self.border = border
         self.source = first_input(node)
 
     def const(self, analysis: Analysis) -> Fact:
@@ -46,8 +46,8 @@ class ChannelwiseRule(Rule):
         values = fact.const
         for dim in self.gone:
             values = values.mean(dim, keepdim=True)
-        if self.shrinks_constants:
-            values = torch.where(values == 0, values, torch.nan)
+        if self.border is not None:
+            values = torch.where(values == self.border, values, torch.nan)
         axes = tuple(sorted(self.dims[axis] for axis in fact.axes if axis not in self.gone))
         summary = [size if d in axes else 1 for d, size in enumerate(shape)]
         return Fact(shape, axes, values.reshape(summary).clone())
@@ -86,6 +86,10 @@ def channelwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
         return _pooling(analysis, node, analysis.module(node))
     if node.target in (torch.mean, "mean"):
         return _mean(analysis, node)
+    if node.target in (torch.sum, "sum"):  # of zeros it is zero at every size
+        return _mean(analysis, node, border=0.0)
+    if node.target is F.pad:
+        return _padding(analysis, node)
     return _functional_pooling(analysis, node)
 
 
@@ -127,14 +131,41 @@ def _over_space(analysis: Analysis, node: fx.Node, shrinks: bool) -> Rule | None
     fact = analysis.input_fact(node)
     if fact is None or any(axis != 1 for axis in fact.axes) or len(fact.shape) < 3:
         return None
-    if len(node.meta["shape"]) != len(fact.shape) or set(node.all_input_nodes) != {
-        first_input(node)
-    }:
+    if len(node.meta["shape"]) != len(fact.shape) or not _is_alone(node):
         return None
-    return ChannelwiseRule(node, {d: d for d in range(len(fact.shape))}, shrinks)
+    return ChannelwiseRule(node, _same(fact), 0.0 if shrinks else None)
 
 
-def _mean(analysis: Analysis, node: fx.Node) -> Rule | None:
+def _padding(analysis: Analysis, node: fx.Node) -> Rule | None:
+    """Return the rule for padding of dimensions that are no channels."""
+    fact = analysis.input_fact(node)
+    named = {"pad": 1, "mode": 2, "value": 3}
+    given: dict[str, Any] = {
+        **node.kwargs,
+        **{k: node.args[i] for k, i in named.items() if len(node.args) > i},
+    }
+    pads, mode, value = given["pad"], given.get("mode", "constant"), given.get("value") or 0.0
+    if fact is None or fact.static or not _is_alone(node):
+        return None
+    if not isinstance(pads, list | tuple) or isinstance(value, fx.Node):
+        return None
+    rank = len(fact.shape)
+    padded = {rank - 1 - at // 2 for at, size in enumerate(pads) if size != 0}
+    if padded & set(fact.axes):
+        return None
+    return ChannelwiseRule(node, _same(fact), float(value) if mode == "constant" else None)
+
+
+def _is_alone(node: fx.Node) -> bool:
+    """Whether all inputs but the first are sizes."""
+    return not any(source.meta["shape"] for source in node.all_input_nodes[1:])
+
+
+def _same(fact: Fact) -> dict[int, int]:
+    return {dim: dim for dim in range(len(fact.shape))}
+
+
+def _mean(analysis: Analysis, node: fx.Node, border: float | None = None) -> Rule | None:
     fact = analysis.input_fact(node)
     dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
@@ -146,7 +177,8 @@ def _mean(analysis: Analysis, node: fx.Node) -> Rule | None:
         return None
     gone = {d % rank for d in listed}
     kept = [d for d in range(rank) if keepdim or d not in gone]
-    return ChannelwiseRule(node, {d: p for p, d in enumerate(kept)}, gone=gone & set(fact.axes))
+    back = {d: p for p, d in enumerate(kept)}
+    return ChannelwiseRule(node, back, border, gone & set(fact.axes))
 
 
 def _positive(padding: Any) -> bool:

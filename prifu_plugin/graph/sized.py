@@ -1,0 +1,317 @@
+"""Capture with example values at hand: what a forward decides on sizes is decided, and guarded.
+
+torch.fx stops where Python asks a tensor for its sizes and branches, loops or rounds. Here every
+proxy also carries its value in one example run. A decision on sizes follows the example, and a
+guard in the graph refuses inputs for which it would come out differently. What is decided on the
+values of tensors stays refused.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import TraceError
+from torch.utils import _pytree as pytree
+
+from prifu_plugin.errors import CaptureError
+from prifu_plugin.graph.capture import (
+    CONSTANT,
+    Captured,
+    ModelTracer,
+    timm_leaves,
+    traced,
+)
+from prifu_plugin.graph.undisturbed import undisturbed
+
+GUARD = (
+    "This model was made for other input sizes: its forward decides on sizes, and for this input "
+    "it would decide differently. Prune again with example_inputs= of this size."
+)
+
+SIZES = {
+    *("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "dtype", "device"),
+    *("is_cuda", "requires_grad", "is_floating_point", "layout", "stride", "is_contiguous"),
+}
+"""What may be asked of a tensor for Python to decide on."""
+
+_PLAIN = (bool, int, float, str, torch.Size, torch.dtype, torch.device, type(None))
+
+
+def capture_sized(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
+    """Trace a model in eval mode, looking inside every module that can be looked into.
+
+    A module whose forward decides on values, or does what proxies cannot, stays one call.
+
+    Args:
+        model: any module; it is not changed.
+        inputs: an example for each input.
+
+    Returns:
+        The graph; it has guards where the forward decides on sizes.
+
+    Raises:
+        CaptureError: if the outermost forward cannot be traced.
+
+    Example:
+        >>> class Halves(nn.Module):
+        ...     def forward(self, x):
+        ...         return x[:, : x.shape[1] // 2] if x.shape[1] % 2 == 0 else x
+        >>> graph = capture_sized(Halves(), [torch.zeros(1, 4)]).graph
+        >>> sum(is_guard(node) for node in graph.nodes)
+        1
+    """
+    leaves: set[str] = set()
+    while True:
+        tracer: SizedTracer | None = None
+
+        def make(defaults: dict[str, Any]) -> SizedTracer:
+            nonlocal tracer
+            tracer = SizedTracer([x.clone() for x in inputs], defaults, leaves)
+            return tracer
+
+        try:
+            with undisturbed(model, keep=CONSTANT):
+                return traced(model, make, len(inputs))
+        except CaptureError:
+            entered = tracer.entered if tracer is not None else []
+            if not entered or entered[-1] in leaves:
+                raise
+            leaves.add(entered[-1])
+
+
+def is_guard(node: fx.Node) -> bool:
+    """Whether a node refuses inputs that a graph was not made for."""
+    return node.target is torch._assert and bool(node.args[1:] == (GUARD,))
+
+
+def looks_into(root: nn.Module, node: fx.Node) -> bool:
+    """Whether a call in a plain graph is one that this tracer would look into."""
+    if node.op == "call_module":
+        path = str(node.target)
+        return not SizedTracer([], {}, set()).is_leaf_module(root.get_submodule(path), path)
+    return node.op == "call_function" and node.target in timm_leaves()[1]
+
+
+class SizedTracer(ModelTracer):
+    """Trace with the values of an example run, through what timm keeps opaque too.
+
+    Args:
+        inputs: one example for each input.
+        defaults: arguments of forward that keep their defaults.
+        leaves: paths of modules that stay one call.
+
+    Attributes:
+        entered: paths of the modules whose forward is running, the outermost first; after an
+            error, those in which it was raised.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Tensor], defaults: dict[str, Any], leaves: set[str]
+    ) -> None:
+        super().__init__(opaque=False)
+        self._given = iter(inputs)
+        self._defaults = defaults
+        self._leaves = leaves
+        self._computing = False
+        self._guarded: set[tuple[fx.Node, Any]] = set()
+        self.entered: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether the graph keeps this module as one call."""
+        kept = module_qualified_name in self._leaves
+        return kept or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Trace a call, or only make it while a value is computed."""
+        if self._computing:
+            return forward(*args, **kwargs)
+        self.entered.append(self.path_of_module(m))
+        result = super().call_module(m, forward, args, kwargs)
+        self.entered.pop()
+        return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return the proxy of a parameter or stored tensor, or its value while one is computed."""
+        if self._computing:
+            return attr_val
+        if not isinstance(attr_val, Tensor) or isinstance(attr_val, nn.Parameter):
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        # A method of a bare tensor takes no proxies for sizes.
+        node = self.create_arg(attr_val)
+        assert isinstance(node, fx.Node)
+        return self.proxy(node).carrying(attr_val)
+
+    def proxy(self, node: fx.Node) -> SizedProxy:
+        """Return a proxy that carries a value."""
+        return SizedProxy(node, self)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any
+    ) -> Any:
+        """Record an operation and carry it out."""
+        if target in ("item", "tolist"):
+            raise TraceError(f"'{target}' asks for the values of a tensor.")
+        proxy: Any = super().create_proxy(kind, target, args, kwargs, *more, **named)
+        values = map_aggregate((tuple(args), dict(kwargs)), _value)
+        asked = values[0][1] if target is getattr else target
+        of_values = kind != "get_attr" and asked not in SIZES and _reads_tensors((args, kwargs))
+        return proxy.carrying(self._compute(kind, target, *values), of_values)
+
+    def decided(self, proxy: SizedProxy, how: Callable[[Any], Any]) -> Any:
+        """Return what Python makes of a size, and guard it."""
+        value = proxy.value
+        if proxy.of_values or not isinstance(value, _PLAIN):
+            raise TraceError(f"'{proxy.node.name}' is no size: Python decides on values.")
+        answer = how(value)
+        if (proxy.node, value) not in self._guarded:
+            self._guarded.add((proxy.node, value))
+            same = self.create_proxy("call_function", operator.eq, (proxy, value), {})
+            self.create_proxy("call_function", torch._assert, (same, GUARD), {})
+        return answer
+
+    def to_bool(self, obj: Any) -> bool:
+        """Decide a branch."""
+        return bool(self.decided(obj, bool))
+
+    def _compute(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "placeholder":
+            name = re.sub(r"_\d+$", "", target)
+            decided = target not in self._defaults and name in self._defaults
+            return self._defaults[name] if decided else next(self._given)
+        if target is torch._assert:
+            return None
+        self._computing = True
+        try:
+            with torch.no_grad():
+                if kind == "get_attr":
+                    return operator.attrgetter(target)(self.root)
+                if kind == "call_module":
+                    return self.root.get_submodule(target)(*args, **kwargs)
+                if kind == "call_method":
+                    return getattr(args[0], target)(*args[1:], **kwargs)
+                return target(*args, **kwargs) if kind == "call_function" else None
+        finally:
+            self._computing = False
+
+
+class SizedProxy(fx.Proxy):
+    """A node and its value in the example run.
+
+    Attributes:
+        value: of the example run.
+        of_values: whether it was computed from the values of tensors, if it is no tensor itself.
+    """
+
+    value: Any
+    of_values: bool
+
+    def carrying(self, value: Any, of_values: bool = False) -> SizedProxy:
+        """Set the value."""
+        self.__dict__.update(value=value, of_values=of_values)
+        return self
+
+    def __getattr__(self, k: str) -> Any:
+        if k in ("type", "index") and isinstance(self.value, torch.device):
+            return getattr(self.value, k)  # a context such as autocast takes no proxy
+        return _SizedAttribute(self, k)
+
+    def __iter__(self) -> Iterator[Any]:
+        value, tracer = self.value, self.tracer
+        assert isinstance(tracer, SizedTracer)
+        count = len(value)
+        if isinstance(value, Tensor):
+            first = tracer.create_proxy("call_method", "size", (self, 0), {})
+            tracer.decided(first, int)
+        return iter(
+            [
+                tracer.create_proxy("call_function", operator.getitem, (self, at), {})
+                for at in range(count)
+            ]
+        )
+
+    def __len__(self) -> int:
+        if isinstance(self.value, tuple | list):
+            return len(self.value)
+        return len(list(iter(self)))
+
+    def __index__(self) -> int:
+        return int(self._decided(operator.index))
+
+    def __int__(self) -> int:
+        return int(self._decided(int))
+
+    def __float__(self) -> float:
+        return float(self._decided(float))
+
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def _decided(self, how: Callable[[Any], Any]) -> Any:
+        assert isinstance(self.tracer, SizedTracer)
+        return self.tracer.decided(self, how)
+
+
+class _SizedAttribute(SizedProxy):
+    """What is asked of a proxy: a method if it is called, a node if it is used."""
+
+    def __init__(self, root: SizedProxy, attr: str) -> None:
+        self.__dict__.update(root=root, attr=attr, tracer=root.tracer, _proxy=None)
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        """The node that reads the attribute, made when it is first used."""
+        node: fx.Node = self._read().node
+        return node
+
+    @property
+    def value(self) -> Any:
+        """Of the example run."""
+        return self._read().value
+
+    @property
+    def of_values(self) -> bool:  # type: ignore[override]
+        """Whether it follows from the values of tensors."""
+        return bool(self._read().of_values)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+    def _read(self) -> Any:
+        if self._proxy is None:
+            made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
+            self.__dict__["_proxy"] = made
+        return self._proxy
+
+
+def _value(argument: Any) -> Any:
+    return argument.value if isinstance(argument, SizedProxy) else argument
+
+
+def _reads_tensors(arguments: Any) -> bool:
+    """Whether an argument is a tensor, or a number made of the values of one."""
+    found: list[bool] = []
+
+    def look(argument: Any) -> Any:
+        if isinstance(argument, SizedProxy):
+            leaves = pytree.tree_leaves(argument.value)
+            found.append(argument.of_values or any(isinstance(v, Tensor) for v in leaves))
+        return argument
+
+    map_aggregate(arguments, look)
+    return any(found)

@@ -1,0 +1,96 @@
+"""From a model to a graph with examples: by torch.fx, or by the sizes of a run where needed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from prifu_plugin.errors import CaptureError
+from prifu_plugin.graph.capture import Captured
+from prifu_plugin.graph.sized import GUARD, looks_into
+from prifu_plugin.prune.examples import record_examples
+from prifu_plugin.prune.inputs import Inputs, takes
+from prifu_plugin.prune.lower import lower
+from prifu_plugin.prune.spell_out import spell_out_shapes
+
+Runs = tuple[Inputs, ...]
+
+
+def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
+    """Capture and lower a model, and record on its nodes what two runs give.
+
+    torch.fx comes first: its graph holds for every size. Where it fails, or leaves modules closed
+    that could be looked into, the sizes of the first run decide, under guards.
+
+    Args:
+        model: with filters, in eval mode.
+        runs: inputs to analyse at, and others.
+
+    Returns:
+        The graph, and the runs it was recorded with: where guards refuse the second for its size,
+        one of another batch size only.
+
+    Raises:
+        CaptureError: if neither way leads to a graph, or it takes other inputs.
+    """
+    plain, failed = _attempt(model, runs, sized=False)
+    if plain is not None and not _is_closed_somewhere(plain):
+        _check_inputs(plain, runs)
+        return _record(plain, runs), runs
+    sized, _ = _attempt(model, runs, sized=True)
+    for captured, chosen in _in_turn(model, plain, sized, runs):
+        _check_inputs(captured, chosen)
+        try:
+            return _record(captured, chosen), chosen
+        except AssertionError as error:  # a guard: decided differently at the other size
+            if str(error) != GUARD:
+                raise
+    raise failed or CaptureError(
+        f"{type(model).__name__} decides differently for each input: prune cannot follow."
+    )
+
+
+def _attempt(
+    model: nn.Module, runs: Runs, *, sized: bool
+) -> tuple[Captured | None, CaptureError | None]:
+    examples = runs[0].draw(model, 0) if sized else None
+    try:
+        return lower(model, len(runs[0].shapes), examples), None
+    except CaptureError as error:
+        return None, error
+
+
+def _in_turn(
+    model: nn.Module, plain: Captured | None, sized: Captured | None, runs: Runs
+) -> list[tuple[Captured, Runs]]:
+    """Return what to try: looked into at both sizes, at one size, and not looked into."""
+    found: list[tuple[Captured, Runs]] = []
+    if sized is not None:
+        another = runs[0].batch(3)
+        found.append((sized, runs))
+        found.append((sized, (runs[0], another) if takes(model, another) else runs[:1]))
+    if plain is not None:
+        found.append((plain, runs))
+    return found
+
+
+def _record(captured: Captured, runs: Runs) -> Captured:
+    examples = [run.draw(captured.root, 0) for run in runs]
+    record_examples(captured.root, captured.graph, *examples)
+    if spell_out_shapes(captured.graph):
+        record_examples(captured.root, captured.graph, *examples)
+    return captured
+
+
+def _is_closed_somewhere(captured: Captured) -> bool:
+    """Whether a graph has a call that the other way of capturing would look into."""
+    return any(looks_into(captured.root, node) for node in captured.graph.nodes)
+
+
+def _check_inputs(captured: Captured, runs: Runs) -> None:
+    taken = [str(node.target) for node in captured.graph.nodes if node.op == "placeholder"]
+    given = len(runs[0].shapes)
+    if len(taken) != given or any(name.startswith("*") for name in taken):
+        raise CaptureError(
+            f"The forward of {type(captured.root).__name__} takes {', '.join(taken)}, and "
+            f"example_inputs are {given} tensors: prune needs one named argument for each."
+        )

@@ -1,0 +1,57 @@
+"""Operations in terms of others, so that each needs one rule only."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+_BY_EXAMPLE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
+
+
+def spell_out(graph: fx.Graph, node: fx.Node) -> None:
+    """Replace a stack by a concatenation; ask a tensor whose sizes are taken for its shape only."""
+    if node.target is torch.stack:
+        _spell_out_stack(graph, node)
+    elif node.op == "call_method" and node.target in _BY_EXAMPLE and not node.kwargs:
+        with graph.inserting_before(node):
+            shape = graph.call_function(getattr, (node.args[1], "shape"))
+        node.target = _BY_EXAMPLE[str(node.target)]
+        node.args = (node.args[0], shape)
+
+
+def spell_out_shapes(graph: fx.Graph) -> bool:
+    """Give shapes that reach a view as one value dimension by dimension; returns whether any did.
+
+    Args:
+        graph: with recorded examples, which tell how many dimensions a shape has.
+    """
+    found = False
+    for node in list(graph.nodes):
+        sized = node.op == "call_method" and node.target in ("view", "reshape", "expand")
+        if not sized and node.target is not torch.reshape or len(node.args) != 2:
+            continue
+        shape: Any = node.args[1]
+        example = shape.meta.get("example") if isinstance(shape, fx.Node) else None
+        if not isinstance(example, tuple):
+            continue
+        with graph.inserting_before(node):
+            sizes = [graph.call_function(operator.getitem, (shape, d)) for d in range(len(example))]
+        node.args = (node.args[0], tuple(sizes))
+        found = True
+    return found
+
+
+def _spell_out_stack(graph: fx.Graph, node: fx.Node) -> None:
+    """Concatenate along a new dimension."""
+    parts: Any = node.args[0] if node.args else node.kwargs["tensors"]
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if not isinstance(parts, list | tuple) or not isinstance(dim, int):
+        return
+    with graph.inserting_before(node):
+        longer = [graph.call_method("unsqueeze", (part, dim)) for part in parts]
+        joined = graph.call_function(torch.cat, (longer, dim))
+    node.replace_all_uses_with(joined)
+    graph.erase_node(node)

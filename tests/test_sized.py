@@ -1,0 +1,183 @@
+"""Modules that decide on sizes: looked into, exact, refused where they would decide otherwise."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import CaptureError
+from prifu_plugin.graph.sized import GUARD, capture_sized, is_guard
+
+
+class Windows(nn.Module):
+    """Pad to whole windows, mix inside each, cut off what was padded; branches on sizes."""
+
+    def __init__(self, channels=8, window=4):
+        super().__init__()
+        self.window = window
+        self.norm = nn.LayerNorm(channels)
+        self.mix = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        size = self.window
+        right, low = (size - w % size) % size, math.ceil(h / size) * size - h
+        if right > 0 or low > 0:
+            x = F.pad(x, (0, right, 0, low))
+        rows, columns = x.shape[2] // size, x.shape[3] // size
+        x = x.view(b, c, rows, size, columns, size).permute(0, 2, 4, 3, 5, 1)
+        x = self.mix(self.norm(x.reshape(-1, size * size, c)))
+        x = x.view(b, rows, columns, size, size, c).permute(0, 5, 1, 3, 2, 4)
+        x = x.reshape(b, c, rows * size, columns * size)
+        return x[:, :, :h, :w] if right or low else x
+
+
+class Loops(nn.Module):
+    """A loop, a square root and a rounding of sizes."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        x = self.norm(x)
+        side = int((x.shape[2] * x.shape[3]) ** 0.5)
+        total = x * float(side)
+        for step in range(x.shape[1] // 4):
+            total = total + torch.relu(x) / (1 + step)
+        assert len(total.shape) == 4
+        return total
+
+
+class OnValues(nn.Module):
+    """Decides on what a tensor holds."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return x * 2 if x.mean() > 0 else x
+
+
+class Around(nn.Module):
+    """A part between convolutions, so that channels can be removed on both sides."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.before = nn.BatchNorm2d(8)
+        self.part = part
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.part(torch.relu(self.before(self.first(x)))))
+
+
+timm.layers.register_notrace_module(Windows)
+timm.layers.register_notrace_module(Loops)
+timm.layers.register_notrace_module(OnValues)
+
+
+def filtered(part, share=0.5, seed=0):
+    torch.manual_seed(seed)
+    model = prifu.wrap(Around(part)).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    for unit in prifu.filters(model).values():
+        unit.weight.data[torch.rand(len(unit.weight)) < share] = 0.0
+    return model
+
+
+@pytest.mark.parametrize("part", [Windows, Loops])
+@pytest.mark.parametrize("size", [(8, 8), (6, 7)])
+def test_what_decides_on_sizes_is_pruned_inside(part, size):
+    model = filtered(part())
+    x = torch.randn(2, 3, *size).double()
+    pruned = prifu.prune(model, x)
+    assert "no rule" not in str(prifu.report(pruned).notes)
+    before, after = prifu.report(pruned).macs
+    assert after < before
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, *size).double()
+        torch.testing.assert_close(pruned(x), model(x), rtol=0, atol=1e-11)
+
+
+def test_other_sizes_are_computed_or_refused_but_never_wrong():
+    model = filtered(Windows())
+    pruned = prifu.prune(model, torch.zeros(2, 3, 8, 8).double())
+    same = torch.randn(1, 3, 12, 16).double()  # whole windows, as when it was pruned
+    torch.testing.assert_close(pruned(same), model(same), rtol=0, atol=1e-11)
+    with pytest.raises(AssertionError, match="Prune again with example_inputs= of this size"):
+        pruned(torch.randn(1, 3, 9, 8).double())
+
+
+def answer(model, x):
+    """Return what a model gives, or why it refuses."""
+    try:
+        return model(x)
+    except AssertionError as error:
+        return str(error)
+
+
+@given(st.integers(3, 13), st.integers(3, 13), st.integers(2, 5), st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_any_window_any_size(height, width, window, seed):
+    model = filtered(Windows(window=window), seed=seed)
+    pruned = prifu.prune(model, torch.zeros(1, 3, height, width).double())
+    for h, w in ((height, width), (height + window, width), (height + 1, width)):
+        x = torch.randn(2, 3, h, w).double()
+        found = answer(pruned, x)
+        if isinstance(found, str):
+            assert found == GUARD
+            assert (h, w) != (height, width)
+        else:
+            torch.testing.assert_close(found, model(x), rtol=0, atol=1e-10)
+
+
+def test_what_decides_on_values_stays_closed_and_is_named():
+    model = filtered(OnValues())
+    x = torch.randn(2, 3, 8, 8).double()
+    pruned = prifu.prune(model, x)
+    assert "no rule for OnValues at 'part'" in str(prifu.report(pruned).notes)
+    for sign in (1, -1):
+        torch.testing.assert_close(pruned(sign * x), model(sign * x), rtol=0, atol=1e-11)
+    with pytest.raises(CaptureError, match="decides on values"):
+        capture_sized(OnValues(), [torch.randn(2, 8, 4, 4)])
+
+
+def test_a_model_made_for_a_size_is_rebuilt():
+    model = filtered(Windows())
+    x = torch.randn(2, 3, 6, 7).double()
+    pruned = prifu.prune(model, x)
+    torch.manual_seed(1)
+    again = prifu.rebuild(Around(Windows()), prifu.plan(pruned), pruned.state_dict())
+    assert torch.equal(again(x), pruned(x))
+
+
+def test_guards_survive_what_pruned_models_go_through():
+    pruned = prifu.prune(filtered(Windows()), torch.zeros(2, 3, 8, 8).double())
+    for made in (
+        copy.deepcopy(pruned),
+        torch.export.export(pruned, (torch.zeros(2, 3, 8, 8).double(),)).module(),
+    ):
+        with pytest.raises((AssertionError, RuntimeError)):
+            made(torch.zeros(2, 3, 9, 8).double())
+    assert sum(is_guard(node) for node in pruned.graph.nodes) >= 2
+
+
+def test_capture_changes_nothing():
+    model = Around(Loops()).eval()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    capture_sized(model, [torch.randn(1, 3, 8, 8)])
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
