@@ -7,6 +7,7 @@ from prifu_plugin.config import FilterConfig as FilterConfig
 from prifu_plugin.cut import CutFilter as CutFilter
 from prifu_plugin.decay import dose_to_beta as dose_to_beta
 from prifu_plugin.filter import PriFU as PriFU
+from prifu_plugin.graph.absorb import absorb as absorb
 from prifu_plugin.graph.insert import filters as filters
 from prifu_plugin.graph.insert import unwrap as unwrap
 from prifu_plugin.graph.insert import wrap as wrap
@@ -51,6 +52,7 @@ __all__ = [
     "Split",
     "Summary",
     "Threshold",
+    "absorb",
     "audit",
     "cut_points",
     "dose_to_beta",

@@ -33,6 +33,7 @@ class PriFU(nn.Module):
         weight: W, (C,), fp32 or better whatever the model's dtype.
         bias: (C,) or None.
         path: where `prifu_plugin.wrap` put the filter; "" for one made by hand.
+        holds_scale: whether W took over the scale of its norm (`prifu_plugin.absorb`).
 
     Example:
         >>> unit = PriFU(3)
@@ -56,6 +57,7 @@ class PriFU(nn.Module):
         self.dim = dim
         self.path = ""
         self.dose = 0.0
+        self.holds_scale = False
         self.neighbours: list[nn.Parameter] = []
         self.origin: weakref.ref[nn.Parameter] | None = None
         self.weight = nn.Parameter(torch.full((num_features,), float(config.init)))

@@ -374,7 +374,7 @@ def test_the_public_surface():
     assert sorted(prifu.__all__) == prifu.__all__ == [
         "AuditData", "AuditReport", "CutFilter", "FilterConfig", "FilterSchedule",
         "MaskHistory", "Plan", "PriFU", "PruneReport", "Relevance", "Site", "Split",
-        "Summary", "Threshold", "audit", "cut_points", "dose_to_beta", "filters",
+        "Summary", "Threshold", "absorb", "audit", "cut_points", "dose_to_beta", "filters",
         "fit_alpha", "influence", "learned", "plan", "prune", "rebuild", "recalibrate",
         "register_norm", "relevance", "report", "sites", "split", "status", "summary",
         "sweep", "unwrap", "wrap",

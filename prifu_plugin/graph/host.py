@@ -34,9 +34,22 @@ def attach(host: nn.Module, unit: PriFU | CutFilter) -> None:
 
 
 def detach(host: nn.Module) -> None:
-    """Undo `attach`, in place."""
+    """Undo `attach`, in place; a scale that the filter had absorbed goes back to the host."""
+    unit = host._modules[CHILD]
+    if isinstance(unit, PriFU) and unit.holds_scale:
+        _give_back(host, unit)
     host.__class__ = base_class(host)
     del host._modules[CHILD]
+
+
+def _give_back(host: nn.Module, unit: PriFU) -> None:
+    scale, shift = host.get_parameter("weight"), getattr(host, "bias", None)
+    with torch.no_grad():
+        scale.mul_(unit.weight * unit.gain)
+        scale.requires_grad_(True)
+        if shift is not None and unit.bias is not None:
+            shift.copy_(unit.bias)
+            shift.requires_grad_(True)
 
 
 def is_host(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import prifu_plugin as prifu
@@ -23,7 +22,7 @@ def filtered(
         settings: "form" is the paper's (no affine norm, a bias, W from 0.1) or preserved; "affine"
             is what becomes of the norms' scale in the preserved form: free, frozen, or absorbed
             (W starts as its magnitude, it as its sign, and the shift goes behind the filter);
-            "dose", "alpha", "noise".
+            "dose", "alpha", "init" and "noise" are those of `prifu_plugin.wrap`.
         count: images to train on.
         scale: what all share.
     """
@@ -38,7 +37,7 @@ def filtered(
         model,
         alpha=settings.get("alpha", scale["filter"]["alpha"]),
         beta=prifu.dose_to_beta(dose, rates) if dose else 0.0,
-        init=scale["filter"]["init"],
+        init=settings.get("init", scale["filter"]["init"]),
         bias=bare or settings.get("affine") == "absorbed",
         preserve=not bare,
         cut=at if settings.get("cut_filter") else None,
@@ -96,15 +95,8 @@ def _share_scale(wrapped: nn.Module, affine: str) -> None:
     """Freeze the norms' own scale, or move its magnitude into W; what is computed stays."""
     if affine not in ("free", "frozen", "absorbed"):
         raise ValueError(f"affine={affine!r} is none of free, frozen, absorbed.")
-    for path, unit in prifu.filters(wrapped).items() if affine != "free" else ():
-        norm = wrapped.get_submodule(path)
-        if not isinstance(norm, nn.BatchNorm2d):
-            continue
-        if affine == "absorbed":
-            with torch.no_grad():
-                unit.weight.mul_(norm.weight.abs())
-                unit.bias.copy_(norm.bias)
-                norm.weight.copy_(torch.where(norm.weight < 0, -1.0, 1.0))
-                norm.bias.zero_()
-            norm.bias.requires_grad_(False)
-        norm.weight.requires_grad_(False)
+    if affine == "absorbed":
+        prifu.absorb(wrapped)
+    for module in wrapped.modules() if affine == "frozen" else ():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.requires_grad_(False)

@@ -106,21 +106,23 @@ def finetuning(scale: Scale) -> list[Run]:
     """Return what fine-tunes pretrained networks: forms of the filter, and controls."""
     kept = {"form": "preserved"}
     still, moved = {**kept, "affine": "frozen"}, {**kept, "affine": "absorbed"}
-    upload = {"cut_filter": True, "noise": 0.3}
+    slow = {"init": 0.3}  # W's steps are larger than those of other weights by 1/init squared
+    upload, slow_upload = ({"cut_filter": True, "noise": noise} for noise in (0.3, 0.9))
     main = [
         ("plain", {}),
         ("PriFU", {}),
         ("PriFU", kept),
-        ("PriFU", moved),
-        ("PriFU", {**upload}),
-        ("PriFU", {**kept, **upload, "ramped": True}),
+        *[("PriFU", {**form, **slow}) for form in (kept, moved)],
+        ("PriFU", {**moved, **slow, **slow_upload}),
     ]
     more = [
-        ("PriFU", still),
+        ("PriFU", {**kept, "init": 1.0}),
+        *[("PriFU", form) for form in (still, moved)],
         *[("PriFU", {**form, "gain_to": 1.0}) for form in (kept, moved)],
         ("PriFU", {**moved, "alpha_from": 0.0}),
         ("PriFU", {**kept, "dose": 2 * scale["filter"]["dose"]}),
-        *[("PriFU", {**form, **upload}) for form in (kept, moved)],
+        *[("PriFU", {**form, **upload}) for form in ({}, kept, moved)],
+        ("PriFU", {**kept, **upload, "ramped": True}),
         ("noise", {"noise": 3.0}),
     ]
     small = scale["networks"]["pretrained"][0]
