@@ -177,9 +177,11 @@ class _Meter:
         self.count = 0
 
     def add(self, gradient: Tensor, dim: int) -> None:
-        lines = gradient.detach().abs().movedim(dim, -1).flatten(0, -2)
-        self.total += lines.double().sum(0).cpu()
-        self.count += len(lines)
+        gradient = gradient.detach()
+        others = [d for d in range(gradient.ndim) if d != dim % gradient.ndim]
+        norm = torch.linalg.vector_norm(gradient, 1, others, dtype=torch.float64)
+        self.total += norm.cpu()
+        self.count += gradient.numel() // len(norm)
 
     def mean(self) -> Tensor:
         return self.total / max(self.count, 1)

@@ -58,7 +58,8 @@ def test_audit(tmp_path):
 
 
 def test_cost():
-    assert "resnet18" in run(EXAMPLES / "benchmarks" / "cost.py", "--smoke")
+    for name in ("cost", "relevance"):
+        assert "resnet18" in run(EXAMPLES / "benchmarks" / f"{name}.py", "--smoke")
 
 
 def test_insertion_table():
