@@ -52,7 +52,7 @@ def test_image_folders(tmp_path):
 
 def test_audit(tmp_path):
     out = run(EXAMPLES / "audit.py", "--smoke", "--out", tmp_path)
-    assert "## recommended, pooled" in out
+    assert "recommended, pooled" in out
     assert (tmp_path / "report.html").stat().st_size > 20_000
     assert (tmp_path / "plain_pooled.json").exists()
 

@@ -57,7 +57,7 @@ class Scheduled(baselines.TaskOnly):
         cloud: the rest.
         model: both, wrapped or not.
         settings: "gain_to", "alpha_from" and "ramped" noise change over the first half of
-            training.
+            training; "recalibrated" estimates the norms' statistics anew behind it.
         steps: of training.
     """
 
@@ -70,6 +70,7 @@ class Scheduled(baselines.TaskOnly):
         steps: int,
     ) -> None:
         super().__init__(edge, cloud)
+        self._to_recalibrate = [model] if settings.get("recalibrated") else []
         courses: dict[str, Any] = {}
         units = list(prifu.filters(model).values()) if set(settings) & CHANGING else []
         if "gain_to" in settings:
@@ -86,6 +87,11 @@ class Scheduled(baselines.TaskOnly):
         if self._schedule:
             self._schedule.step()
         return terms
+
+    def finish(self, batches: list[Batch]) -> None:
+        """Estimate statistics anew, if it is asked for."""
+        for model in self._to_recalibrate:
+            prifu.recalibrate(model, [batch.images for batch in batches])
 
 
 CHANGING = {"gain_to", "alpha_from", "ramped"}
