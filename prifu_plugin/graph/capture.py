@@ -42,7 +42,7 @@ class ModelTracer(fx.Tracer):
     """
 
     def __init__(self, *, opaque: bool = True) -> None:
-        modules, functions = timm_leaves() if opaque else ([], [])
+        modules, functions = _timm_leaves() if opaque else ([], [])
         self._opaque = tuple(modules)
         super().__init__(autowrap_functions=tuple(functions))
 
@@ -131,7 +131,7 @@ def _drop_defaults(graph: fx.Graph, defaults: dict[str, Any]) -> None:
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-def timm_leaves() -> tuple[list[type[nn.Module]], list[Callable[..., Any]]]:
+def _timm_leaves() -> tuple[list[type[nn.Module]], list[Callable[..., Any]]]:
     """Return timm's registry of opaque modules and functions, if timm is in use."""
     layers = sys.modules.get("timm.layers")
     if layers is None:

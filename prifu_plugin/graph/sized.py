@@ -12,10 +12,14 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
@@ -25,7 +29,6 @@ from prifu_plugin.graph.capture import (
     CONSTANT,
     Captured,
     ModelTracer,
-    timm_leaves,
     traced,
 )
 from prifu_plugin.graph.undisturbed import undisturbed
@@ -77,13 +80,23 @@ def capture_sized(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
             return tracer
 
         try:
-            with undisturbed(model, keep=CONSTANT):
+            with undisturbed(model, keep=CONSTANT), _open():
                 return traced(model, make, len(inputs))
         except CaptureError:
             entered = tracer.entered if tracer is not None else []
             if not entered or entered[-1] in leaves:
                 raise
             leaves.add(entered[-1])
+
+
+@contextmanager
+def _open() -> Iterator[None]:
+    """Let sizes into torch.tensor, and tracing into functions that libraries keep from torch.fx."""
+    with (
+        mock.patch.object(torch, "tensor", _tensor),
+        mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True),
+    ):
+        yield
 
 
 def is_guard(node: fx.Node) -> bool:
@@ -96,7 +109,10 @@ def looks_into(root: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         path = str(node.target)
         return not SizedTracer([], {}, set()).is_leaf_module(root.get_submodule(path), path)
-    return node.op == "call_function" and node.target in timm_leaves()[1]
+    home = str(getattr(node.target, "__module__", ""))
+    return isinstance(node.target, FunctionType) and not home.startswith(
+        ("torch.", "prifu_plugin.")
+    )
 
 
 class SizedTracer(ModelTracer):
@@ -224,6 +240,8 @@ class SizedProxy(fx.Proxy):
         return self
 
     def __getattr__(self, k: str) -> Any:
+        if k.startswith("__"):
+            raise AttributeError(k)
         if k in ("type", "index") and isinstance(self.value, torch.device):
             return getattr(self.value, k)  # a context such as autocast takes no proxy
         return _SizedAttribute(self, k)
@@ -255,6 +273,10 @@ class SizedProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self._decided(float))
+
+    def plain(self) -> Any:
+        """Return the size itself, under a guard."""
+        return self._decided(lambda value: value)
 
     def __ceil__(self) -> Any:
         return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
@@ -297,6 +319,15 @@ class _SizedAttribute(SizedProxy):
             made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
             self.__dict__["_proxy"] = made
         return self._proxy
+
+
+_make_tensor = torch.tensor
+
+
+def _tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
+    """Make a tensor of sizes: torch.tensor itself takes no proxies."""
+    plain = map_aggregate(data, lambda one: one.plain() if isinstance(one, SizedProxy) else one)
+    return _make_tensor(plain, *args, **kwargs)
 
 
 def _value(argument: Any) -> Any:

@@ -85,13 +85,10 @@ class LowestPrecision(TorchDispatchMode):
 
 def reference(captured: Captured, inputs: list[Tensor]) -> nn.Module:
     """Return the model in fp64 as Python runs it, or by its graph where Python casts."""
+    lowest = LowestPrecision()
     try:
-        with torch.no_grad():
-            result = captured.root(*(x.clone() for x in inputs))
+        with torch.no_grad(), lowest:
+            captured.root(*(x.clone() for x in inputs))
     except Exception:  # noqa: BLE001 - a cast meets weights in fp64
         return fx.GraphModule(captured.root, captured.graph)
-    found: list[Tensor] = []
-    torch.utils._pytree.tree_map_only(Tensor, found.append, result)
-    if any(t.dtype in _LOWER for t in found):
-        return fx.GraphModule(captured.root, captured.graph)
-    return captured.root
+    return fx.GraphModule(captured.root, captured.graph) if lowest.lower else captured.root

@@ -106,14 +106,13 @@ def finetuning(scale: Scale) -> list[Run]:
     """Return what fine-tunes pretrained networks: forms of the filter, and controls."""
     kept = {"form": "preserved"}
     still, moved = {**kept, "affine": "frozen"}, {**kept, "affine": "absorbed"}
-    slow = {"init": 0.3}  # W's steps are larger than those of other weights by 1/init squared
-    upload, slow_upload = ({"cut_filter": True, "noise": noise} for noise in (0.3, 0.9))
+    upload = {"cut_filter": True, "noise": 0.3}
     main = [
         ("plain", {}),
         ("PriFU", {}),
-        ("PriFU", kept),
-        *[("PriFU", {**form, **slow}) for form in (kept, moved)],
-        ("PriFU", {**moved, **slow, **slow_upload}),
+        # W's steps are larger than those of other weights by 1/init squared.
+        *[("PriFU", {**kept, **init}) for init in ({}, {"init": 0.3}, {"init": 0.5})],
+        ("PriFU", {**kept, "init": 0.5, "cut_filter": True, "noise": 1.5}),
     ]
     more = [
         ("PriFU", {**kept, "init": 1.0}),
