@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from prifu_plugin.audit.controls import controls
 from prifu_plugin.audit.inference import infer, prepare
 from prifu_plugin.audit.preparation import rank, standardize, whiten
 from prifu_plugin.audit.tail import repurposed
@@ -153,3 +154,17 @@ def test_constant_uploads_are_reconstructed_as_the_mean_image():
     parts = [(z[:60], images[:60]), (z[60:], images[60:])]
     found = reconstruct(*parts, (answers[:60], answers[60:]), steps=5, losses=("squared error",))
     assert found.best.psnr == pytest.approx(found.mean_image.psnr)
+
+
+def test_the_controls_repeat_whatever_won():
+    torch.manual_seed(0)
+    z = torch.randn(120, 2, 8, 8)
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    cloud = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), *pool, nn.Linear(4, 2)).eval()
+    labels = (torch.arange(60) % 2, torch.arange(30) % 2, torch.arange(30) % 2)
+    uploads = prepare(z[:60], z[60:90], z[90:], "standard", cloud)
+    tried = infer(uploads, labels, 2).validation
+    assert "unprepared tail" in tried
+    for winner in tried:
+        half, _ = controls(uploads, labels, 2, 0, winner)
+        assert 0 <= half <= 1

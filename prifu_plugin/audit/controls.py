@@ -49,8 +49,7 @@ def controls(
     """Return the winner's accuracy with half of the training data, and with permuted labels."""
     train, validation, truth = labels
     size = len(train) // 2
-    halved = Prepared(prepared.suite, tuple((p, x[:size], v, t) for p, x, v, t in prepared.parts))
-    half = infer(halved, (train[:size], validation, truth), classes, seed, winner)
+    half = infer(prepared.first(size), (train[:size], validation, truth), classes, seed, winner)
     return float(right_share([half], truth).mean()), _permuted(prepared, labels, classes, seed)
 
 

@@ -66,6 +66,14 @@ class Prepared:
     parts: tuple[PreparedPart, ...]
     tail: tuple[nn.Module, PreparedPart] | None = None
 
+    def first(self, count: int) -> Prepared:
+        """Return the same with the first training uploads only."""
+        parts = tuple((p, x[:count], v, t) for p, x, v, t in self.parts)
+        if self.tail is None:
+            return Prepared(self.suite, parts)
+        cloud, (preparation, x, v, t) = self.tail
+        return Prepared(self.suite, parts, (cloud, (preparation, x[:count], v, t)))
+
 
 def prepare(
     train: Tensor, validation: Tensor, test: Tensor, suite: str, cloud: nn.Module | None = None
