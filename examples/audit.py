@@ -79,7 +79,7 @@ def audit(model, at, faces, data, **settings):
 def main(smoke=False, out="out/audit", seed=0):
     """Train, cut, attack, and write the page."""
     (out := Path(out)).mkdir(parents=True, exist_ok=True)
-    counts = (400, 300, 150) if smoke else (2000, 1500, 800)  # defender, attacker, test
+    counts = (400, 300, 150) if smoke else (2000, 1200, 600)  # defender, attacker, test
     faces = generate_faces(sum(counts), SIZE, seed=seed)
     ends = [sum(counts[:i]) for i in range(4)]
     parts = [faces.part(a, b) for a, b in zip(ends, ends[1:], strict=False)]

@@ -8,6 +8,7 @@ from prifu_plugin.cut import CutFilter as CutFilter
 from prifu_plugin.decay import dose_to_beta as dose_to_beta
 from prifu_plugin.filter import PriFU as PriFU
 from prifu_plugin.graph.absorb import absorb as absorb
+from prifu_plugin.graph.capture import register_leaf as register_leaf
 from prifu_plugin.graph.insert import filters as filters
 from prifu_plugin.graph.insert import unwrap as unwrap
 from prifu_plugin.graph.insert import wrap as wrap
@@ -19,6 +20,7 @@ from prifu_plugin.graph.summary import summary as summary
 from prifu_plugin.learned import learned as learned
 from prifu_plugin.prune.plan import Plan as Plan
 from prifu_plugin.prune.report import PruneReport as PruneReport
+from prifu_plugin.prune.rules.pointwise import register_pointwise as register_pointwise
 from prifu_plugin.prune.run import plan_of as plan
 from prifu_plugin.prune.run import prune as prune
 from prifu_plugin.prune.run import rebuild as rebuild
@@ -64,7 +66,9 @@ __all__ = [
     "prune",
     "rebuild",
     "recalibrate",
+    "register_leaf",
     "register_norm",
+    "register_pointwise",
     "relevance",
     "report",
     "sites",

@@ -376,8 +376,8 @@ def test_the_public_surface():
         "MaskHistory", "Plan", "PriFU", "PruneReport", "Relevance", "Site", "Split",
         "Summary", "Threshold", "absorb", "audit", "cut_points", "dose_to_beta", "filters",
         "fit_alpha", "influence", "learned", "plan", "prune", "rebuild", "recalibrate",
-        "register_norm", "relevance", "report", "sites", "split", "status", "summary",
-        "sweep", "unwrap", "wrap",
+        "register_leaf", "register_norm", "register_pointwise", "relevance", "report",
+        "sites", "split", "status", "summary", "sweep", "unwrap", "wrap",
     ]  # fmt: skip
     assert all(getattr(prifu, name).__doc__ for name in prifu.__all__)
 

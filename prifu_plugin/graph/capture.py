@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn.modules import transformer
 
 from prifu_plugin.cut import CutFilter
-from prifu_plugin.errors import CaptureError
+from prifu_plugin.errors import CaptureError, ConfigError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.norms import is_norm
@@ -52,11 +52,36 @@ class ModelTracer(fx.Tracer):
             return True
         if is_host(m):
             return False
-        if isinstance(m, (*self._opaque, *_LAYERS)):
+        if isinstance(m, (*self._opaque, *_LAYERS, *_REGISTERED)):
             return True
         if any(is_norm(child) for child in m.modules()):
             return False  # nn.TransformerEncoderLayer and kin: torch's own, with norms inside
         return super().is_leaf_module(m, module_qualified_name)
+
+
+_REGISTERED: list[type[nn.Module]] = []
+
+
+def register_leaf(cls: type[nn.Module]) -> type[nn.Module]:
+    """Let every capture keep modules of a class as one call; usable as a decorator.
+
+    For a module whose forward is better not followed: one that calls a kernel of its own, or that
+    has a rule of its own (`register_pointwise`). Prune gives it all channels of its inputs.
+
+    Args:
+        cls: a module class; its subclasses are kept too.
+
+    Returns:
+        The class.
+
+    Raises:
+        ConfigError: if it is no module class.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ConfigError(f"{cls!r} is no module class: register the class, not an instance.")
+    if cls not in _REGISTERED:
+        _REGISTERED.append(cls)
+    return cls
 
 
 def capture(model: nn.Module, given: int | None = None) -> Captured:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from prifu_plugin.errors import ConfigError
+from prifu_plugin.graph.capture import register_leaf
 from prifu_plugin.prune.facts import Fact, any_over, first_channel, summarize, tensor_inputs
 from prifu_plugin.prune.layout import Conform, Layout
 from prifu_plugin.prune.plan import Alias, Keep, Parameter
@@ -18,7 +21,7 @@ PRODUCTS = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
 SCALINGS = {*PRODUCTS, operator.truediv, torch.div, torch.true_divide, "div", "true_divide"}
 SUMS = {operator.add, torch.add, "add"}
 
-POINTWISE = {
+POINTWISE: set[Any] = {
     *PRODUCTS,
     *SUMS,
     *(operator.sub, operator.truediv, operator.neg, operator.pow),
@@ -38,6 +41,48 @@ POINTWISE_MODULES = (
     *(nn.Softplus, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh),
     *(nn.LogSigmoid, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Threshold),
 )
+
+
+_REGISTERED_MODULES: list[type[nn.Module]] = []
+
+
+def register_pointwise(target: Any) -> Any:
+    """Declare that an operation works on each element alone; usable as a decorator.
+
+    Prune then passes channels through it, and knows what it makes of constants by running it. Its
+    result may depend on nothing but the operands at the same place, with broadcasting, and on
+    parameters of one number each.
+
+    Args:
+        target: a module class, a function, or the name of a tensor method. A module class becomes
+            one call for every capture.
+
+    Returns:
+        The target.
+
+    Raises:
+        ConfigError: for something else.
+
+    Example:
+        >>> @register_pointwise
+        ... class Snake(nn.Module):
+        ...     def forward(self, x):
+        ...         return x + torch.sin(x) ** 2
+        >>> Snake in _REGISTERED_MODULES
+        True
+    """
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        register_leaf(target)
+        if target not in _REGISTERED_MODULES:
+            _REGISTERED_MODULES.append(target)
+    elif isinstance(target, str) or (callable(target) and not isinstance(target, nn.Module | type)):
+        POINTWISE.add(target)
+    else:
+        raise ConfigError(
+            f"{target!r} is no module class, function or name of a tensor method: register the "
+            "class of a module, not an instance."
+        )
+    return target
 
 
 class PointwiseRule(Rule):
@@ -173,7 +218,8 @@ def pointwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     """Return the rule for a pointwise node, or None for another."""
     if node.op == "call_module":
         module = analysis.module(node)
-        return PointwiseRule(node) if isinstance(module, POINTWISE_MODULES) else None
+        known = isinstance(module, (*POINTWISE_MODULES, *_REGISTERED_MODULES))
+        return PointwiseRule(node) if known else None
     if node.target in POINTWISE:
         facts = [analysis.fact(n) for n in tensor_inputs(node, analysis.values)]
         ranks = max((len(fact.shape) for fact in facts), default=0)
