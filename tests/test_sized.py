@@ -56,6 +56,21 @@ class Loops(nn.Module):
         return total
 
 
+class Marked(nn.Module):
+    """A mask that is written region by region, as shifted windows have it."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        x = self.norm(x)
+        mask = x.new_zeros((x.shape[2], x.shape[3]))
+        for count, rows in enumerate((slice(0, -2), slice(-2, None))):
+            mask[rows, : x.shape[3] // 2] = count
+        return x + torch.tensor(x.shape[2]) * mask
+
+
 class OnValues(nn.Module):
     """Decides on what a tensor holds."""
 
@@ -85,6 +100,7 @@ class Around(nn.Module):
 timm.layers.register_notrace_module(Windows)
 timm.layers.register_notrace_module(Loops)
 timm.layers.register_notrace_module(OnValues)
+timm.layers.register_notrace_module(Marked)
 
 
 def filtered(part, share=0.5, seed=0):
@@ -99,7 +115,7 @@ def filtered(part, share=0.5, seed=0):
     return model
 
 
-@pytest.mark.parametrize("part", [Windows, Loops])
+@pytest.mark.parametrize("part", [Windows, Loops, Marked])
 @pytest.mark.parametrize("size", [(8, 8), (6, 7)])
 def test_what_decides_on_sizes_is_pruned_inside(part, size):
     model = filtered(part())
@@ -154,6 +170,30 @@ def test_what_decides_on_values_stays_closed_and_is_named():
         torch.testing.assert_close(pruned(sign * x), model(sign * x), rtol=0, atol=1e-11)
     with pytest.raises(CaptureError, match="decides on values"):
         capture_sized(OnValues(), [torch.randn(2, 8, 4, 4)])
+
+
+class Overwrites(nn.Module):
+    """Writes into what was computed from the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.norm(x).clone()
+        x[:, 1] = 0.0
+        return x if x.shape[1] else x * 2
+
+
+timm.layers.register_notrace_module(Overwrites)
+
+
+def test_what_writes_into_values_stays_closed():
+    model = filtered(Overwrites())
+    x = torch.randn(2, 3, 8, 8).double()
+    pruned = prifu.prune(model, x)
+    assert "no rule for Overwrites" in str(prifu.report(pruned).notes)
+    torch.testing.assert_close(pruned(x), model(x), rtol=0, atol=1e-11)
 
 
 def test_a_model_made_for_a_size_is_rebuilt():

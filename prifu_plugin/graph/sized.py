@@ -8,7 +8,6 @@ values of tensors stays refused.
 
 from __future__ import annotations
 
-import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,6 @@ from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
-from torch.utils import _pytree as pytree
 
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import (
@@ -31,6 +29,7 @@ from prifu_plugin.graph.capture import (
     ModelTracer,
     traced,
 )
+from prifu_plugin.graph.proxies import SizedProxy, plain, reads_tensors, value_of
 from prifu_plugin.graph.undisturbed import undisturbed
 
 GUARD = (
@@ -43,6 +42,8 @@ SIZES = {
     *("is_cuda", "requires_grad", "is_floating_point", "layout", "stride", "is_contiguous"),
 }
 """What may be asked of a tensor for Python to decide on."""
+
+_MADE = ("new_zeros", "new_ones", "new_full")
 
 _PLAIN = (bool, int, float, str, torch.Size, torch.dtype, torch.device, type(None))
 
@@ -181,9 +182,11 @@ class SizedTracer(ModelTracer):
         if target in ("item", "tolist"):
             raise TraceError(f"'{target}' asks for the values of a tensor.")
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *more, **named)
-        values = map_aggregate((tuple(args), dict(kwargs)), _value)
+        values = map_aggregate((tuple(args), dict(kwargs)), value_of)
         asked = values[0][1] if target is getattr else target
-        of_values = kind != "get_attr" and asked not in SIZES and _reads_tensors((args, kwargs))
+        of_values = kind != "get_attr" and asked not in SIZES and reads_tensors((args, kwargs))
+        if kind == "call_method" and target in _MADE:
+            proxy.__dict__["sizes"] = (args[1:], kwargs)
         return proxy.carrying(self._compute(kind, target, *values), of_values)
 
     def decided(self, proxy: SizedProxy, how: Callable[[Any], Any]) -> Any:
@@ -223,126 +226,9 @@ class SizedTracer(ModelTracer):
             self._computing = False
 
 
-class SizedProxy(fx.Proxy):
-    """A node and its value in the example run.
-
-    Attributes:
-        value: of the example run.
-        of_values: whether it was computed from the values of tensors, if it is no tensor itself.
-    """
-
-    value: Any
-    of_values: bool
-
-    def carrying(self, value: Any, of_values: bool = False) -> SizedProxy:
-        """Set the value."""
-        self.__dict__.update(value=value, of_values=of_values)
-        return self
-
-    def __getattr__(self, k: str) -> Any:
-        if k.startswith("__"):
-            raise AttributeError(k)
-        if k in ("type", "index") and isinstance(self.value, torch.device):
-            return getattr(self.value, k)  # a context such as autocast takes no proxy
-        return _SizedAttribute(self, k)
-
-    def __iter__(self) -> Iterator[Any]:
-        value, tracer = self.value, self.tracer
-        assert isinstance(tracer, SizedTracer)
-        count = len(value)
-        if isinstance(value, Tensor):
-            first = tracer.create_proxy("call_method", "size", (self, 0), {})
-            tracer.decided(first, int)
-        return iter(
-            [
-                tracer.create_proxy("call_function", operator.getitem, (self, at), {})
-                for at in range(count)
-            ]
-        )
-
-    def __len__(self) -> int:
-        if isinstance(self.value, tuple | list):
-            return len(self.value)
-        return len(list(iter(self)))
-
-    def __index__(self) -> int:
-        return int(self._decided(operator.index))
-
-    def __int__(self) -> int:
-        return int(self._decided(int))
-
-    def __float__(self) -> float:
-        return float(self._decided(float))
-
-    def plain(self) -> Any:
-        """Return the size itself, under a guard."""
-        return self._decided(lambda value: value)
-
-    def __ceil__(self) -> Any:
-        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
-
-    def __floor__(self) -> Any:
-        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
-
-    def _decided(self, how: Callable[[Any], Any]) -> Any:
-        assert isinstance(self.tracer, SizedTracer)
-        return self.tracer.decided(self, how)
-
-
-class _SizedAttribute(SizedProxy):
-    """What is asked of a proxy: a method if it is called, a node if it is used."""
-
-    def __init__(self, root: SizedProxy, attr: str) -> None:
-        self.__dict__.update(root=root, attr=attr, tracer=root.tracer, _proxy=None)
-
-    @property
-    def node(self) -> fx.Node:  # type: ignore[override]
-        """The node that reads the attribute, made when it is first used."""
-        node: fx.Node = self._read().node
-        return node
-
-    @property
-    def value(self) -> Any:
-        """Of the example run."""
-        return self._read().value
-
-    @property
-    def of_values(self) -> bool:  # type: ignore[override]
-        """Whether it follows from the values of tensors."""
-        return bool(self._read().of_values)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
-
-    def _read(self) -> Any:
-        if self._proxy is None:
-            made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
-            self.__dict__["_proxy"] = made
-        return self._proxy
-
-
 _make_tensor = torch.tensor
 
 
 def _tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
     """Make a tensor of sizes: torch.tensor itself takes no proxies."""
-    plain = map_aggregate(data, lambda one: one.plain() if isinstance(one, SizedProxy) else one)
-    return _make_tensor(plain, *args, **kwargs)
-
-
-def _value(argument: Any) -> Any:
-    return argument.value if isinstance(argument, SizedProxy) else argument
-
-
-def _reads_tensors(arguments: Any) -> bool:
-    """Whether an argument is a tensor, or a number made of the values of one."""
-    found: list[bool] = []
-
-    def look(argument: Any) -> Any:
-        if isinstance(argument, SizedProxy):
-            leaves = pytree.tree_leaves(argument.value)
-            found.append(argument.of_values or any(isinstance(v, Tensor) for v in leaves))
-        return argument
-
-    map_aggregate(arguments, look)
-    return any(found)
+    return _make_tensor(map_aggregate(data, plain), *args, **kwargs)

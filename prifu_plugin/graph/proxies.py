@@ -1,0 +1,147 @@
+"""Proxies of torch.fx that carry their value in one example run; `sized` traces with them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import TraceError
+from torch.utils import _pytree as pytree
+
+
+class SizedProxy(fx.Proxy):
+    """A node and its value in the example run.
+
+    Attributes:
+        value: of the example run.
+        of_values: whether it was computed from the values of tensors, if it is no tensor itself.
+    """
+
+    value: Any
+    of_values: bool
+    tracer: Any
+
+    def carrying(self, value: Any, of_values: bool = False) -> SizedProxy:
+        """Set the value."""
+        self.__dict__.update(value=value, of_values=of_values)
+        return self
+
+    def __getattr__(self, k: str) -> Any:
+        if k.startswith("__"):
+            raise AttributeError(k)
+        if k in ("type", "index") and isinstance(self.value, torch.device):
+            return getattr(self.value, k)  # a context such as autocast takes no proxy
+        return _SizedAttribute(self, k)
+
+    def __iter__(self) -> Iterator[Any]:
+        value, tracer = self.value, self.tracer
+        count = len(value)
+        if isinstance(value, Tensor):
+            first = tracer.create_proxy("call_method", "size", (self, 0), {})
+            tracer.decided(first, int)
+        return iter(
+            [
+                tracer.create_proxy("call_function", operator.getitem, (self, at), {})
+                for at in range(count)
+            ]
+        )
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Write into a tensor that was made of sizes alone, nothing of the input: a constant."""
+        if "sizes" not in self.__dict__ or self.node.users:
+            raise TraceError(f"'{self.node.name}' is written to.")
+        key, value, _ = map_aggregate((key, value, self.__dict__["sizes"]), plain)
+        if self.node.op != "get_attr":
+            self.__dict__["value"] = self.value.clone()
+            made = self.node
+            self.__dict__["node"] = self.tracer.create_arg(self.value)
+            made.graph.erase_node(made)
+        self.value[key] = value
+
+    def __len__(self) -> int:
+        if isinstance(self.value, tuple | list):
+            return len(self.value)
+        return len(list(iter(self)))
+
+    def __index__(self) -> int:
+        return int(self._decided(operator.index))
+
+    def __int__(self) -> int:
+        return int(self._decided(int))
+
+    def __float__(self) -> float:
+        return float(self._decided(float))
+
+    def plain(self) -> Any:
+        """Return the size itself, under a guard."""
+        return self._decided(lambda value: value)
+
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def _decided(self, how: Callable[[Any], Any]) -> Any:
+        return self.tracer.decided(self, how)
+
+
+class _SizedAttribute(SizedProxy):
+    """What is asked of a proxy: a method if it is called, a node if it is used."""
+
+    def __init__(self, root: SizedProxy, attr: str) -> None:
+        self.__dict__.update(root=root, attr=attr, tracer=root.tracer, _proxy=None)
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        """The node that reads the attribute, made when it is first used."""
+        node: fx.Node = self._read().node
+        return node
+
+    @property
+    def value(self) -> Any:
+        """Of the example run."""
+        return self._read().value
+
+    @property
+    def of_values(self) -> bool:  # type: ignore[override]
+        """Whether it follows from the values of tensors."""
+        return bool(self._read().of_values)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+    def _read(self) -> Any:
+        if self._proxy is None:
+            made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
+            self.__dict__["_proxy"] = made
+        return self._proxy
+
+
+def plain(argument: Any) -> Any:
+    """Return a size itself, under a guard."""
+    return argument.plain() if isinstance(argument, SizedProxy) else argument
+
+
+def value_of(argument: Any) -> Any:
+    """Return the value of a proxy, and anything else as it is."""
+    return argument.value if isinstance(argument, SizedProxy) else argument
+
+
+def reads_tensors(arguments: Any) -> bool:
+    """Whether an argument is a tensor, or a number made of the values of one."""
+    found: list[bool] = []
+
+    def look(argument: Any) -> Any:
+        if isinstance(argument, SizedProxy):
+            leaves = pytree.tree_leaves(argument.value)
+            found.append(argument.of_values or any(isinstance(v, Tensor) for v in leaves))
+        return argument
+
+    map_aggregate(arguments, look)
+    return any(found)
