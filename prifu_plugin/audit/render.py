@@ -135,7 +135,8 @@ def _bubbles(reports: Sequence[AuditReport]) -> Any:
         size = 60 + 900 * report.upload.bytes / largest
         axes.scatter([mean], [report.utility.value], s=size, alpha=0.5)
         axes.plot([mean] * 2, [report.utility.low, report.utility.high], color="#888888", lw=1)
-        axes.annotate(report.name, (mean, report.utility.value), fontsize=8, ha="center")
+        place = (mean, report.utility.value)
+        axes.annotate(report.name, place, (8, 6), textcoords="offset points", fontsize=8)
     axes.set(xlabel="mean leak over attributes", ylabel="task accuracy")
     axes.margins(0.2)
     axes.spines[["top", "right"]].set_visible(False)
