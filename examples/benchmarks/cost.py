@@ -80,16 +80,16 @@ def kept_for_backward(model, x):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def main(smoke=False):
+def main(smoke=False, batch=32):
     """Print one row a model."""
     print(f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads, "
-          "batch 8; median of wrapped / plain over pairs [quartiles]")  # fmt: skip
+          f"batch {batch}; median of wrapped / plain over pairs [quartiles]")  # fmt: skip
     print(f"{'model':22}  {'training step':22}  {'inference':22}  kept for backward")
     for name, size in tqdm(list(MODELS.items())[: 1 if smoke else None], disable=None):
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=10)
         wrapped = prifu.wrap(model)
-        x = torch.randn(8, 3, size, size)
+        x = torch.randn(batch, 3, size, size)
         cells = []
         for kind, rounds in ((training, 30), (inference, 60)):
             found = ratios(kind(model, x), kind(wrapped, x), 3 if smoke else rounds)
@@ -102,4 +102,5 @@ def main(smoke=False):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="one model, few rounds")
+    parser.add_argument("--batch", type=int, default=32)
     main(**vars(parser.parse_args()))

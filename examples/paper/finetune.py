@@ -25,7 +25,8 @@ def main() -> None:
         "nobody named. Forms: bare as published (no scale in the norms, W from 0.1); preserved "
         "(factor 1/init) with the norms' scale trained freely, frozen, or absorbed into W. "
         '"gain_to" takes the factor to 1 over the first half of training, "alpha_from" the '
-        'threshold from 0; "ramped" noise grows likewise.',
+        'threshold from 0; "ramped" noise grows likewise. With "init" nearer to 1 the steps of W '
+        'are smaller, by the square; "recalibrated" statistics are estimated anew after training.',
         "",
     ]
     for network in scale["networks"]["pretrained"]:

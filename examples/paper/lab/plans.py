@@ -112,6 +112,8 @@ def finetuning(scale: Scale) -> list[Run]:
         ("PriFU", {}),
         # W's steps are larger than those of other weights by 1/init squared.
         *[("PriFU", {**kept, **init}) for init in ({}, {"init": 0.3}, {"init": 0.5})],
+        ("PriFU", {**moved, "init": 0.3}),
+        ("PriFU", {**kept, "recalibrated": True}),
         ("PriFU", {**kept, "init": 0.5, "cut_filter": True, "noise": 1.5}),
     ]
     more = [
