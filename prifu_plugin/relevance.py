@@ -177,11 +177,12 @@ class _Meter:
         self.count = 0
 
     def add(self, gradient: Tensor, dim: int) -> None:
-        gradient = gradient.detach()
-        others = [d for d in range(gradient.ndim) if d != dim % gradient.ndim]
-        norm = torch.linalg.vector_norm(gradient, 1, others, dtype=torch.float64)
-        self.total += norm.cpu()
-        self.count += gradient.numel() // len(norm)
+        sizes = gradient.detach().abs()
+        sizes = sizes if sizes.dtype == torch.float64 else sizes.float()
+        inner = [d for d in range(1, sizes.ndim) if d != dim % sizes.ndim]
+        lines = sizes.sum(inner) if inner else sizes  # a sample's positions, then samples in fp64
+        self.total += lines.double().sum(0).cpu()
+        self.count += sizes.numel() // lines.shape[1]
 
     def mean(self) -> Tensor:
         return self.total / max(self.count, 1)
