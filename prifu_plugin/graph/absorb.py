@@ -17,8 +17,8 @@ def absorb(model: nn.Module) -> dict[str, int]:
 
     Of gain * W * (gamma * n + beta), the product W * gamma is all that counts: while gamma trains
     freely, it may undo what the decay does to W. Here W becomes W * abs(gamma), gamma its sign,
-    beta goes behind the filter, and both stay fixed. Call it on a freshly wrapped, pretrained model,
-    before the optimizer is built; docs/results/paper/finetune-cpu.md has what it changes.
+    beta goes behind the filter, and both stay fixed. Call it on a freshly wrapped, pretrained
+    model, before the optimizer is built; docs/results/paper/finetune-cpu.md has what it changes.
 
     Args:
         model: wrapped with `bias=True` (for norms that have a shift); changed in place.
