@@ -46,7 +46,7 @@ def lower(
         else:
             _make_pure(graph, node, model)
             spell_out(graph, node)
-    _drop_unused(graph)
+    drop_unused(graph)
     graph.lint()
     return captured
 
@@ -85,7 +85,8 @@ def _is_assertion(node: fx.Node) -> bool:
     return asserts and not node.users and not is_guard(node)
 
 
-def _drop_unused(graph: fx.Graph) -> None:
+def drop_unused(graph: fx.Graph) -> None:
+    """Erase what nothing reads, but for inputs, outputs and guards."""
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and not node.users and not is_guard(node):
             graph.erase_node(node)

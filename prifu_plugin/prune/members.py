@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -64,3 +65,15 @@ class Members:
 
     def _is_taken(self, path: str, origin: Any) -> bool:
         return path in self.found and self.origins.get(path) != origin
+
+
+def like(original: Any, value: Tensor) -> Any:
+    """Return a copy of a value, a parameter if the original is one."""
+    if isinstance(original, nn.Parameter):
+        return nn.Parameter(value.detach().clone(), original.requires_grad)
+    return value.detach().clone()
+
+
+def value_at(root: nn.Module, path: str) -> Any:
+    """Return what is at a dotted path of a module."""
+    return operator.attrgetter(path)(root)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from prifu_plugin.graph.capture import Captured
-from prifu_plugin.graph.sized import is_guard
 from prifu_plugin.prune.border import border_map
 from prifu_plugin.prune.kernels import (
     concat_parts,
@@ -20,7 +19,8 @@ from prifu_plugin.prune.kernels import (
     slice_norm,
 )
 from prifu_plugin.prune.layout import FILL, Conform
-from prifu_plugin.prune.members import Members
+from prifu_plugin.prune.lower import drop_unused
+from prifu_plugin.prune.members import Members, like, value_at
 from prifu_plugin.prune.plan import (
     Alias,
     Concat,
@@ -75,7 +75,7 @@ class _Rewriter:
                 self.values[node] = self._emit(node, self.plans[node.name])
                 if isinstance(self.values[node], fx.Node):
                     self.values[node].meta.setdefault("original", node.name)
-        _drop_unused(self.new)
+        drop_unused(self.new)
         module = fx.GraphModule(self.members.read(), self.new, class_name=type(self.root).__name__)
         return module.eval()
 
@@ -90,9 +90,9 @@ class _Rewriter:
         if isinstance(kernel, Alias):
             return self._alias(node, plan, operands)
         if isinstance(kernel, Parameter):
-            value = _get(self.root, str(node.target))
+            value = value_at(self.root, str(node.target))
             origin = (node.target, kernel.select)
-            part = _like(value, selected(value, kernel.select))
+            part = like(value, selected(value, kernel.select))
             return self.members.add(self._place(node), part, origin)
         if isinstance(kernel, Concat):
             listed: Any = node.args[0] if node.args else node.kwargs["tensors"]
@@ -114,8 +114,8 @@ class _Rewriter:
         args = self._argument(node, node.args, operands)
         kwargs = self._argument(node, node.kwargs, operands)
         if node.op == "get_attr":
-            value = _get(self.root, str(node.target))
-            return self.members.add(self._place(node), _like(value, value), (node.target, ()))
+            value = value_at(self.root, str(node.target))
+            return self.members.add(self._place(node), like(value, value), (node.target, ()))
         if node.op == "call_module":
             module = pure_copy(self._called(node))
             return self._call(node, module, args, kwargs)
@@ -143,7 +143,7 @@ class _Rewriter:
             weight: Any = node.args[1]
             other: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
             named = [weight] + ([other] if isinstance(other, fx.Node) else [])
-            values = [_get(self.root, str(n.target)) for n in named]
+            values = [value_at(self.root, str(n.target)) for n in named]
             layer = nn.Linear(values[0].shape[1], values[0].shape[0], bias=len(values) > 1)
             layer.weight = nn.Parameter(values[0], values[0].requires_grad)
             if len(values) > 1:
@@ -336,23 +336,7 @@ _COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt,
 """Sizes are compared when the model runs; the nodes that stand for them are never equal."""
 
 
-def _like(original: Any, value: Tensor) -> Any:
-    if isinstance(original, nn.Parameter):
-        return nn.Parameter(value.detach().clone(), original.requires_grad)
-    return value.detach().clone()
-
-
-def _get(root: nn.Module, path: str) -> Any:
-    return operator.attrgetter(path)(root)
-
-
 def _has_nodes(value: Any) -> bool:
     found: list[fx.Node] = []
     fx.node.map_arg(value, found.append)
     return bool(found)
-
-
-def _drop_unused(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if node.op not in ("placeholder", "output") and not node.users and not is_guard(node):
-            graph.erase_node(node)
