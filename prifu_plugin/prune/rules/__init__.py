@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from prifu_plugin.prune.facts import Fact, is_fact_tuple
 from prifu_plugin.prune.rules.base import Analysis, Rule
-from prifu_plugin.prune.rules.channelwise import channelwise_rule
+from prifu_plugin.prune.rules.channelwise import channelwise_rule, padding_rule
 from prifu_plugin.prune.rules.concat import concat_rule
 from prifu_plugin.prune.rules.linear import LinearRule
 from prifu_plugin.prune.rules.linear_map import linear_map
@@ -39,10 +39,9 @@ def find_rule(analysis: Analysis, node: fx.Node) -> Rule:
             found = found or recognize(analysis, node)
         if found is not None:
             return found
-    moved = movement_rule(analysis, node)
-    if moved is not None:
-        return moved
-    return OpaqueRule(node, _describe(analysis, node))
+    # Padding by 0 is a movement, which knows more of constants.
+    moved = movement_rule(analysis, node) or padding_rule(analysis, node)
+    return moved or OpaqueRule(node, _describe(analysis, node))
 
 
 def analyse(root: torch.nn.Module, graph: fx.Graph) -> Analysis:

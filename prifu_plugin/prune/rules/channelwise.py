@@ -88,8 +88,6 @@ def channelwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
         return _mean(analysis, node)
     if node.target in (torch.sum, "sum"):  # of zeros it is zero at every size
         return _mean(analysis, node, border=0.0)
-    if node.target is F.pad:
-        return _padding(analysis, node)
     return _functional_pooling(analysis, node)
 
 
@@ -136,8 +134,10 @@ def _over_space(analysis: Analysis, node: fx.Node, shrinks: bool) -> Rule | None
     return ChannelwiseRule(node, _same(fact), 0.0 if shrinks else None)
 
 
-def _padding(analysis: Analysis, node: fx.Node) -> Rule | None:
-    """Return the rule for padding of dimensions that are no channels."""
+def padding_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
+    """Return the rule for padding of dimensions that are no channels, or None for another."""
+    if node.target is not F.pad:
+        return None
     fact = analysis.input_fact(node)
     named = {"pad": 1, "mode": 2, "value": 3}
     given: dict[str, Any] = {
