@@ -105,6 +105,20 @@ def is_guard(node: fx.Node) -> bool:
     return node.target is torch._assert and bool(node.args[1:] == (GUARD,))
 
 
+def fix_sizes(graph: fx.Graph, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Let a graph refuse inputs whose sizes differ from these in more than the batch."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(inputs[-1]):
+        first = graph.call_function(len, ((),))  # a place behind all inputs
+    with graph.inserting_before(first):
+        for node, shape in zip(inputs, shapes, strict=True):
+            for dim, size in enumerate(shape[1:], 1):
+                asked = graph.call_method("size", (node, dim))
+                same = graph.call_function(operator.eq, (asked, size))
+                graph.call_function(torch._assert, (same, GUARD))
+    graph.erase_node(first)
+
+
 def looks_into(root: nn.Module, node: fx.Node) -> bool:
     """Whether a call in a plain graph is one that this tracer would look into."""
     if node.op == "call_module":

@@ -6,7 +6,7 @@ from torch import nn
 
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import Captured
-from prifu_plugin.graph.sized import GUARD, looks_into
+from prifu_plugin.graph.sized import GUARD, fix_sizes, looks_into
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.inputs import Inputs, takes
 from prifu_plugin.prune.lower import lower
@@ -39,6 +39,8 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
     sized, _ = _attempt(model, runs, sized=True)
     for captured, chosen in _in_turn(model, plain, sized, runs):
         _check_inputs(captured, chosen)
+        if captured is sized and chosen is not runs:  # seen at one size: made for that size alone
+            fix_sizes(captured.graph, chosen[0].shapes)
         try:
             return _record(captured, chosen), chosen
         except AssertionError as error:  # a guard: decided differently at the other size
