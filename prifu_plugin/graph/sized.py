@@ -108,15 +108,12 @@ def is_guard(node: fx.Node) -> bool:
 def fix_sizes(graph: fx.Graph, shapes: Sequence[tuple[int, ...]]) -> None:
     """Let a graph refuse inputs whose sizes differ from these in more than the batch."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(inputs[-1]):
-        first = graph.call_function(len, ((),))  # a place behind all inputs
-    with graph.inserting_before(first):
+    with graph.inserting_before(inputs[-1].next):
         for node, shape in zip(inputs, shapes, strict=True):
             for dim, size in enumerate(shape[1:], 1):
                 asked = graph.call_method("size", (node, dim))
                 same = graph.call_function(operator.eq, (asked, size))
                 graph.call_function(torch._assert, (same, GUARD))
-    graph.erase_node(first)
 
 
 def looks_into(root: nn.Module, node: fx.Node) -> bool:
