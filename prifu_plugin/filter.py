@@ -75,15 +75,14 @@ class PriFU(nn.Module):
 
     def scale(self) -> Tensor:
         """Return gain * RIW, (C,), differentiable in W (Eq. 4 and 5)."""
-        # "not at most" keeps a NaN weight visible instead of closing every channel.
-        closed = self.weight <= self.alpha * self.weight.amax()
-        riw = self.weight.masked_fill(closed, 0.0)
+        riw = self.weight.masked_fill(self.closed, 0.0)
         return riw if self.gain == 1 else riw * self.gain
 
     @property
     def closed(self) -> Tensor:
         """Mask of the channels that are zeroed, (C,), bool."""
         weight = self.weight.detach()
+        # "at most", and open what is not: a NaN stays visible instead of closing every channel.
         return weight <= self.alpha * weight.amax()
 
     @property

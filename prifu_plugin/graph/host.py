@@ -110,9 +110,11 @@ def _folded_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     unit = filter_of(self)
     assert isinstance(unit, PriFU)
     twin = object.__new__(base)
-    parameters = {**self._parameters, **folded_parameters(self, unit)}
-    members = {k: v for k, v in self.__dict__.items() if k not in ("weight", "bias")}
-    twin.__dict__ = {**members, "_parameters": parameters}
+    members = self.__dict__.copy()
+    members["_parameters"] = {**self._parameters, **folded_parameters(self, unit)}
+    members.pop("weight", None)
+    members.pop("bias", None)
+    object.__setattr__(twin, "__dict__", members)  # not Module's, which looks into every value
     return base.forward(twin, *args, **kwargs)
 
 
