@@ -232,7 +232,7 @@ def run(pattern=""):
     OUT.mkdir(parents=True, exist_ok=True)
     todo = [n for n in families() if pattern in n and not (OUT / f"{n}.json").exists()]
     known = committed()
-    todo.sort(key=lambda name: 1 if name not in known else 2 if is_good(known[name]) else 0)
+    todo.sort(key=lambda name: 0 if name not in known else 2 if is_good(known[name]) else 1)
     for name in tqdm(todo, disable=None):
         command = [sys.executable, "-W", "ignore", __file__, "one", name]
         try:

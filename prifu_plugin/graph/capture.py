@@ -7,12 +7,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import transformer
 
 from prifu_plugin.cut import CutFilter
@@ -25,10 +25,17 @@ from prifu_plugin.graph.undisturbed import undisturbed
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph and the module its targets refer to."""
+    """A graph and the module its targets refer to.
+
+    Attributes:
+        root: the module.
+        graph: on it.
+        computed: parameter -> its value in fp64, for those that a forward computed.
+    """
 
     root: nn.Module
     graph: fx.Graph
+    computed: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ModelTracer(fx.Tracer):

@@ -29,6 +29,7 @@ from prifu_plugin.graph.capture import (
     ModelTracer,
     traced,
 )
+from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.proxies import SizedProxy, plain, reads_tensors, value_of
 from prifu_plugin.graph.undisturbed import undisturbed
 
@@ -127,6 +128,15 @@ def looks_into(root: nn.Module, node: fx.Node) -> bool:
     )
 
 
+def computes_weight(module: nn.Module) -> bool:
+    """Whether a layer is a convolution of a subclass whose forward may compute another weight."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_host(module):
+        return False
+    cls = type(module)
+    own = all(cls.forward is not base.forward for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return own and cls.__name__ != "Conv2dSame" and not cls.__module__.startswith("torch.")
+
+
 class SizedTracer(ModelTracer):
     """Trace with the values of an example run, through what timm keeps opaque too.
 
@@ -153,8 +163,9 @@ class SizedTracer(ModelTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the graph keeps this module as one call."""
-        kept = module_qualified_name in self._leaves
-        return kept or super().is_leaf_module(m, module_qualified_name)
+        if module_qualified_name in self._leaves:
+            return True
+        return super().is_leaf_module(m, module_qualified_name) and not computes_weight(m)
 
     def call_module(
         self,

@@ -8,8 +8,9 @@ from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.sized import GUARD, fix_sizes, looks_into
 from prifu_plugin.prune.examples import record_examples
+from prifu_plugin.prune.functional_layers import make_layers
 from prifu_plugin.prune.inputs import Inputs, takes
-from prifu_plugin.prune.lower import lower
+from prifu_plugin.prune.lower import drop_unused, lower
 from prifu_plugin.prune.spell_out import spell_out_shapes
 
 Runs = tuple[Inputs, ...]
@@ -79,6 +80,9 @@ def _record(captured: Captured, runs: Runs) -> Captured:
     examples = [run.draw(captured.root, 0) for run in runs]
     record_examples(captured.root, captured.graph, *examples)
     if spell_out_shapes(captured.graph):
+        record_examples(captured.root, captured.graph, *examples)
+    if make_layers(captured):
+        drop_unused(captured.graph)
         record_examples(captured.root, captured.graph, *examples)
     return captured
 

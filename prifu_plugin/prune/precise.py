@@ -30,6 +30,8 @@ def precise(captured: Captured) -> Captured:
         for name, value in list(vars(module).items()):
             if isinstance(value, Tensor) and value.is_floating_point():
                 setattr(module, name, value.double())
+    for name, value in captured.computed.items():
+        root.get_parameter(name).data = value
     units = zip(filters(captured.root).values(), filters(root).values(), strict=True)
     for unit, twin in units:
         # An open weight is above 0, so alpha = 0 keeps it open whatever rounding says.

@@ -90,6 +90,7 @@ def prune(
     device = next(model.parameters()).device
     with torch.inference_mode(False):
         filtered = plain_layers(copied(model).cpu().eval())
+        size = count_parameters(filtered), count_bytes(filtered)
         runs = _runs(filtered, inputs)
         with _explained(filtered):
             captured, runs = recorded(filtered, runs)
@@ -107,9 +108,9 @@ def prune(
             seed,
             fates(analysis, plan),
             plan.notes,
-            (count_parameters(filtered), count_parameters(pruned)),
+            (size[0], count_parameters(pruned)),
             (count_macs(filtered, runs[0]), count_macs(pruned, runs[0])),
-            (count_bytes(filtered), count_bytes(pruned)),
+            (size[1], count_bytes(pruned)),
         )
     # Plain data only: the result must not need prifu_plugin to be loaded.
     pruned.meta[META] = {"plan": plan.to_json(), "report": report.to_dict()}

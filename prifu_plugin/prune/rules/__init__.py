@@ -6,15 +6,19 @@ import torch
 from torch import Tensor, fx
 
 from prifu_plugin.prune.facts import Fact, is_fact_tuple
+from prifu_plugin.prune.rules.along import along_rule
 from prifu_plugin.prune.rules.base import Analysis, Rule
 from prifu_plugin.prune.rules.channelwise import channelwise_rule, padding_rule
 from prifu_plugin.prune.rules.concat import concat_rule
+from prifu_plugin.prune.rules.contraction import contraction_rule
 from prifu_plugin.prune.rules.linear import LinearRule
 from prifu_plugin.prune.rules.linear_map import linear_map
 from prifu_plugin.prune.rules.movement import movement_rule
 from prifu_plugin.prune.rules.norm import norm_rule
 from prifu_plugin.prune.rules.opaque import InputRule, OpaqueRule, ScalarRule, StaticRule
 from prifu_plugin.prune.rules.pointwise import pointwise_rule
+
+_RECOGNIZED = (pointwise_rule, channelwise_rule, concat_rule, contraction_rule, along_rule)
 
 
 def find_rule(analysis: Analysis, node: fx.Node) -> Rule:
@@ -35,7 +39,7 @@ def find_rule(analysis: Analysis, node: fx.Node) -> Rule:
         if linear is not None:
             return LinearRule(node, linear)
         found = norm_rule(analysis, node) if node.op == "call_module" else None
-        for recognize in (pointwise_rule, channelwise_rule, concat_rule):
+        for recognize in _RECOGNIZED:
             found = found or recognize(analysis, node)
         if found is not None:
             return found

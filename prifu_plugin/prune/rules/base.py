@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ class Analysis:
         wants: node -> mask over its channels: what readers asked for so far.
         keep: node -> mask over its channels: must it, or should it, exist?
         notes: (node, reason) where no rule was found.
+        movements: what was found of operations that move data, for those that repeat.
     """
 
     root: nn.Module
@@ -39,6 +40,7 @@ class Analysis:
     wants: dict[fx.Node, Tensor] = field(default_factory=dict)
     keep: dict[fx.Node, Tensor] = field(default_factory=dict)
     notes: list[tuple[str, str]] = field(default_factory=list)
+    movements: dict[Hashable, Any] = field(default_factory=dict)
 
     def fact(self, node: fx.Node) -> Fact:
         """Return the fact of a node that is one tensor."""

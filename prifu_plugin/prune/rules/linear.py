@@ -18,6 +18,9 @@ from prifu_plugin.prune.rules.linear_map import LinearMap
 NARROW = 48
 """Live input channels below which a border map is preferred to a carrier."""
 
+GATHER = 64
+"""Multiply-accumulates that take as long as moving one value."""
+
 
 class LinearRule(Rule):
     """A linear map at one node."""
@@ -99,6 +102,7 @@ class LinearRule(Rule):
             if planner.exists(self.source)
             else tuple(range(linear.inputs))
         )
+        columns = self._worth_computing(planner, columns)
         there = set(columns)
         missing = [i for i in range(linear.inputs) if i not in there]
         if not self._uniform(fact, missing):
@@ -199,6 +203,18 @@ class LinearRule(Rule):
         return columns, borders
 
     # Helpers, from here down.
+
+    def _worth_computing(self, planner: Planner, columns: tuple[int, ...]) -> tuple[int, ...]:
+        """Leave out constants that the source has kept, where that saves more than a gather costs.
+
+        An operation without slices, as attention is, gives all of its channels.
+        """
+        if not planner.exists(self.source):
+            return columns
+        keep = self._line_any(planner.analysis.keep[self.source])
+        fewer = tuple(c for c in columns if bool(keep[c if len(keep) > 1 else 0]))
+        saved = (len(columns) - len(fewer)) * self.map.outputs
+        return fewer if fewer and saved > GATHER * len(fewer) else columns
 
     def _grouped(self, values: Tensor, fact: Fact) -> Tensor:
         """Move the mapped dimension last and split it into groups."""

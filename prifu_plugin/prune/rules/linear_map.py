@@ -69,7 +69,7 @@ def _module_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None
     same = type(module).__name__ == "Conv2dSame"
-    if not (plain or same) or any(axis != 1 for axis in fact.axes):
+    if not (plain or same) or (any(axis != 1 for axis in fact.axes) and not _is_pointwise(module)):
         return None
     if len(fact.shape) != module.weight.ndim:
         return None
@@ -86,6 +86,12 @@ def _module_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
         padded and module.padding_mode == "zeros",
         plain and isinstance(module, nn.Conv2d) and not isinstance(padding, str),
     )
+
+
+def _is_pointwise(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    """Whether a convolution is a linear map at each place by itself."""
+    ones = {*module.kernel_size, *module.stride}
+    return ones == {1} and not isinstance(module.padding, str) and not any(module.padding)
 
 
 def _is_linear(module: nn.Linear) -> bool:

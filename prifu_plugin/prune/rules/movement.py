@@ -122,7 +122,7 @@ def _continued(analysis: Analysis, before: MovementRule) -> tuple[Start, ...]:
     fresh = starts(before.source, analysis.fact(before.source))
     left = (before.moved[0].labels, before.moved[0].other)
     return tuple(
-        Start(labels.double(), start.shape)
+        Start(labels.double(), start.shape, id(before.moved[0]))
         for labels, start in zip(left, fresh, strict=False)
         if labels is not None
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from prifu_plugin.prune.facts import Fact
-from prifu_plugin.prune.rules.base import Analysis, run
+from prifu_plugin.prune.rules.base import Analysis, mapped, run
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ class Start:
     Attributes:
         labels: what the operation is run on.
         shape: of the tensor they count.
+        after: id of the movement that left them; 0 for fresh ones.
     """
 
     labels: Tensor
     shape: tuple[int, ...]
+    after: int = 0
 
 
 def starts(node: fx.Node, fact: Fact) -> tuple[Start, ...]:
@@ -67,8 +70,42 @@ def moved_labels(
 
     Returns:
         One entry for each result; none if the operation does anything but move, or moves the
-        channels of another size otherwise.
+        channels of another size otherwise. Blocks that repeat share theirs.
     """
+    key = _key(analysis, node, source, fact, begin)
+    if key is None:
+        return _moved(analysis, node, source, fact, begin)
+    if key not in analysis.movements:
+        analysis.movements[key] = _moved(analysis, node, source, fact, begin)
+    found: tuple[Moved, ...] = analysis.movements[key]
+    return found
+
+
+def _key(
+    analysis: Analysis, node: fx.Node, source: fx.Node, fact: Fact, begin: tuple[Start, ...]
+) -> Hashable | None:
+    """Return all that a movement depends on, or None if that cannot be told."""
+    if node.op == "call_module":
+        return None
+    leaves: list[Any] = []
+
+    def replace(n: fx.Node) -> Any:
+        return "%source" if n is source else (analysis.values[n], n.meta.get("other"))
+
+    args = mapped((node.args, node.kwargs), replace)
+    fx.node.map_aggregate(args, leaves.append)
+    if not all(isinstance(leaf, _PLAIN) for leaf in leaves):
+        return None
+    said = (node.op, str(node.target), id(node.target), repr(args), fact.axes)
+    return (*said, *((start.shape, start.after) for start in begin))
+
+
+_PLAIN = (int, float, str, torch.dtype, torch.Size, type(None), type(Ellipsis))
+
+
+def _moved(
+    analysis: Analysis, node: fx.Node, source: fx.Node, fact: Fact, begin: tuple[Start, ...]
+) -> tuple[Moved, ...]:
     runs = []
     for index, start in enumerate(begin):
         labels = _labels(analysis, node, source, start, index)
@@ -112,13 +149,15 @@ def _combined(runs: list[Tensor], fact: Fact, begin: tuple[Start, ...]) -> Moved
     ranks = {labels.ndim for labels in runs}
     if len(ranks) != 1:
         return None
-    varying = {
-        dim for labels, start in zip(runs, begin, strict=True) for dim in _axes(labels, start, fact)
-    }
+    channels = [
+        [_channel(labels, start.shape, axis) for axis in fact.axes]
+        for labels, start in zip(runs, begin, strict=True)
+    ]
+    varying = {dim for indices in channels for index in indices for dim in _axes(index)}
     axes = tuple(d for d in sorted(varying) if len({labels.shape[d] for labels in runs}) == 1)
     relations = [
-        _relation(labels, start.shape, fact, axes)
-        for labels, start in zip(runs, begin, strict=True)
+        _relation(labels, indices, [start.shape[axis] for axis in fact.axes], axes)
+        for labels, indices, start in zip(runs, channels, begin, strict=True)
     ]
     if any(not torch.equal(relation, relations[0]) for relation in relations):
         return None
@@ -159,15 +198,13 @@ def _are_labels(values: Tensor, size: int) -> bool:
     return values.ndim > 0 and values.numel() > 0 and bool(whole.all())
 
 
-def _axes(labels: Tensor, start: Start, fact: Fact) -> set[int]:
+def _axes(index: Tensor) -> set[int]:
     """Find the dimensions of the result along which a channel index of the source varies."""
-    axes = set()
-    for axis in fact.axes:
-        index = _channel(labels, start.shape, axis)
-        for dim in range(labels.ndim):
-            if labels.shape[dim] > 1 and bool((index != index.narrow(dim, 0, 1)).any()):
-                axes.add(dim)
-    return axes
+    return {
+        dim
+        for dim in range(index.ndim)
+        if index.shape[dim] > 1 and bool((index != index.narrow(dim, 0, 1)).any())
+    }
 
 
 def _channel(labels: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
@@ -175,15 +212,17 @@ def _channel(labels: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
     return (labels - 1).clamp_min(0) // math.prod(shape[axis + 1 :]) % shape[axis]
 
 
-def _relation(labels: Tensor, shape: tuple[int, ...], fact: Fact, axes: tuple[int, ...]) -> Tensor:
+def _relation(
+    labels: Tensor, indices: list[Tensor], sizes: list[int], axes: tuple[int, ...]
+) -> Tensor:
     """Return which channels of the source each channel of the result reads, as sorted pairs.
 
     All that the analysis concludes of a movement follows from it.
     """
     origin = torch.zeros_like(labels)
-    for axis in fact.axes:
-        origin = origin * shape[axis] + _channel(labels, shape, axis)
-    count = math.prod(shape[axis] for axis in fact.axes)
+    for index, size in zip(indices, sizes, strict=True):
+        origin = origin * size + index
+    count = math.prod(sizes)
     origin = torch.where(labels == 0, count, origin)
     place = torch.zeros([1] * labels.ndim, dtype=torch.int64)
     for axis in axes:

@@ -1,0 +1,133 @@
+"""Convolutions called as functions become layers, so that they are sliced like layers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from prifu_plugin.graph.capture import Captured
+
+_LAYERS: dict[Any, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+    F.conv1d: nn.Conv1d,
+    F.conv2d: nn.Conv2d,
+    F.conv3d: nn.Conv3d,
+}
+_SETTINGS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+def make_layers(captured: Captured) -> bool:
+    """Replace functional convolutions by layers, in place; returns whether there were any.
+
+    Only where the layer can take the weight over: if it follows from buffers, which no training
+    changes, or from parameters that nothing else reads.
+
+    Args:
+        captured: a model, whose children the layers become, and a graph with recorded examples,
+            which tell what follows from parameters alone.
+    """
+    root, graph = captured.root, captured.graph
+    found = False
+    for node in list(graph.nodes):
+        given = _settings(node) if node.target in _LAYERS else None
+        if given is None:
+            continue
+        owner = next(reversed(node.meta.get("nn_module_stack") or [""]))
+        home, name = root.get_submodule(owner), "layer"
+        while hasattr(home, name):
+            name += "_"
+        home.add_module(name, _layer(node, given))
+        path = f"{owner}.{name}" if owner else name
+        for part in ("weight", "bias"):
+            if given.get(part) is not None:
+                captured.computed[f"{path}.{part}"] = _in_fp64(root, given[part])
+        with graph.inserting_before(node):
+            called = graph.call_module(path, (given["input"],))
+        node.replace_all_uses_with(called)
+        graph.erase_node(node)
+        found = True
+    return found
+
+
+def _settings(node: fx.Node) -> dict[str, Any] | None:
+    given = {**dict(zip(_SETTINGS, node.args, strict=False)), **node.kwargs}
+    numbers = [given.get(name) for name in _SETTINGS[3:]]
+    if any(isinstance(value, fx.Node) for value in torch.utils._pytree.tree_leaves(numbers)):
+        return None
+    tensors = [given.get("weight"), given.get("bias")]
+    if not all(value is None or _can_be_taken_over(value, node) for value in tensors):
+        return None
+    return given
+
+
+def _can_be_taken_over(value: Any, reader: fx.Node) -> bool:
+    if not isinstance(value, fx.Node) or "static" not in value.meta:
+        return False
+    made_of = {value}
+    _collect(value, made_of)
+    if not any(_is_trained(n) for n in made_of):
+        return True
+    read = {str(n.target) for n in made_of if n.op == "get_attr"}
+    others = {n for n in reader.graph.nodes if n.op == "get_attr" and str(n.target) in read}
+    return all(user in made_of or user is reader for n in made_of | others for user in n.users)
+
+
+def _collect(node: fx.Node, found: set[fx.Node]) -> None:
+    for source in node.all_input_nodes:
+        if source not in found:
+            found.add(source)
+            _collect(source, found)
+
+
+def _is_trained(value: fx.Node) -> bool:
+    recorded = value.meta.get("static")
+    return value.op == "get_attr" and isinstance(recorded, Tensor) and recorded.requires_grad
+
+
+def _layer(node: fx.Node, given: dict[str, Any]) -> nn.Module:
+    weight: Tensor = given["weight"].meta["static"]
+    bias = given.get("bias")
+    groups = given.get("groups", 1)
+    numbers = {name: given[name] for name in _SETTINGS[3:] if name in given}
+    with torch.device("meta"):
+        layer = _LAYERS[node.target](
+            weight.shape[1] * groups, weight.shape[0], _size(weight), bias=False, **numbers
+        )
+    layer.weight = _parameter(given["weight"])
+    layer.bias = None if bias is None else _parameter(bias)
+    return layer.eval()
+
+
+def _size(weight: Tensor) -> Any:
+    return tuple(weight.shape[2:])
+
+
+def _parameter(value: fx.Node) -> nn.Parameter:
+    recorded: Tensor = value.meta["static"]
+    made_of = {value}
+    _collect(value, made_of)
+    return nn.Parameter(recorded.detach().clone(), any(_is_trained(n) for n in made_of))
+
+
+def _in_fp64(root: nn.Module, value: fx.Node) -> Any:
+    """Compute a tensor anew in fp64: what was recorded has the model's own precision."""
+    if "static" not in value.meta:
+        return value.meta["example"]
+    recorded = value.meta["static"]
+    if not isinstance(recorded, Tensor) or not recorded.is_floating_point():
+        return recorded
+    if value.op == "get_attr":
+        return recorded.detach().double()
+    args = fx.node.map_arg((value.args, value.kwargs), lambda n: _in_fp64(root, n))
+    with torch.no_grad():
+        if value.op == "call_method":
+            target, *rest = args[0]
+            return getattr(target, str(value.target))(*rest, **args[1])
+        module = root.get_submodule(str(value.target)) if value.op == "call_module" else None
+        if module is not None:
+            return copy.deepcopy(module).double()(*args[0], **args[1])
+        assert callable(value.target)
+        return value.target(*args[0], **args[1])

@@ -1,0 +1,151 @@
+"""Products of tensors and computed kernels: exact, and no wider than what is live."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.prune.verify import difference
+
+WIDTH, HEADS = 24, 3
+
+
+class Attention(nn.Module):
+    """Queries, keys and values with filters of their own, as LeViT and XCiT have them."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.mix = mix
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.nq, self.nk, self.nv = (nn.BatchNorm1d(WIDTH) for _ in range(3))
+        self.o = nn.Linear(WIDTH, 100)
+
+    def heads(self, x, linear, norm):
+        x = norm(linear(x).transpose(1, 2)).transpose(1, 2)
+        return x.reshape(x.shape[0], x.shape[1], HEADS, WIDTH // HEADS).transpose(1, 2)
+
+    def forward(self, x):
+        q = self.heads(x, self.q, self.nq)
+        k = self.heads(x, self.k, self.nk)
+        v = self.heads(x, self.v, self.nv)
+        y = self.mix(q, k, v)
+        return self.o(y.transpose(1, 2).reshape(x.shape[0], x.shape[1], WIDTH))
+
+
+def across_channels(q, k, v):
+    """Attend between channels, as XCiT does."""
+    q, k = F.normalize(q, dim=-2), F.normalize(k, dim=-2)
+    scores = (q.transpose(-2, -1) @ k) * 0.3
+    return (scores.softmax(-1) @ v.transpose(-2, -1)).transpose(-2, -1)
+
+
+MIXES = {
+    "fused": F.scaled_dot_product_attention,
+    "matmul": lambda q, k, v: F.softmax(q @ k.transpose(-2, -1), dim=-1) @ v,
+    "methods": lambda q, k, v: q.matmul(k.transpose(-2, -1)).softmax(dim=-1).matmul(v),
+    "not convex": lambda q, k, v: (q @ k.transpose(-2, -1)).relu() @ v,
+    "a mask": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=(q[..., :1] - k[..., :1].transpose(-2, -1))
+    ),
+    "linear": lambda q, k, v: q.relu() @ (k.relu().transpose(-2, -1) @ v),
+    "across channels": across_channels,
+}
+
+
+def closed(model, keep):
+    for unit, open_channels in zip(prifu.filters(model).values(), keep, strict=True):
+        mask = torch.zeros(WIDTH, dtype=torch.bool)
+        mask[open_channels] = True
+        unit.weight.data = torch.where(mask, 0.5 + torch.rand(WIDTH), 0.0)
+        if unit.bias is not None:
+            unit.bias.data.normal_()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm1d)):
+        norm.running_mean.normal_()
+        norm.bias.data.normal_()
+    return model.eval()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", MIXES)
+def test_attention_is_exact_and_values_are_dropped(name, bias):
+    torch.manual_seed(0)
+    keep = [range(0, 24, 2), range(0, 24, 3), range(1, 24, 2)]
+    model = closed(prifu.wrap(Attention(MIXES[name]), bias=bias), keep).double()
+    pruned = prifu.prune(model, torch.zeros(2, 5, WIDTH))
+    x = torch.randn(3, 9, WIDTH, dtype=torch.float64)
+    assert difference(model(x), pruned(x)) < 1e-11
+    assert pruned.get_submodule("v").out_features == 12
+    # A constant stays a constant only behind weights that sum to 1; zeros always do.
+    drops = not bias or name in ("fused", "matmul", "methods", "a mask")
+    drops = drops and name != "across channels"
+    assert pruned.get_submodule("o").in_features == (12 if drops else WIDTH)
+    if not bias:  # a query channel is read only where its key channel is open
+        both = len(set(keep[0]) & set(keep[1]))
+        expected = {"across channels": 12, "a mask": pruned.get_submodule("q").out_features}
+        assert pruned.get_submodule("q").out_features == expected.get(name, both)
+
+
+class Blurred(nn.Module):
+    """Two convolutions with a fixed or computed kernel between them, called as a function."""
+
+    def __init__(self, kernel, **settings):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 4, 1)
+        self.settings = settings
+        if isinstance(kernel, nn.Parameter):
+            self.raw = kernel
+        else:
+            self.register_buffer("raw", kernel)
+        self.shared = False
+
+    def kernel(self):
+        return self.raw
+
+    def forward(self, x):
+        y = F.conv2d(self.norm(self.first(x)), self.kernel(), **self.settings)
+        return self.last(y) + (self.raw.sum() if self.shared else 0)
+
+
+class Standardized(Blurred):
+    def kernel(self):
+        flat = self.raw.reshape(1, 8, -1)
+        scaled = F.batch_norm(flat, None, None, training=True, eps=1e-6)
+        return scaled.reshape_as(self.raw)
+
+
+def kernels():
+    torch.manual_seed(1)
+    return {
+        "blur": Blurred(torch.rand(8, 1, 3, 3), stride=2, groups=8),
+        "a parameter": Blurred(nn.Parameter(torch.rand(8, 8, 3, 3)), padding=1),
+        "grouped": Blurred(nn.Parameter(torch.rand(8, 4, 3, 3)), groups=2),
+        "standardized": Standardized(nn.Parameter(torch.rand(8, 8, 3, 3))),
+    }
+
+
+@pytest.mark.parametrize("name", kernels())
+def test_functional_convolutions_are_sliced(name):
+    net = kernels()[name]
+    model = prifu.wrap(net).eval()
+    prifu.filters(model)["norm"].weight.data[:4] = 0.0
+    pruned = prifu.prune(model, torch.zeros(2, 3, 12, 12))
+    x = torch.randn(3, 3, 16, 16)
+    assert difference(model(x), pruned(x)) < 1e-5
+    assert pruned.get_submodule("first").out_channels == 4
+    layer = pruned.get_submodule("layer")
+    assert layer.weight.requires_grad == isinstance(net.raw, nn.Parameter)
+    again = prifu.rebuild(kernels()[name], prifu.plan(pruned), pruned.state_dict())
+    assert torch.equal(again(x), pruned(x))
+
+
+def test_a_kernel_that_is_read_elsewhere_stays_what_it_is():
+    net = kernels()["a parameter"]
+    net.shared = True
+    model = prifu.wrap(net).eval()
+    prifu.filters(model)["norm"].weight.data[:4] = 0.0
+    pruned = prifu.prune(model, torch.zeros(2, 3, 12, 12))
+    assert dict(pruned.named_parameters())["raw"].shape == (8, 8, 3, 3)
+    x = torch.randn(3, 3, 16, 16)
+    assert difference(model(x), pruned(x)) < 1e-5
