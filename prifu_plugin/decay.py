@@ -8,7 +8,7 @@ under a GradScaler) or normalize a gradient term away (Adam).
 from __future__ import annotations
 
 import functools
-import gc
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,8 +21,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from prifu_plugin.errors import ConfigError, FilterError, OrderError
+from prifu_plugin.errors import ConfigError, FilterError, PrifuWarning
 from prifu_plugin.filter import LIVE_FILTERS, PriFU
+from prifu_plugin.ownership import check_ownership, note_step
 
 Group = dict[str, Any]
 
@@ -63,10 +64,12 @@ def _before_step(
     _restore_groups(optimizer)
     _end_of_step(optimizer)
     filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
-    if not filters:
+    if not filters or _only_passes_on(optimizer):
         return None
     owned = _owned_filters(optimizer, filters)
-    _check_ownership(optimizer, filters.values(), {id(unit) for unit, _ in owned})
+    check_ownership(optimizer, filters.values(), {id(unit) for unit, _ in owned})
+    note_step(optimizer, [unit for unit, _ in owned], inside=bool(_running()))
+    _check_finite(optimizer, [unit for unit, _ in owned])
     remembered = []
     for unit, group in owned:
         rate = float(group["lr"])
@@ -77,7 +80,7 @@ def _before_step(
             )
         remembered.append((unit, rate, unit.weight.detach().clone()))
     _REMEMBERED[optimizer] = remembered
-    _RUNNING.append((optimizer, set()))
+    _RUNNING.append((weakref.ref(optimizer), set()))
     _shield_from_weight_decay(optimizer, filters)
     given = tuple(_undone_on_error(a, optimizer) if callable(a) else a for a in args[1:])
     named = {k: _undone_on_error(v, optimizer) if callable(v) else v for k, v in kwargs.items()}
@@ -105,7 +108,7 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
     _restore_groups(optimizer)
     remembered = _REMEMBERED.pop(optimizer, [])
     decayed = _end_of_step(optimizer)
-    if not remembered or _skipped(optimizer):
+    if _skipped(optimizer) or _only_passes_on(optimizer):
         return
     with torch.no_grad():
         for unit, rate, before in remembered:
@@ -117,29 +120,50 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
                 unit.dose += rate * unit.beta
             for _, others in _RUNNING:
                 others.add(id(unit))
-            closed = unit.closed
-            unit.weight.masked_fill_(closed, 0.0)
-            for value in optimizer.state.get(unit.weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == closed.shape:
-                    value.masked_fill_(closed, 0.0)
-    _check_finite([unit for unit, _, _ in remembered])
+            _filter(unit, optimizer)
+    if any(callable(given) for given in (*args[1:], *kwargs.values())):
+        # A closure makes its gradients in the step, so that only now it is known who has some.
+        filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
+        owned = {id(unit) for unit, _ in _owned_filters(optimizer, filters)}
+        check_ownership(optimizer, filters.values(), owned)
+
+
+def _filter(unit: PriFU, optimizer: Optimizer) -> None:
+    """Zero what is filtered, for good."""
+    closed = unit.closed
+    unit.weight.masked_fill_(closed, 0.0)
+    if closed.shape == unit.filtered.shape and not hasattr(closed, "placements"):
+        unit.filtered.copy_(closed)
+    for value in optimizer.state.get(unit.weight, {}).values():
+        if isinstance(value, Tensor) and value.shape == closed.shape:
+            value.masked_fill_(closed, 0.0)
 
 
 _REMEMBERED: weakref.WeakKeyDictionary[Optimizer, list[tuple[PriFU, float, Tensor]]] = (
     weakref.WeakKeyDictionary()
 )
-_RUNNING: list[tuple[Optimizer, set[int]]] = []
+_RUNNING: list[tuple[weakref.ref[Optimizer], set[int]]] = []
 """Steps that have begun, the outermost first, and the filters that steps inside have decayed."""
-_HELD_ELSEWHERE: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDictionary()
 _SHIELDED: weakref.WeakKeyDictionary[Optimizer, list[tuple[Group, list[Tensor]]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
+def _running() -> list[Optimizer]:
+    """Return the optimizers whose steps have begun; one that is gone has not ended its own."""
+    _RUNNING[:] = [(running, decayed) for running, decayed in _RUNNING if running() is not None]
+    return [optimizer for optimizer in (running() for running, _ in _RUNNING) if optimizer]
+
+
+def _only_passes_on(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's step is that of one inside, whose result it then distributes."""
+    return type(optimizer).__name__ == "ZeroRedundancyOptimizer"
+
+
 def _end_of_step(optimizer: Optimizer) -> set[int]:
     """Forget a step, and those inside that an exception ended; return what was decayed in it."""
     for place, (running, decayed) in enumerate(_RUNNING):
-        if running is optimizer:
+        if running() is optimizer:
             del _RUNNING[place:]
             return decayed
     return set()
@@ -165,9 +189,16 @@ def _shield_from_weight_decay(optimizer: Optimizer, filters: dict[int, PriFU]) -
         shielded.append((group, group["params"]))
         extra.append({**group, "params": weights, "weight_decay": 0.0})
         group["params"] = [p for p in group["params"] if id(p) not in filters]
-    if shielded:
-        _SHIELDED[optimizer] = shielded
-        optimizer.param_groups.extend(extra)
+    if not shielded:
+        return
+    if optimizer not in _GUARDED:  # a step that fails in its middle must not reach a checkpoint
+        optimizer.register_state_dict_pre_hook(_restore_groups)
+        _GUARDED.add(optimizer)
+    _SHIELDED[optimizer] = shielded
+    optimizer.param_groups.extend(extra)
+
+
+_GUARDED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def _restore_groups(optimizer: Optimizer) -> None:
@@ -184,47 +215,47 @@ def _skipped(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
-def _check_ownership(optimizer: Optimizer, filters: Iterable[PriFU], owned: set[int]) -> None:
-    """Raise if this optimizer trains a model but not its filters, and no other one does."""
-    params = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    known = _HELD_ELSEWHERE.setdefault(optimizer, set())
-    orphans = [
-        unit
-        for unit in filters
-        if id(unit) not in owned
-        and id(unit) not in known
-        and unit.weight.requires_grad
-        and unit.weight.grad is not None
-        and any(id(neighbour) in params for neighbour in unit.known_neighbours())
-    ]
-    if not orphans:
-        return
-    held = {
-        id(parameter)
-        for other in gc.get_objects()
-        if issubclass(type(other), Optimizer)
-        for group in other.param_groups
-        for parameter in group["params"]
-    }
-    # Looking through all objects is slow: what was found once is not looked for again.
-    known.update(id(unit) for unit in orphans if id(unit.weight) in held)
-    orphans = [unit for unit in orphans if id(unit.weight) not in held]
-    if orphans:
-        raise OrderError(
-            f"{len(orphans)} filters are in no optimizer (first: '{orphans[0].path}.prifu.weight')"
-            f", so they would never train; {type(optimizer).__name__} was probably built before "
-            "wrap. Call prifu_plugin.wrap first, then build the optimizer from "
-            "model.parameters()."
-        )
+_DEAD: weakref.WeakSet[PriFU] = weakref.WeakSet()
 
 
-def _check_finite(filters: list[PriFU]) -> None:
-    """Check all weights with one synchronization; name the filter only when it is needed."""
-    total = torch.stack([unit.weight.detach().sum() for unit in filters]).sum()
-    if not torch.isfinite(total):
-        for unit in filters:
-            unit.check_finite()
-        raise FilterError("The filter weights overflow when summed: lower the learning rate.")
+def _check_finite(optimizer: Optimizer, filters: list[PriFU]) -> None:
+    """Refuse a step that would spread a W or gradient that is not finite; name dead layers.
+
+    All in one synchronization a device: what is wrong is looked for only if something is.
+    """
+    scaled = getattr(optimizer, "found_inf", None) is not None  # such steps skip themselves
+    by_device: dict[torch.device, list[tuple[PriFU, Tensor]]] = {}
+    for unit in filters:
+        weight, grad = unit.weight.detach(), unit.weight.grad
+        if hasattr(weight, "placements"):  # a shard of FSDP2: each process looks at its own
+            local: Tensor = weight.to_local()  # type: ignore[attr-defined]
+            weight = torch.cat([local.flatten(), torch.ones(1).to(local)])
+            grad = None
+        peak = weight.amax()
+        spread = grad.sum() * 0 if grad is not None and not scaled else 0
+        by_device.setdefault(peak.device, []).append((unit, peak + spread))
+    for found in by_device.values():
+        values = torch.stack([value for _, value in found]).tolist()
+        for (unit, _), peak in zip(found, values, strict=True):
+            if peak != peak or abs(peak) == float("inf"):
+                _explain(unit)
+            if peak <= 0 and unit not in _DEAD:
+                _DEAD.add(unit)
+                warnings.warn(
+                    f"All channels of the filter at '{unit.path}' are closed: what follows sees "
+                    "a constant. Lower alpha or beta, or leave the layer out with exclude=.",
+                    PrifuWarning,
+                    stacklevel=2,
+                )
+
+
+def _explain(unit: PriFU) -> None:
+    unit.check_finite()
+    raise FilterError(
+        f"The gradient of W of the filter at '{unit.path}' is not finite, so that this step would "
+        "ruin all weights; nothing was changed. Lower the learning rate, or look for the input "
+        "that gives no finite loss."
+    )
 
 
 register_optimizer_step_pre_hook(_before_step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ from prifu_plugin.errors import FilterError
 LIVE_FILTERS: weakref.WeakSet[PriFU] = weakref.WeakSet()
 """Every filter in memory; the training hook finds an optimizer's filters here."""
 
+WRAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Every wrapped model in memory, to find out which parameters train beside a filter."""
+
+FORMAT = 1.0
+"""Version of what a checkpoint holds of a filter besides its tensors."""
+
 
 class PriFU(nn.Module):
     """Weigh each channel and zero the light ones.
@@ -22,7 +29,10 @@ class PriFU(nn.Module):
     Y_c = gain * RIW_c * X_c (+ bias_c), where RIW_c is W_c if W_c > alpha * max(W), else 0
     (Eq. 3 and 4). The comparison is strict and signed: a tie is closed, and so is a negative
     weight. The mask derives from W alone and is computed in fp32 or better. The decay of Eq. 6
-    is applied around the optimizer's step by `prifu_plugin.decay`.
+    is applied around the optimizer's step by `prifu_plugin.decay`, which also remembers what was
+    filtered (Eq. 11): it stays closed, here and in averages of this model, whatever becomes of W.
+
+    A checkpoint holds W, what was filtered, and alpha, gain and dose; loading takes them over.
 
     Args:
         num_features: number of channels C.
@@ -32,6 +42,7 @@ class PriFU(nn.Module):
     Attributes:
         weight: W, (C,), fp32 or better whatever the model's dtype.
         bias: (C,) or None.
+        filtered: (C,), uint8, 1 where training has filtered a channel; set to 0 to let W reopen it.
         path: where `prifu_plugin.wrap` put the filter; "" for one made by hand.
         holds_scale: whether W took over the scale of its norm (`prifu_plugin.absorb`).
 
@@ -45,6 +56,7 @@ class PriFU(nn.Module):
     """
 
     bias: nn.Parameter | None
+    filtered: Tensor
 
     def __init__(
         self, num_features: int, config: FilterConfig | None = None, *, dim: int = 1
@@ -58,13 +70,32 @@ class PriFU(nn.Module):
         self.path = ""
         self.dose = 0.0
         self.holds_scale = False
-        self.neighbours: list[nn.Parameter] = []
         self.origin: weakref.ref[nn.Parameter] | None = None
         self.weight = nn.Parameter(torch.full((num_features,), float(config.init)))
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(num_features)) if config.bias else None
         )
+        # Averages of a model copy what is not floating-point; some subtract it, so no bool.
+        self.register_buffer("filtered", torch.zeros(num_features, dtype=torch.uint8))
         LIVE_FILTERS.add(self)
+
+    @property
+    def alpha(self) -> float:
+        """Threshold of Eq. 4, in [0, 1)."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._alpha = replace(_DEFAULT, alpha=value).alpha
+
+    @property
+    def beta(self) -> float:
+        """Decay of Eq. 6, at least 0."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._beta = replace(_DEFAULT, beta=value).beta
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter x along `dim`; the result has the dtype of x."""
@@ -82,8 +113,12 @@ class PriFU(nn.Module):
     def closed(self) -> Tensor:
         """Mask of the channels that are zeroed, (C,), bool."""
         weight = self.weight.detach()
+        if weight.dtype in _ROUNDED:
+            return weight <= 0
         # "at most", and open what is not: a NaN stays visible instead of closing every channel.
-        return weight <= self.alpha * weight.amax()
+        closed = weight <= self.alpha * weight.amax()
+        # The shards of FSDP2 know their weights only.
+        return closed if hasattr(weight, "placements") else torch.logical_or(closed, self.filtered)
 
     @property
     def open(self) -> Tensor:
@@ -101,11 +136,6 @@ class PriFU(nn.Module):
                 "learning rate, or load the last checkpoint."
             )
 
-    def known_neighbours(self) -> list[nn.Parameter]:
-        """Return parameters of the same model, before and after it was wrapped."""
-        origin = self.origin() if self.origin is not None else None
-        return self.neighbours + ([origin] if origin is not None else [])
-
     def extra_repr(self) -> str:
         """Say how many channels are open."""
         opened = int(self.open.sum())
@@ -118,13 +148,39 @@ class PriFU(nn.Module):
         super().__setstate__(state)
         LIVE_FILTERS.add(self)
 
+    def get_extra_state(self) -> Tensor:
+        """Return what a checkpoint holds besides tensors, as one: version, alpha, gain, dose."""
+        return torch.tensor([FORMAT, self.alpha, self.gain, self.dose], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over alpha, gain and dose of a checkpoint.
+
+        Raises:
+            FilterError: if a later version wrote it.
+        """
+        version, self.alpha, self.gain, self.dose = state.tolist()
+        if version > FORMAT:
+            raise FilterError(
+                f"The checkpoint's filters have format {version:g}; this version of prifu_plugin "
+                f"reads up to {FORMAT:g}. Upgrade it."
+            )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PriFU:
-        """Move like any module, but keep W and the bias in fp32 or better."""
+        """Move like any module, but keep W and the bias in fp32 or better, and their values."""
+        before = {name: p.data for name, p in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
-        for parameter in self.parameters(recurse=False):
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data = parameter.data.float()
+        for name, parameter in self.named_parameters(recurse=False):
+            if parameter.dtype in _ROUNDED:
+                kept = before[name]
+                kept = kept.float() if kept.dtype in _ROUNDED else kept
+                parameter.data = kept.to(parameter.device)
+                parameter.grad = None
         return self
+
+
+_ROUNDED = (torch.float16, torch.bfloat16)
+"""Mixed precision hands forward a rounded W: what the step has zeroed is 0 there, no more."""
+_DEFAULT = FilterConfig(preserve=False)
 
 
 def along(vector: Tensor, ndim: int, dim: int) -> Tensor:

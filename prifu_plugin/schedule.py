@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class FilterSchedule:
         noise: course of the noise on the filtered upload.
         until: share of training in (0, 1] after which pairs have reached their second value.
         every: steps between changes; compiled models compile anew for new values.
+        also: wrapped averages of the model (`ModelEmaV3.module`, `AveragedModel.module`), whose
+            filters follow: weights are averaged, settings are copied.
 
     Raises:
         ConfigError: if nothing is scheduled, a value leaves its range anywhere on the course, or
@@ -63,8 +65,10 @@ class FilterSchedule:
         noise: Course | None = None,
         until: float = 1.0,
         every: int = 1,
+        also: Sequence[nn.Module] = (),
     ) -> None:
-        wrap_state(model)
+        for one in (model, *also):
+            wrap_state(one)
         if steps < 1 or every < 1 or not 0 < until <= 1:
             raise ConfigError(
                 f"steps={steps}, every={every}, until={until}: steps and every are at least 1, "
@@ -74,7 +78,9 @@ class FilterSchedule:
         self._courses = {name: course for name, course in given.items() if course is not None}
         if not self._courses:
             raise ConfigError("Nothing is scheduled: pass alpha=, beta=, gain= or noise=.")
-        self._cuts = [module for module in model.modules() if isinstance(module, CutFilter)]
+        every_module = [module for one in (model, *also) for module in one.modules()]
+        self._cuts = [module for module in every_module if isinstance(module, CutFilter)]
+        self._followers = [unit for one in also for unit in filters(one).values()]
         if noise is not None and not self._cuts:
             raise ConfigError("noise= is scheduled, but no upload is filtered: wrap with cut=.")
         self._units = filters(model)
@@ -133,7 +139,8 @@ class FilterSchedule:
 
     def _apply(self) -> None:
         for name, value in self.values().items():
-            for owner in self._cuts if name == "noise" else self._units.values():
+            units = [*self._units.values(), *self._followers]
+            for owner in self._cuts if name == "noise" else units:
                 setattr(owner, name, value)
 
 

@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 import prifu_plugin as prifu
 
@@ -126,20 +125,6 @@ def test_a_schedule_that_warms_up_from_zero():
         optimizer.step()
         schedule.step()
     assert unit_of(model).dose == pytest.approx(BETA * RATE * (0 + 0.25 + 0.5 + 0.75 + 4))
-
-
-def test_averaged_weights_have_masks_of_their_own():
-    model = network(alpha=0.5)
-    average = AveragedModel(model)
-    unit_of(model).weight.data[0] = 0.0
-    average.update_parameters(model)
-    unit_of(model).weight.data[1] = 0.0
-    average.update_parameters(model)
-    unit = unit_of(average.module)
-    assert torch.equal(unit.closed, unit.weight <= 0.5 * unit.weight.max())
-    pruned = prifu.prune(average.module.eval(), torch.zeros(2, 4))
-    x = torch.randn(3, 4)
-    torch.testing.assert_close(pruned(x), average.module(x))
 
 
 def test_a_frozen_backbone_keeps_its_filters():

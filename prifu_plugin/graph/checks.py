@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -31,10 +32,31 @@ def check_wrappable(model: nn.Module) -> None:
                 f"inside first, prifu_plugin.wrap(model.{attribute}), then wrap it again."
             )
     for path, module in model.named_modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            raise OrderError(
+                f"{name} is sharded by FSDP, at '{path}'. Call prifu_plugin.wrap(model) first, "
+                "then fully_shard."
+            )
         if isinstance(module, PriFU):
             raise OrderError(
                 f"{name} has a filter already, at '{path}'. Call prifu_plugin.unwrap(model) "
                 "first, or set alpha and beta on prifu_plugin.filters(model)."
+            )
+
+
+def check_alone(model: nn.Module) -> None:
+    """Raise OrderError if DDP holds a model whose place filters are to be put into.
+
+    DDP takes note of the parameters there are when it is made; later ones are never averaged.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    parts = set(model.modules())
+    for other in gc.get_objects():
+        if issubclass(type(other), nn.parallel.DistributedDataParallel) and other.module in parts:
+            raise OrderError(
+                f"{type(model).__name__} is inside DDP already, which would not average the "
+                "filters' weights over processes. Call prifu_plugin.wrap first, then make the DDP."
             )
 
 

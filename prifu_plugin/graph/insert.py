@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from prifu_plugin.config import FilterConfig
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import ConfigError, NoSiteError, PrifuWarning
-from prifu_plugin.filter import PriFU
-from prifu_plugin.graph.checks import check_wrappable, probe_cut
+from prifu_plugin.filter import WRAPPED, PriFU
+from prifu_plugin.graph.checks import check_alone, check_wrappable, probe_cut
 from prifu_plugin.graph.functional import FilterGroup, functional_calls, host_calls
 from prifu_plugin.graph.host import CHILD, attach, detach, is_host
 from prifu_plugin.graph.norms import norm_spec, num_channels
@@ -87,6 +87,8 @@ def wrap(
     if noise > 0 and cut is None:
         raise ConfigError(f"noise={noise} needs a cut: pass cut= the path of the uploaded module.")
     check_wrappable(model)
+    if inplace:
+        check_alone(model)
     state = WrapState(config, tuple(_chosen(model, include, exclude)), cut)
     if cut is not None or example_inputs is not None:
         found = probe_cut(model, example_inputs, cut, cut_dim)
@@ -238,6 +240,7 @@ def _apply(model: nn.Module, state: WrapState, origin: nn.Parameter | None = Non
         "checkpoint": model.register_load_state_dict_pre_hook(complete_checkpoint).id,
     }
     model.__dict__[STATE] = state
+    WRAPPED.add(model)
 
 
 def _may_be_bypassed(owner: nn.Module) -> bool:
@@ -285,10 +288,9 @@ def _place(
     first: nn.Parameter | None,
     origin: nn.Parameter | None,
 ) -> None:
-    """Tell a filter where it is and which parameters train beside it; move it to their device."""
+    """Tell a filter where it is and what it was made from; move it to its host's device."""
     own = list(host.parameters(recurse=False))
     unit.path = path
-    unit.neighbours = own + ([first] if first is not None else [])
     unit.origin = weakref.ref(origin) if origin is not None else None
     beside = next(iter([*own, *host.buffers(recurse=False)]), first)
     if beside is not None:

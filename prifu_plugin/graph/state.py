@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prifu_plugin.config import FilterConfig
 from prifu_plugin.errors import OrderError
+from prifu_plugin.filter import WRAPPED
 from prifu_plugin.graph.host import CHILD
 
 STATE = "_prifu_state"
@@ -87,12 +88,20 @@ def remember_inputs(model: nn.Module, args: tuple[Any, ...]) -> None:
         return
     if args and all(isinstance(x, Tensor) and x.is_floating_point() for x in args):
         model.__dict__[STATE].input_shapes = tuple(tuple(x.shape) for x in args)
+    WRAPPED.add(model)  # a copy of a wrapped model is one, too
 
 
 def complete_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a checkpoint from before wrap load: where it has no filter at all, keep ours."""
-    if any(key.startswith(prefix) and f".{CHILD}." in f".{key}" for key in state_dict):
-        return
-    for key, value in model.state_dict().items():
-        if f".{CHILD}." in f".{key}":
+    """Let a checkpoint from before wrap load, keeping our filters, and one from before a version.
+
+    A filter that the checkpoint has is completed with what it does not have of it yet.
+    """
+    ours = {k: v for k, v in model.state_dict().items() if f".{CHILD}." in f".{k}"}
+    known = [key for key in ours if prefix + key in state_dict]
+    for key, value in ours.items():
+        if not known:
             state_dict[prefix + key] = value
+        elif key.endswith(".filtered"):
+            state_dict.setdefault(prefix + key, torch.zeros_like(value))
+        elif key.endswith("._extra_state"):
+            state_dict.setdefault(prefix + key, value)

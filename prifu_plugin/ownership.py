@@ -1,0 +1,157 @@
+"""Who trains a filter: exactly one optimizer, or there is an error or a warning."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from prifu_plugin.errors import OrderError, PrifuWarning
+from prifu_plugin.filter import WRAPPED, PriFU
+
+
+class _Steps:
+    """Who has stepped a filter, and who did before."""
+
+    def __init__(self) -> None:
+        self.last: weakref.ref[Optimizer] | None = None
+        self.earlier: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+_STEPS: weakref.WeakKeyDictionary[PriFU, _Steps] = weakref.WeakKeyDictionary()
+_WAITING: weakref.WeakKeyDictionary[Optimizer, dict[int, weakref.ref[PriFU]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Optimizer -> filters beside its parameters that another one holds, by the id of W."""
+
+
+def note_step(optimizer: Optimizer, units: Sequence[PriFU], *, inside: bool) -> None:
+    """Note that an optimizer steps filters.
+
+    Args:
+        optimizer: whose step begins.
+        units: the filters it holds.
+        inside: whether it is called by the step of a wrapper, which decays nothing itself.
+
+    Raises:
+        OrderError: if two optimizers step a filter in turn, which would decay it twice.
+    """
+    if inside:
+        return
+    for unit in units:
+        steps = _STEPS.setdefault(unit, _Steps())
+        last = steps.last() if steps.last is not None else None
+        if last is optimizer:
+            continue
+        if optimizer in steps.earlier:
+            raise OrderError(
+                f"Two optimizers step the filter at '{unit.path}' in turn, which decays it twice. "
+                "Give the filters to one of them, or build a new one for a new stage of training."
+            )
+        if last is not None:
+            steps.earlier.add(last)
+        steps.last = weakref.ref(optimizer)
+
+
+def check_ownership(optimizer: Optimizer, filters: Iterable[PriFU], owned: set[int]) -> None:
+    """Raise if an optimizer trains a model but not its filters, and no other one does.
+
+    Args:
+        optimizer: whose step begins or ends.
+        filters: all filters there are.
+        owned: ids of those that this optimizer holds.
+
+    Raises:
+        OrderError: if filters that have gradients are in no optimizer.
+    """
+    waiting = _WAITING.setdefault(optimizer, {})
+    _warn_of_waiting(waiting)
+    orphans = [
+        unit
+        for unit in filters
+        if id(unit) not in owned
+        and id(unit.weight) not in waiting
+        and unit.weight.requires_grad
+        and unit.weight.grad is not None
+    ]
+    if not orphans:
+        return
+    orphans = _trained_beside(optimizer, orphans)
+    if not orphans:
+        return
+    held = _held_by_others(optimizer)
+    # Looking through all objects is slow: what was found once is not looked for again.
+    waiting.update({id(u.weight): weakref.ref(u) for u in orphans if id(u.weight) in held})
+    orphans = [unit for unit in orphans if id(unit.weight) not in held]
+    if orphans:
+        raise OrderError(
+            f"{len(orphans)} filters are in no optimizer (first: '{orphans[0].path}.prifu.weight')"
+            f", so they would never train; {type(optimizer).__name__} was probably built before "
+            "wrap, or their W was replaced since. Call prifu_plugin.wrap first, then build the "
+            "optimizer from model.parameters()."
+        )
+
+
+def _trained_beside(optimizer: Optimizer, units: list[PriFU]) -> list[PriFU]:
+    """Return the filters of models that an optimizer has parameters of; others are remembered."""
+    params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    size, strangers = _STRANGERS.get(optimizer, (-1, weakref.WeakSet()))
+    if size != len(params):
+        strangers = weakref.WeakSet()
+    found = [unit for unit in units if unit not in strangers and _trains_beside(unit, params)]
+    strangers.update(set(units) - set(found))
+    _STRANGERS[optimizer] = len(params), strangers
+    return found
+
+
+_STRANGERS: weakref.WeakKeyDictionary[Optimizer, tuple[int, weakref.WeakSet[PriFU]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _trains_beside(unit: PriFU, params: set[int]) -> bool:
+    """Whether any of these is a parameter of the filter's model, or of the one it was made from."""
+    origin = unit.origin() if unit.origin is not None else None
+    if origin is not None and id(origin) in params:
+        return True
+    return any(
+        _holds(model, unit) and any(id(p) in params for p in model.parameters())
+        for model in list(WRAPPED)
+    )
+
+
+def _holds(model: nn.Module, unit: PriFU) -> bool:
+    return any(module is unit for module in model.modules())
+
+
+def _held_by_others(optimizer: Optimizer) -> set[int]:
+    return {
+        id(parameter)
+        for other in gc.get_objects()
+        if issubclass(type(other), Optimizer) and other is not optimizer
+        for group in other.param_groups
+        for parameter in group["params"]
+    }
+
+
+def _warn_of_waiting(waiting: dict[int, weakref.ref[PriFU]]) -> None:
+    """Warn of filters that another optimizer holds, but has not stepped since our last step."""
+    for reference in waiting.values():
+        unit = reference()
+        if unit is None or unit in _STEPS or unit in _WARNED:
+            continue
+        _WARNED.add(unit)
+        warnings.warn(
+            f"The filter at '{unit.path}' is held by an optimizer that has not made a step, while "
+            "another one trains the layers beside it. If that is a leftover, build the one that "
+            "trains from model.parameters() of the wrapped model.",
+            PrifuWarning,
+            stacklevel=3,
+        )
+
+
+_WARNED: weakref.WeakSet[PriFU] = weakref.WeakSet()
