@@ -62,8 +62,7 @@ def main(args):
     model = prifu.wrap(model, alpha=args.alpha, beta=beta, example_inputs=first).to(device)
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=0.05)
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=args.epochs)
-    ema = ModelEmaV3(model, decay=0.99)
-    start = 0
+    ema, start = ModelEmaV3(model, decay=0.99), 0
     if args.resume:
         saved = torch.load(args.resume, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -77,18 +76,18 @@ def main(args):
         writer = SummaryWriter(args.tensorboard)
     for epoch in range(start, args.epochs):
         model.train()
-        for images, labels in tqdm(train, desc=f"epoch {epoch}", disable=None):
+        for images, labels in (bar := tqdm(train, desc=f"epoch {epoch}", disable=None)):
             loss = torch.nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             ema.update(model)
+            if not bar.disable:
+                bar.set_postfix(open=f"{prifu.status(model)['open share']:.0%}")
         scheduler.step(epoch + 1)
         top1, state = accuracy(*predict(model, val, device))[0].item(), history.record(epoch)
-        print(
-            f"epoch {epoch}: loss {loss.item():.3f}, top-1 {top1:.1f} %, {state['open']} of "
-            f"{state['channels']} channels open, dose {state['dose']:.2f}"
-        )
+        print(f"epoch {epoch}: loss {loss.item():.3f}, top-1 {top1:.1f} %, {state['open']} of "
+              f"{state['channels']} channels open, dose {state['dose']:.2f}")  # fmt: skip
         for name in state if args.tensorboard else ():
             writer.add_scalar(name, state[name], epoch)
         torch.save({"model": model.state_dict(), "ema": ema.module.state_dict(), "epoch": epoch,
@@ -99,8 +98,8 @@ def main(args):
     save_model(pruned, str(out / "pruned.safetensors"))
     (out / "plan.json").write_text(prifu.plan(pruned).to_json())
     history.plot()[0].savefig(out / "masks.png", bbox_inches="tight")
-    top1 = accuracy(*predict(pruned, val, device))[0].item()
-    print(prifu.report(pruned), f"pruned top-1 {top1:.1f} %", sep="\n")
+    print(prifu.report(pruned))
+    print(f"pruned top-1 {accuracy(*predict(pruned, val, device))[0].item():.1f} %")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,13 @@ def test_image_folders(tmp_path):
     assert "pruned top-1" in out
 
 
+def test_two_processes(tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    out = run(*command, EXAMPLES / "distributed.py", "--smoke", "--out", tmp_path)
+    assert out.count("channels open") == 1  # process 0 alone prints and writes
+    assert [file.name for file in tmp_path.iterdir()] == ["wrapped.safetensors"]
+
+
 def test_audit(tmp_path):
     out = run(EXAMPLES / "audit.py", "--smoke", "--out", tmp_path)
     assert "recommended, pooled" in out

@@ -196,3 +196,129 @@ def test_checkpoint_and_resume_are_bit_equal():
             parts.load_state_dict(state[0])
             optimizer.load_state_dict(state[1])
     same_weights(whole, parts)
+
+
+def test_a_last_window_of_accumulation_that_is_shorter():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    windows = [(0, 1, 2), (3, 4, 5), (6,)]
+    for window in windows:
+        optimizer.zero_grad()
+        for step in window:
+            (loss_of(model, step) / len(window)).backward()
+        optimizer.step()
+    assert unit_of(model).dose == pytest.approx(len(windows) * RATE * BETA)
+
+
+def test_a_norm_that_is_called_twice_is_decayed_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.norm(self.norm(x).relu()))
+
+    torch.manual_seed(0)
+    model = prifu.wrap(Twice(), beta=BETA)
+    unit = prifu.filters(model)["norm"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    before = unit.weight.detach().clone()
+    loss_of(model, 0).backward()
+    optimizer.step()
+    expected = before - RATE * unit.weight.grad - RATE * BETA * before
+    expected[expected <= unit.alpha * expected.max()] = 0.0
+    torch.testing.assert_close(unit.weight.detach(), expected)
+    assert unit.dose == pytest.approx(RATE * BETA)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("clipped", [False, True])
+def test_fused_under_a_scaler_that_skips(kind, clipped):
+    model, plain = network(), network()
+    reference = kind(plain.parameters(), lr=0.01)
+    optimizer = kind(model.parameters(), lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(6):
+        for one, own in ((plain, reference), (model, optimizer)):
+            own.zero_grad()
+            loss = loss_of(one, step)
+            if one is plain:
+                if step == 3:
+                    continue  # what the scaler is to skip
+                loss.backward()
+                if clipped:
+                    nn.utils.clip_grad_norm_(one.parameters(), 0.5)
+                own.step()
+                continue
+            scaler.scale(loss * (float("inf") if step == 3 else 1)).backward()
+            if clipped:
+                scaler.unscale_(own)
+                nn.utils.clip_grad_norm_(one.parameters(), 0.5)
+            scaler.step(own)
+            scaler.update()
+    torch.testing.assert_close(unit_of(model).weight, unit_of(plain).weight, rtol=1e-4, atol=1e-6)
+    assert unit_of(model).dose == pytest.approx(5 * 0.01 * BETA)
+
+
+def test_channels_last_trains_alike():
+    def net():
+        torch.manual_seed(0)
+        return prifu.wrap(
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)), beta=BETA
+        )
+
+    models = [net(), net().to(memory_format=torch.channels_last)]
+    for model in models:
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        for step in range(3):
+            x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+            if model is models[1]:
+                x = x.to(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    same_weights(*models, 1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["batch", "layer", "group", "fused"])
+def test_folding_is_a_separate_product_within_fp32_rounding(kind, bias):
+    from timm.layers import BatchNormAct2d
+
+    norms = {
+        "batch": lambda: nn.BatchNorm2d(8),
+        "layer": lambda: nn.LayerNorm(8),
+        "group": lambda: nn.GroupNorm(2, 8),
+        "fused": lambda: BatchNormAct2d(8, act_layer=nn.SiLU),
+    }
+    torch.manual_seed(0)
+    norm = norms[kind]()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_()
+    shape, dims = ((4, 6, 8), (1, 1, 8)) if kind == "layer" else ((4, 8, 6, 6), (1, 8, 1, 1))
+    folded = prifu.wrap(nn.Sequential(norm), bias=bias)
+    unit = prifu.filters(folded)["0"]
+    unit.weight.data.uniform_(0.05, 0.2)
+    unit.weight.data[:3] = 0.001
+    x = torch.randn(shape)
+    separate = copy.deepcopy(norm)
+    if kind == "fused":
+        separate.act = nn.Identity()
+    scale = unit.weight.detach().clone().requires_grad_()
+    shift = torch.zeros(8, requires_grad=True)
+    factor = torch.where(unit.closed, 0.0, scale * unit.gain).reshape(dims)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = separate(theirs) * factor + (shift.reshape(dims) if bias else 0)
+    expected = nn.functional.silu(expected) if kind == "fused" else expected
+    found = folded(ours)
+    for result in (expected, found):
+        (result * torch.linspace(-1, 1, result.numel()).reshape(shape)).sum().backward()
+    pairs = [(found, expected), (ours.grad, theirs.grad), (unit.weight.grad, scale.grad)]
+    pairs += [(folded[0].weight.grad, separate.weight.grad)]
+    pairs += [(folded[0].bias.grad, separate.bias.grad)]
+    pairs += [(unit.bias.grad, shift.grad)] if bias else []
+    for one, other in pairs:
+        largest = other.abs().max()
+        assert (one - other).abs().max() <= 3e-6 * largest
