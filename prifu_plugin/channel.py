@@ -6,7 +6,6 @@ it finite, and is the same object for the edge, the audit and the wire.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prifu_plugin.errors import ConfigError
+from prifu_plugin.keyed import check_key, keyed_gaussian
 
 
 class Channel(nn.Module):
@@ -173,33 +173,14 @@ class Noise(nn.Module):
         super().__init__()
         if not scale >= 0 or not math.isfinite(scale):
             raise ConfigError(f"scale={scale} is not at least 0.")
-        if not isinstance(key, bytes) or not 16 <= len(key) <= 64:
-            raise ConfigError("key must be 16 to 64 random bytes: secrets.token_bytes(32).")
         self.scale = scale
-        self.key = key
+        self.key = check_key(key)
 
     def forward(self, z: Tensor) -> Tensor:
         """Return z with noise, shape and dtype of z."""
         if self.training:
             return z + self.scale * torch.randn_like(z)
-        drawn = [self._draw(sample) for sample in z.detach().float().cpu()]
-        return z + self.scale * torch.stack(drawn).to(z)
-
-    def _draw(self, sample: Tensor) -> Tensor:
-        # Every bit counts: uploads that shared a draw would tell by it that they are alike.
-        content = sample.contiguous().numpy().tobytes()
-        seed = hashlib.blake2b(content, key=self.key, digest_size=64).digest()
-        count = sample.numel() + sample.numel() % 2
-        # An extendable hash, since a generator seeded with 32 bits can be tried out.
-        stream = hashlib.shake_256(self.key + seed).digest(8 * count)
-        words = torch.frombuffer(bytearray(stream), dtype=torch.int64)
-        uniform = ((words >> 11).double() + 2.0**52 + 0.5) / 2.0**53
-        first, second = uniform.chunk(2)
-        radius = (-2 * first.log()).sqrt()
-        pair = torch.cat(
-            [radius * (2 * math.pi * second).cos(), radius * (2 * math.pi * second).sin()]
-        )
-        return pair[: sample.numel()].reshape(sample.shape).float()
+        return z + self.scale * keyed_gaussian(z, self.key)
 
     def extra_repr(self) -> str:
         """Say the scale, not the key."""

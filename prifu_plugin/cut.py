@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from prifu_plugin.config import FilterConfig
 from prifu_plugin.filter import PriFU, along
+from prifu_plugin.keyed import check_key, keyed_gaussian
 
 
 class CutFilter(nn.Module):
@@ -19,13 +20,17 @@ class CutFilter(nn.Module):
     was. A closed channel is a constant either way. An open channel carries at most
     log2(1 + W_c^2 / noise^2) / 2 bits per position for Gaussian inputs of unit variance.
 
-    Noise is drawn in training and at inference; draw once per input, since averages over
-    repeated queries undo it.
+    Noise is drawn in training and at inference, anew for each query, so that averages over
+    repeated queries undo it. With a secret `key`, what is drawn at inference is a function of the
+    tensor and the key: the very same query gets the very same answer.
 
     Args:
         num_features: channels C of the uploaded tensor.
         config: form, threshold and noise.
         dim: channel dimension.
+
+    Attributes:
+        key: None, or 16 to 64 secret bytes of the edge (`secrets.token_bytes(32)`).
 
     Example:
         >>> cut = CutFilter(4, FilterConfig())
@@ -43,6 +48,7 @@ class CutFilter(nn.Module):
         self.dim = dim
         self.noise = config.noise
         self.restores = config.preserve
+        self.key: bytes | None = None
         self.prifu = PriFU(num_features, config, dim=dim)
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
@@ -53,8 +59,13 @@ class CutFilter(nn.Module):
         scale, shift, noise = (along(v, x.ndim, self.dim) for v in self._affine(mean, deviation))
         z = x * scale + shift
         if self.noise > 0:
-            z = z + torch.randn_like(z) * noise
+            z = z + self._draw(x, z) * noise
         return z.to(x.dtype)
+
+    def _draw(self, x: Tensor, z: Tensor) -> Tensor:
+        if self.training or self.key is None:
+            return torch.randn_like(z)
+        return keyed_gaussian(x, check_key(self.key)).to(z)
 
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return scale, shift and noise deviation per channel, each (C,), as in eval mode."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
 from prifu_plugin.graph.capture import Captured, capture
 from prifu_plugin.graph.undisturbed import undisturbed
@@ -26,7 +27,7 @@ class Payload:
         shape: of one sample.
         dtype: of its numbers.
         bytes: of one sample as it is.
-        varying: channels (dimension 1) that differ between the samples that were looked at, (C,).
+        varying: channels that differ between the samples that were looked at, (C,).
     """
 
     shape: tuple[int, ...]
@@ -55,16 +56,29 @@ class Split:
         """Yield edge and cloud, so that `edge, cloud = split(...)` works."""
         return iter((self.edge, self.cloud))
 
-    def payload(self, x: Tensor) -> Payload:
-        """Describe the upload for a batch of at least two different inputs, in eval mode."""
+    def payload(self, x: Tensor, dim: int | None = None) -> Payload:
+        """Describe the upload for a batch of at least two different inputs, in eval mode.
+
+        Args:
+            x: the batch.
+            dim: channel dimension of the upload; by default that of a filter on it, else the last
+                of tokens (N, T, C) and 1 of everything else.
+        """
         with undisturbed(self.edge), torch.no_grad():
             z = self.edge.eval()(x)
         if not isinstance(z, Tensor):
             raise ConfigError(f"The upload at '{self.at}' is {len(z)} tensors; ask for each.")
-        lines = z.movedim(1, -1).flatten(1, -2) if z.ndim > 2 else z[:, None]
+        dim = self._dim(z) if dim is None else dim
+        lines = z.movedim(dim, -1).reshape(len(z), -1, z.shape[dim])
         varying = (lines.amax(0) - lines.amin(0) > 0).any(0)
         name = str(z.dtype).removeprefix("torch.")
         return Payload(tuple(z.shape[1:]), name, z[0].numel() * z.element_size(), varying)
+
+    def _dim(self, z: Tensor) -> int:
+        cuts = [module for module in self.edge.modules() if isinstance(module, CutFilter)]
+        if cuts:
+            return cuts[-1].dim
+        return -1 if z.ndim == 3 else 1
 
 
 def split(

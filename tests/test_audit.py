@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import prifu_plugin as prifu
+from prifu_plugin.audit.controls import BROKEN, marks_of
 from prifu_plugin.audit.render import html, verdict
 from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.audit.statistics import Interval
@@ -60,6 +61,10 @@ def run(edge, **settings):
     return prifu.audit(edge.eval(), TRAIN, TEST, **chosen)
 
 
+def row_ceilings(report):
+    return set(report.attributes[0].ceilings)
+
+
 def rows(report):
     return {row.name: row for row in report.attributes}
 
@@ -94,6 +99,7 @@ def test_a_defence_is_measured_against_the_plain_model(plain):
     assert found["coin"].leak is None
     assert "reads nothing from the plain model" in found["coin"].marks[0]
     assert verdict(found["coin"]) == "no evidence either way"
+    assert row_ceilings(defended) == {"plain", "untrained", "input"}
 
 
 def test_a_channel_is_part_of_what_is_attacked():
@@ -196,6 +202,11 @@ def test_a_constant_upload():
     assert row.accuracy.value == pytest.approx(row.majority)
     assert report.utility is None
     assert report.upload.rank == 0
+    assert any("constant" in mark for mark in row.marks)
+    assert verdict(row) == "no evidence either way"
+    again = AuditReport.from_json(report.to_json())
+    assert again.upload.condition != again.upload.condition
+    assert "nan" not in again.to_html()
 
 
 def test_reconstruction_and_its_floors():
@@ -205,6 +216,11 @@ def test_reconstruction_and_its_floors():
     assert found.mean_image.psnr < found.task_mean.psnr
     assert 0 <= found.linkage <= 1
     assert found.search is None  # a quick look does not search
+    assert AuditReport.from_json(report.to_json()) == report
+    assert report.upload.bytes_as_image["jpeg"] > 0
+    assert report.upload.bytes_as_float == 4 * 6
+    assert "peak 1" in report.to_markdown()
+    assert "as JPEG" in report.to_markdown()
     dark = prifu.AuditData(TRAIN.images - 1, TRAIN.labels)
     with pytest.raises(ConfigError, match=r"values in \[0, 1\]"):
         prifu.audit(Edge().eval(), dark, TEST, task="task", attributes=["private"], suite="quick")
@@ -261,6 +277,9 @@ def changed(data, **labels):
         ),
         ({"train": changed(TRAIN, private=torch.zeros(700).long())}, ConfigError, "one class only"),
         ({"train": changed(TRAIN, private=torch.zeros(700))}, ConfigError, "integers"),
+        ({"test": changed(TEST, private=torch.zeros(300).long())}, ConfigError, "only in test"),
+        ({"test": changed(TEST, private=TEST.labels["private"] * 2)}, ConfigError, "not in train"),
+        ({"train": changed(TRAIN, other=torch.zeros(3).long())}, ConfigError, "'other' of train"),
         ({"attributes": ["age"]}, ConfigError, "has task, private, coin"),
         ({"test": TRAIN}, ConfigError, "700 images are in train and in test"),
         ({"edge": Edge().train()}, OrderError, "train mode"),
@@ -296,3 +315,81 @@ def test_few_items_are_marked():
         reconstruct=False,
     )
     assert any("no interval" in mark for mark in report.attributes[0].marks)
+
+
+def marks(value, **changes):
+    chosen = {"floor": torch.tensor([1.0, 0.0]).repeat(150), "ceilings": {"plain": 0.9}}
+    chosen |= {"permuted": 0.5, "half": value, "converged": True, "count": 300, **changes}
+    return marks_of(Interval(value, value - 0.05, value + 0.05), **chosen)
+
+
+@pytest.mark.parametrize(
+    ("value", "changes", "expected"),
+    [
+        (0.9, {}, None),
+        (0.52, {}, None),
+        (0.52, {"ceilings": {"plain": 0.52}}, "nothing from the plain model"),
+        (0.52, {"ceilings": {}}, "from nothing"),
+        (0.52, {"ceilings": {"input": 0.9}}, "no plain model was attacked"),
+        (0.9, {"ceilings": {}}, None),
+        (0.52, {"permuted": 0.62}, "something is wrong"),
+        (0.9, {"ceilings": {"plain": 0.9, "input": 0.6}}, "too weak for images"),
+        (0.9, {"converged": False}, "still learning"),
+        (0.9, {"half": 0.7}, "more data would read more"),
+        (0.9, {"count": 40}, "no interval"),
+    ],
+)
+def test_the_sanity_triple_and_other_marks(value, changes, expected):
+    found = marks(value, **changes)
+    assert (not found) if expected is None else any(expected in mark for mark in found)
+
+
+def test_a_control_that_failed_overrides_what_was_read():
+    row = rows(run(Edge(), attributes=["private"]))["private"]
+    assert verdict(row).startswith("leaks")
+    assert row.is_evidence
+    broken = dataclasses.replace(row, marks=(BROKEN,))
+    assert verdict(broken).startswith("no evidence")
+    assert not broken.is_evidence
+
+
+def test_without_a_plain_model_a_low_figure_is_no_evidence():
+    row = rows(run(Edge((0,)), attributes=["private"]))["private"]
+    assert verdict(row) == "no evidence either way"
+
+
+def test_reports_of_other_data_are_refused(plain):
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
+    with pytest.raises(ConfigError, match="another order"):
+        prifu.audit(
+            Edge().eval(), TRAIN, TEST.at(order), task="task", attributes=["private", "coin"],
+            cloud=Cloud().eval(), suite="quick", seeds=1, reconstruct=False,
+            references={"plain": plain},
+        )  # fmt: skip
+
+
+def test_an_edge_that_begins_in_place_changes_no_images():
+    class InPlace(nn.Module):
+        def forward(self, x):
+            return x.mul_(2).mean((2, 3))
+
+    before = TEST.images.clone()
+    report = run(InPlace(), cloud=None, attributes=["private"])
+    assert torch.equal(TEST.images, before)
+    assert not report.upload.stochastic
+
+
+def test_the_bound_of_a_noisy_cut_is_reported():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    net = prifu.wrap(
+        nn.Sequential(*layers), cut="4", noise=0.3, example_inputs=TEST.images[:2]
+    ).eval()
+    report = run(net, cloud=None, attributes=["private"])
+    cut = net.get_submodule("4").prifu
+    assert report.upload.bits == pytest.approx(float(cut.bits().sum()))
+    assert report.upload.stochastic
+    cut.key = bytes(32)
+    assert not run(net, cloud=None, attributes=["private"]).upload.stochastic
+    channel = Channel(Quantizer(2).fit(net(TRAIN.images)))
+    assert run(net, cloud=None, attributes=["private"], channel=channel).upload.bits <= 8

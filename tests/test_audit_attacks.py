@@ -7,7 +7,9 @@ from torch import nn
 from prifu_plugin.audit.controls import controls
 from prifu_plugin.audit.inference import infer, prepare
 from prifu_plugin.audit.preparation import rank, standardize, whiten
+from prifu_plugin.audit.statistics import calibrated, metrics
 from prifu_plugin.audit.tail import repurposed
+from prifu_plugin.channel import Channel, Quantizer
 from prifu_plugin.errors import ConfigError
 
 SIZES = (900, 300, 400)
@@ -151,7 +153,7 @@ def test_constant_uploads_are_reconstructed_as_the_mean_image():
 
     images = torch.rand(80, 1, 8, 8)
     z, answers = torch.ones(80, 5), torch.zeros(80, dtype=torch.long)
-    parts = [(z[:60], images[:60]), (z[60:], images[60:])]
+    parts = [(z[:60], images[:60]), (z[50:60], images[50:60]), (z[60:], images[60:])]
     found = reconstruct(*parts, (answers[:60], answers[60:]), steps=5, losses=("squared error",))
     assert found.best.psnr == pytest.approx(found.mean_image.psnr)
 
@@ -168,3 +170,86 @@ def test_the_controls_repeat_whatever_won():
     for winner in tried:
         half, _ = controls(uploads, labels, 2, 0, winner)
         assert 0 <= half <= 1
+
+
+def pictures(count, seed=0):
+    """Smooth images, so that total variation is a fair prior."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 1, 3, 3, generator=generator)
+    return nn.functional.interpolate(coarse, (12, 12), mode="bilinear").clamp(0, 1)
+
+
+@pytest.mark.parametrize("channel", [None, Channel(Quantizer(8))])
+def test_the_search_inverts_an_edge_that_scales_directions_down(channel):
+    from prifu_plugin.audit.reconstruction import reconstruct, similarity
+
+    generator = torch.Generator().manual_seed(0)
+    turn, _ = torch.linalg.qr(torch.randn(144, 144, generator=generator))
+    weak = turn * torch.logspace(0, -1 if channel else -4, 144)[:, None]
+
+    def edge(x):
+        z = x.flatten(1) @ weak.T
+        return z if channel is None else channel(z)
+
+    images = pictures(400)
+    if channel is not None:
+        channel.steps[0].fit(images.flatten(1) @ weak.T)
+    z, answers = edge(images), torch.zeros(400, dtype=torch.long)
+    pairs = [(z[a:b], images[a:b]) for a, b in ((0, 300), (300, 350), (350, 400))]
+    found = reconstruct(
+        *pairs, (answers[:300], answers[350:]), edge=edge, steps=1, losses=("squared error",)
+    )
+    floor = similarity(images[:300].mean(0, keepdim=True).expand(16, -1, -1, -1), images[350:366])
+    assert found.search.psnr > floor.psnr + 3
+    assert found.search.ssim > floor.ssim + 0.1
+
+
+@pytest.mark.parametrize("loss", ["squared error", "absolute error", "structure"])
+def test_every_decoder_learns_and_retrieves(loss):
+    from prifu_plugin.audit.reconstruction import reconstruct
+
+    images = pictures(500)
+    z, answers = images.flatten(1), torch.zeros(500, dtype=torch.long)
+    pairs = [(z[a:b], images[a:b]) for a, b in ((0, 400), (400, 450), (450, 500))]
+    found = reconstruct(*pairs, (answers[:400], answers[450:]), steps=150, losses=(loss,))
+    assert found.best.psnr > found.mean_image.psnr + 2
+    assert found.retrieval[1] == found.linkage > 3 * found.chance
+    assert found.retrieval[1] <= found.retrieval[5] <= found.retrieval[10]
+
+
+def test_ssim_and_psnr_against_known_values():
+    from prifu_plugin.audit.reconstruction import similarity
+
+    x = torch.full((1, 1, 16, 16), 0.5)
+    found = similarity(x + 0.1, x)
+    assert found.psnr == pytest.approx(20.0, abs=1e-4)
+    # Constant images: only the luminance term is left, (2ab + c) / (a^2 + b^2 + c), c = 0.01^2.
+    assert found.ssim == pytest.approx((2 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4), abs=1e-4)
+
+
+def test_a_leak_in_the_first_token_is_read():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(900, 50, 48, generator=generator)
+    s = torch.randint(2, (900,), generator=generator)
+    z[:, 0, 3] *= 1e-4
+    z[:, 0, 3] += 3e-4 * s
+    parts = z[:600], z[600:750], z[750:]
+    uploads = prepare(*parts, "standard")
+    assert any("first token" in part[0].name for part in uploads.parts)
+    assert any(part[0].spatial for part in uploads.parts)
+    found = infer(uploads, (s[:600], s[600:750], s[750:]), 2)
+    assert float((found.scores.argmax(1) == s[750:]).double().mean()) > 0.85
+
+
+def test_bits_of_an_attacker_that_is_right_but_too_sure():
+    z, s = planted("linear")
+    found = infer(prepare(*parts(z), "standard"), parts(s), 2)
+    truth = parts(s)[2]
+    right = float((found.scores.argmax(1) == truth).double().mean())
+    assert right > 0.7
+    assert metrics(found.scores, truth, probable=found.probable).bits > 0.05
+    sure = 50 * found.scores
+    assert metrics(sure, truth).bits < 0
+    prior = torch.tensor([0.5, 0.5])
+    again = calibrated(sure, sure, truth, prior)
+    assert metrics(sure, truth, probable=again).bits > 0.05

@@ -76,8 +76,8 @@ def plain():
 
 def psnr(defence, images, task):
     z = defence.encode(images)
-    pairs = [(z[:900], images[:900]), (z[900:], images[900:])]
-    answers = task[:900], task[900:]
+    pairs = [(z[:700], images[:700]), (z[700:900], images[700:900]), (z[900:], images[900:])]
+    answers = task[:700], task[900:]
     return reconstruct(*pairs, answers, steps=120, losses=("squared error",)).best.psnr
 
 

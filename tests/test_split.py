@@ -113,6 +113,24 @@ def test_tokens_that_go_around():
         assert torch.equal(cloud(edge(x)), model(x))
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_the_channels_of_tokens_that_vary(cut):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=2)
+    x = torch.randn(4, 3, 160, 160)
+    if cut:
+        model = prifu.wrap(model, cut="blocks.2", example_inputs=x, preserve=False).eval()
+        unit = model.get_submodule("blocks.2").prifu.prifu
+        unit.weight.data[:20] = 0.0
+        unit.weight.data[20:] = 0.1
+        varying = prifu.split(model, "blocks.2", x).payload(x).varying
+        assert torch.equal(varying, unit.open)
+    else:
+        varying = prifu.split(model.eval(), "blocks.2", x).payload(x).varying
+        assert varying.shape == (64,)
+        assert prifu.split(model, "blocks.2", x).payload(x, dim=1).varying.shape == (101,)
+
+
 def test_modes_stay_and_uploads_survive():
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3)
     model = nn.Sequential(*layers).train()

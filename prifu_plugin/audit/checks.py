@@ -35,8 +35,18 @@ def check(
             raise ConfigError(f"{where} has {len(data)} images: an audit needs hundreds.")
     check_disjoint(train, test)
     for label in attributes:
-        if len(train.labels[label].unique()) < 2:
-            raise ConfigError(f"Attribute '{label}' has one class only in train: nothing to infer.")
+        known, asked = train.labels[label].unique(), test.labels[label].unique()
+        for classes, where in ((known, "train"), (asked, "test")):
+            if len(classes) < 2:
+                raise ConfigError(
+                    f"Attribute '{label}' has one class only in {where}: nothing to infer."
+                )
+        new = set(asked.tolist()) - set(known.tolist())
+        if new:
+            raise ConfigError(
+                f"Class {min(new)} of attribute '{label}' is in test but not in train: no attacker "
+                "can name it. Split so that every class is in both."
+            )
 
 
 def check_images(*parts: Tensor) -> None:

@@ -8,6 +8,9 @@ from torch import Tensor
 from prifu_plugin.audit.inference import Inference, Prepared, infer
 from prifu_plugin.audit.statistics import FEWEST, Interval, half_width, majority_guess
 
+BROKEN = "trained on permuted labels it is above the floor: something is wrong"
+"""The mark of a control that failed: no figure of the row counts."""
+
 
 def marks_of(
     accuracy: Interval,
@@ -31,8 +34,10 @@ def marks_of(
         value < base + half_width(value, count) for value in [accuracy.value, *ceilings.values()]
     ):
         marks.append("the suite reads it from nothing, not even from the images")
+    elif plain is None and accuracy.value < base + margin:
+        marks.append("no plain model was attacked: nothing shows that this suite could read it")
     if permuted > base + half_width(0.5, count) + 0.02:
-        marks.append("trained on permuted labels it is above the floor: something is wrong")
+        marks.append(BROKEN)
     strongest = max([accuracy.value, *(v for k, v in ceilings.items() if k != "input")])
     if ceilings.get("input", 1.0) < strongest - 2 * margin - 0.02:
         marks.append("the input gives away less than uploads: the suite is too weak for images")
@@ -46,7 +51,11 @@ def marks_of(
 def controls(
     prepared: Prepared, labels: tuple[Tensor, ...], classes: int, seed: int, winner: str
 ) -> tuple[float, float]:
-    """Return the winner's accuracy with half of the training data, and with permuted labels."""
+    """Return the winner's accuracy with half of the data, and that of chance: permuted labels.
+
+    Permuted labels say whether the judging is sound, not how strong an attacker is: least squares
+    on the narrowest preparation does, ten times, which a network could not in that time.
+    """
     train, validation, truth = labels
     size = len(train) // 2
     half = infer(prepared.first(size), (train[:size], validation, truth), classes, seed, winner)

@@ -35,18 +35,20 @@ class AuditData:
 
 
 def check_labels(data: AuditData, names: list[str], where: str) -> None:
-    """Raise ConfigError unless every label is there, integer, and one a sample."""
+    """Raise ConfigError unless every label is one a sample, and those named are there, integers."""
     for name in names:
         if name not in data.labels:
             raise ConfigError(
                 f"{where} has no label '{name}'; it has {', '.join(data.labels) or 'none'}."
             )
-        label = data.labels[name]
+    for name, label in data.labels.items():
         if label.shape != (len(data),):
             raise ConfigError(
                 f"Label '{name}' of {where} has shape {tuple(label.shape)} for {len(data)} images:"
                 f" pass one class an image, ({len(data)},)."
             )
+        if name not in names:
+            continue
         if label.is_floating_point() or not len(label) or int(label.min()) < 0:
             raise ConfigError(f"Label '{name}' of {where} must be integers from 0.")
 
@@ -90,7 +92,8 @@ def uploads(edge: nn.Module, images: Tensor, what: str, batch: int = 250) -> Ten
     bar = tqdm(images.split(batch), desc=what, leave=False, disable=None)
     with torch.no_grad():
         for part in bar:
-            z = edge(part.to(parameters.device))
+            # A copy, since an edge that begins in place would overwrite the caller's images.
+            z = edge(part.to(parameters.device, copy=True))
             if not isinstance(z, Tensor):
                 raise ConfigError(
                     f"The edge returns {type(z).__name__}: audit one tensor at a time."
@@ -113,6 +116,16 @@ def _near_duplicates(train: Tensor, test: Tensor) -> int:
         return 0
     nearest = torch.cdist(asked, known, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
     return int((nearest < 1e-3 * usual).sum())
+
+
+def fingerprint(*parts: AuditData) -> str:
+    """Return a digest of images and labels in their order, by which audits know their data."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part.images.detach().cpu().contiguous().numpy().tobytes())
+        for name in sorted(part.labels):
+            digest.update(name.encode() + part.labels[name].cpu().long().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _digests(images: Tensor) -> set[bytes]:

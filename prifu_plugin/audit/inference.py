@@ -19,6 +19,7 @@ from prifu_plugin.audit.attackers import (
     tail_of,
 )
 from prifu_plugin.audit.preparation import Preparation, as_they_are, maps, vectors
+from prifu_plugin.audit.statistics import calibrated
 from prifu_plugin.audit.tail import repurposed
 from prifu_plugin.errors import ConfigError
 
@@ -29,7 +30,7 @@ Part = tuple[Tensor, Tensor]
 PreparedPart = tuple[Preparation, Tensor, Tensor, Tensor]
 """A preparation, and training, validation and test uploads under it."""
 
-_MANY = 512
+MANY = 512
 """Values above which logistic regression and trees are left out, since they cost minutes."""
 
 SUITES = ("standard", "quick")
@@ -41,12 +42,14 @@ class Inference:
 
     Attributes:
         scores: log-probabilities on test data, (N, K).
+        probable: the same, calibrated on validation data.
         winner: its preparation and classifier.
         validation: accuracy of every attacker on validation data.
         converged: whether the winner's training had settled.
     """
 
     scores: Tensor
+    probable: Tensor
     winner: str
     validation: dict[str, float]
     converged: bool
@@ -95,7 +98,8 @@ def prepare(
     if not train[0].numel():
         return Prepared(suite, ())
     found = vectors(train, _names(train, suite))
-    if train.ndim == 4 and suite == "standard" and min(train.shape[2:]) > 1:
+    spatial = train.ndim == 4 and min(train.shape[2:]) > 1
+    if suite == "standard" and (spatial or train.ndim == 3):
         found += maps(train)
     parts = [(p, p.transform(train), p.transform(validation), p.transform(test)) for p in found]
     usable = tuple(part for part in parts if part[1].shape[1] > 0)
@@ -135,9 +139,10 @@ def infer(
     if not uploads.parts:
         # Constant uploads: the prior is all an attacker has.
         prior = (train.bincount(minlength=classes).double() + 1e-3) / len(train)
-        return Inference(prior.log().expand(len(test), -1), "the prior", {}, True)
+        told = prior.log().expand(len(test), -1)
+        return Inference(told, told, "the prior", {}, True)
     scores: dict[str, float] = {}
-    best: tuple[float, str, Fitted, Tensor] | None = None
+    best: tuple[float, str, Fitted, Tensor, Tensor] | None = None
     for attacker, part in _plan(uploads):
         preparation, x, x_validation, x_test = part
         name = f"{preparation.name} {attacker.__name__}"
@@ -147,12 +152,15 @@ def infer(
         fitted = attacker(sample, seed)
         scores[name] = sample.score(fitted.classify)
         if best is None or scores[name] > best[0]:
-            best = (scores[name], name, fitted, x_test)
+            best = (scores[name], name, fitted, x_validation, x_test)
         if best[0] == 1.0:  # right every time: nothing is left for a costlier attacker
             break
     assert best is not None
-    _, winner, fitted, x_test = best
-    return Inference(fitted.classify(x_test), winner, scores, fitted.converged)
+    _, winner, fitted, x_validation, x_test = best
+    told = fitted.classify(x_test)
+    prior = (train.bincount(minlength=classes).double() + 1e-3) / (len(train) + 1e-3 * classes)
+    probable = calibrated(told, fitted.classify(x_validation), validation, prior)
+    return Inference(told, probable, winner, scores, fitted.converged)
 
 
 def _plan(uploads: Prepared) -> list[tuple[Attacker, PreparedPart]]:
@@ -182,7 +190,7 @@ def _attackers(preparation: Preparation, suite: str, width: int) -> list[Attacke
         return [convnet]
     if suite == "quick":
         return [ridge, mlp]
-    if width > _MANY:
+    if width > MANY:
         return [ridge, mlp, neighbours]
     if preparation.name.endswith("standardized"):
         return [ridge, logistic, mlp, neighbours, boosting]

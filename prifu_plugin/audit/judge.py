@@ -64,12 +64,14 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
     majority, task_only, task_auc = _floors(evidence, labels)
     floor = majority if float(majority.mean()) > float(task_only.mean()) else task_only
     half, permuted = controls(evidence.prepared[used], labels, classes, seed, found[0].winner)
-    first = metrics(found[0].scores, truth, seed)
+    first = metrics(found[0].scores, truth, seed, probable=found[0].probable)
     accuracy = bootstrap(lambda index: float(right[index].mean()), len(truth), seed)
     converged = all(one.converged for one in found)
     ceilings = {key: float(value.mean()) for key, value in others.items()}
-    ceilings |= _known_inputs(evidence.reports, label)
+    ceilings = _known_ceilings(evidence.reports, label) | ceilings
     marks = marks_of(accuracy, floor, ceilings, permuted, half, converged, len(truth))
+    if not evidence.prepared["sent"].parts:
+        marks = ("the upload is constant: there is nothing to attack", *marks)
     truths = evidence.labels(evidence.task)[2]
     if not is_above_chance(float((evidence.answers[2] == truths).double().mean()), truths):
         marks = ("the model is at chance at its own task", *marks)
@@ -162,14 +164,15 @@ def _known(reports: dict[str, AuditReport], label: str, count: int) -> dict[str,
     return found
 
 
-def _known_inputs(reports: dict[str, AuditReport], label: str) -> dict[str, float]:
-    inputs = [
-        row.ceilings["input"]
-        for report in reports.values()
-        for row in report.attributes
-        if row.name == label and "input" in row.ceilings
-    ]
-    return {"input": max(inputs)} if inputs else {}
+def _known_ceilings(reports: dict[str, AuditReport], label: str) -> dict[str, float]:
+    """Return what reports say of the images, and that on the plain model of an untrained one."""
+    found = {}
+    for key, among in (("input", reports), ("untrained", {"plain": reports.get("plain")})):
+        rows = [row for report in among.values() if report for row in report.attributes]
+        values = [r.ceilings[key] for r in rows if r.name == label and key in r.ceilings]
+        if values:
+            found[key] = max(values)
+    return found
 
 
 def _floors(

@@ -53,6 +53,8 @@ def vectors(z: Tensor, names: tuple[str, ...]) -> list[Preparation]:
     views: list[tuple[str, Transform]] = [("", _flat)]
     if z.ndim > 2:
         views = [("", _reduced(z)), ("moments, ", _moments)]
+    if z.ndim == 3:  # a class token, or simply one of many
+        views.append(("first token, ", lambda x: x[:, 0]))
     found = []
     for label, view in views:
         seen = view(z)
@@ -64,15 +66,23 @@ def vectors(z: Tensor, names: tuple[str, ...]) -> list[Preparation]:
 
 
 def maps(z: Tensor) -> list[Preparation]:
-    """Fit the preparations of maps (N, C, H, W): channels standardized, channels whitened."""
-    pixels = z.movedim(1, -1).flatten(0, -2)
+    """Fit the preparations of maps (N, C, H, W): channels standardized, channels whitened.
+
+    Tokens (N, T, C) become a column of T places.
+    """
+    shaped = _as_map(z)
+    pixels = shaped.movedim(1, -1).flatten(0, -2)
     if len(pixels) > 200_000:
         pixels = pixels[torch.randperm(len(pixels), generator=_generator())[:200_000]]
     found = []
     for name, maker in (("channels standardized", standardize), ("channels whitened", whiten)):
         fitted = maker(pixels)
-        found.append(Preparation(name, _per_pixel(fitted), spatial=True))
+        found.append(Preparation(name, _then(_as_map, _per_pixel(fitted)), spatial=True))
     return found
+
+
+def _as_map(z: Tensor) -> Tensor:
+    return z.transpose(1, 2).unsqueeze(-1) if z.ndim == 3 else z
 
 
 def as_they_are() -> Preparation:
@@ -97,12 +107,13 @@ def standardize(z: Tensor) -> Transform:
     return apply
 
 
-def whiten(z: Tensor, most: int | None = None) -> Transform:
+def whiten(z: Tensor, most: int | None = None, tolerance: float = TOLERANCE) -> Transform:
     """Fit principal components, each with deviation 1: small directions count like large ones.
 
     Args:
         z: (N, D).
         most: components to keep, the strongest; None for all.
+        tolerance: of the strongest, below which components are left out.
 
     Example:
         >>> z = torch.randn(100, 2) * torch.tensor([1.0, 1e-4])
@@ -119,7 +130,7 @@ def whiten(z: Tensor, most: int | None = None) -> Transform:
     if not kept.any():
         return lambda x: x.new_empty(len(x), 0)
     values, directions = torch.linalg.eigh(covariance[kept][:, kept] * scale[:, None] * scale)
-    strong = (values > TOLERANCE**2 * values.max().clamp_min(1e-300)).nonzero().flatten()
+    strong = (values > tolerance**2 * values.max().clamp_min(1e-300)).nonzero().flatten()
     strong = strong if most is None else strong[-most:]
     turn = directions[:, strong] / values[strong].sqrt()
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-import statistics
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+from prifu_plugin.audit.controls import BROKEN
 from prifu_plugin.audit.result import AttributeResult, AuditReport
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.figures import new_figure
@@ -21,19 +21,22 @@ def markdown(reports: Sequence[AuditReport]) -> str:
         lines += [f"## {report.name}", ""]
         lines += [
             f"task {report.task}: {report.utility or 'not measured'}; "
-            f"{report.upload.bytes} bytes a sample, {report.upload.constant} of "
-            f"{report.upload.values} values constant, rank {report.upload.rank}",
+            f"{upload_in_words(report)}; attackers trained on {report.sizes[0]} images, chosen on "
+            f"{report.sizes[1]}, judged on {report.sizes[2]}",
             "",
-            "| attribute | read | floor | AUC | plain | leak | verdict | strongest attacker |",
-            "|---|---|---|---|---|---|---|---|",
+            "| attribute | read | by seed | floor | AUC | bits | plain | leak | verdict "
+            "| strongest attacker |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in report.attributes:
             plain = row.ceilings.get("plain")
             cells = [
                 row.name,
                 str(row.accuracy),
+                ", ".join(f"{value:.3f}" for value in row.seeds),
                 f"{row.floor:.3f}",
                 str(row.auc),
+                f"{row.bits:.2f}",
                 "" if plain is None else f"{plain:.3f}",
                 str(row.leak or ""),
                 "; ".join([verdict(row), *row.marks]),
@@ -44,7 +47,7 @@ def markdown(reports: Sequence[AuditReport]) -> str:
         if found is not None:
             lines += [
                 "",
-                f"reconstruction: PSNR {found.best.psnr:.2f} dB (floor "
+                f"reconstruction, peak 1: PSNR {found.best.psnr:.2f} dB (floor "
                 f"{found.task_mean.psnr:.2f}), SSIM {found.best.ssim:.3f} (floor "
                 f"{found.task_mean.ssim:.3f}), linkage {found.linkage:.3f} "
                 f"(chance {found.chance:.3f})",
@@ -76,6 +79,7 @@ def html(reports: Sequence[AuditReport], title: str = "Privacy audit") -> str:
         reports=reports,
         attributes=names[0],
         verdict=verdict,
+        upload_in_words=upload_in_words,
         bars=_picture(_bars(reports)),
         bubbles=_picture(_bubbles(reports)),
         galleries=[_picture(_gallery(report), "png") for report in reports],
@@ -86,11 +90,34 @@ def verdict(row: AttributeResult) -> str:
     """Say in words what a row shows."""
     if row.accuracy.low != row.accuracy.low:
         return "too few items to say"
+    if BROKEN in row.marks:
+        return "no evidence: the control failed"
     if row.gain.low > 0 or row.auc.low > row.task_auc + 0.01:
         return "leaks: read above the floor"
     if row.marks:
         return "no evidence either way"
     return "not read above the floor by these attackers"
+
+
+def upload_in_words(report: AuditReport) -> str:
+    """Say how large an upload is, next to the image, and what it can hold."""
+    upload = report.upload
+    said = [f"{upload.bytes} bytes a sample"]
+    others = {"in fp32": upload.bytes_as_float, **_named(upload.bytes_as_image)}
+    compared = [f"{value:.0f} {name}" for name, value in others.items() if value]
+    said[0] += f" ({', '.join(compared)})" if compared else ""
+    said.append(f"{upload.constant} of {upload.values} values constant")
+    said.append(f"rank {upload.rank}")
+    if upload.rank:
+        said[-1] += f", the strongest direction {upload.condition:.3g} times the weakest"
+    if upload.bits is not None:
+        said.append(f"at most {upload.bits:.0f} bits")
+    return ", ".join(said)
+
+
+def _named(sizes: dict[str, float]) -> dict[str, float]:
+    names = {"png": "the image as PNG", "jpeg": "as JPEG"}
+    return {names[key]: value for key, value in sizes.items() if key in names}
 
 
 def _bars(reports: Sequence[AuditReport]) -> Any:
@@ -118,28 +145,36 @@ def _bars(reports: Sequence[AuditReport]) -> Any:
 
 
 def _bubbles(reports: Sequence[AuditReport]) -> Any:
-    shown = [
-        (report, [row.leak.value for row in report.attributes if row.leak is not None])
-        for report in reports
-        if report.utility is not None
-    ]
-    shown = [(report, leaks) for report, leaks in shown if leaks]
-    if len(shown) < 2:
+    """Draw two attributes against each other, the area being the task's accuracy (Figs. 9, 10)."""
+    shown = [report for report in reports if report.utility is not None]
+    names = [row.name for row in reports[0].attributes]
+    pairs = list(zip(names, names[1:], strict=False))[:3]
+    if len(shown) < 2 or not pairs:
         return None
-    figure = new_figure(7, 4)
-    axes = figure.subplots()
-    largest = max(report.upload.bytes for report, _ in shown)
-    for report, leaks in shown:
-        assert report.utility is not None
-        mean = statistics.fmean(leaks)
-        size = 60 + 900 * report.upload.bytes / largest
-        axes.scatter([mean], [report.utility.value], s=size, alpha=0.5)
-        axes.plot([mean] * 2, [report.utility.low, report.utility.high], color="#888888", lw=1)
-        place = (mean, report.utility.value)
-        axes.annotate(report.name, place, (8, 6), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="mean leak over attributes", ylabel="task accuracy")
-    axes.margins(0.2)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure = new_figure(4.2 * len(pairs) + 0.6, 4)
+    grid = figure.subplots(1, len(pairs), squeeze=False)[0]
+    lowest = min(report.utility.value for report in shown if report.utility)
+    highest = max(report.utility.value for report in shown if report.utility)
+    for axes, pair in zip(grid, pairs, strict=True):
+        for place, report in enumerate(shown):
+            assert report.utility is not None
+            rows = {row.name: row for row in report.attributes}
+            share = (report.utility.value - lowest) / max(highest - lowest, 1e-9)
+            x, y = (rows[name].accuracy.value for name in pair)
+            label = f"{report.name} ({report.utility.value:.2f})"
+            axes.scatter([x], [y], s=60 + 340 * share, alpha=0.5, label=label)
+            axes.annotate(str(place + 1), (x, y), ha="center", va="center", fontsize=8)
+        first = {row.name: row for row in reports[0].attributes}
+        axes.axvline(first[pair[0]].floor, color="black", lw=1, ls=":")
+        axes.axhline(first[pair[1]].floor, color="black", lw=1, ls=":")
+        axes.set(xlabel=f"{pair[0]}, read", ylabel=f"{pair[1]}, read")
+        axes.margins(0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = grid[0].get_legend_handles_labels()
+    numbered = [f"{place} {label}" for place, label in enumerate(labels, 1)]
+    legend = figure.legend(handles, numbered, loc="outside lower center", ncols=3, fontsize=8)
+    for handle in legend.legend_handles:
+        handle.set_sizes([30])
     return figure
 
 

@@ -27,7 +27,7 @@ class AttributeResult:
         auc: of the first seed, with its interval.
         task_auc: of the task's own answer, what an AUC must exceed.
         gain: accuracy minus that of the better floor, image by image, with its interval.
-        bits: learned of the attribute, first seed.
+        bits: learned of the attribute, first seed, by probabilities calibrated on validation data.
         majority: accuracy of the most frequent class, a floor.
         task_only: accuracy of the best guess from the task's own answer, a floor.
         ceilings: accuracy of the same suite on "plain", "untrained", "input" where given.
@@ -37,7 +37,7 @@ class AttributeResult:
         converged: whether its training had settled.
         half_data: its accuracy with half of the training data: far below accuracy means that more
             data would read more.
-        permuted: its accuracy when it is trained on permuted labels.
+        permuted: accuracy of least squares trained on permuted labels, mean of ten: chance.
         once: accuracy of the strongest attack that sees one upload of each image.
         repeated: accuracy on the mean of repeated queries, None if neither edge nor channel draws
             noise or nobody asked twice; if it is the stronger attack by validation data, it is the
@@ -93,8 +93,12 @@ class UploadFacts:
         values: how many numbers.
         constant: how many of them are the same for every image.
         rank: of the uploads, relative to 1e-7 of the largest direction.
-        condition: largest over smallest of these directions.
+        condition: largest over smallest of these directions; NaN if there are none.
         stochastic: whether the edge draws noise afresh for each query.
+        bits: bound on what one upload holds: of the noise of a filter on the upload (Gaussian
+            inputs), or of a quantizer, the smaller; None if nothing bounds it but fp32.
+        bytes_as_float: of one sample in fp32.
+        bytes_as_image: of the input instead, "raw", "png" and "jpeg"; empty if it is no image.
     """
 
     shape: tuple[int, ...]
@@ -104,6 +108,9 @@ class UploadFacts:
     rank: int
     condition: float
     stochastic: bool
+    bits: float | None = None
+    bytes_as_float: int = 0
+    bytes_as_image: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ class AuditReport:
             data["task"],
             _interval(data["utility"]),
             attributes,
-            UploadFacts(**{**data["upload"], "shape": tuple(data["upload"]["shape"])}),
+            _upload(data["upload"]),
             _reconstruction(data["reconstruction"]),
             tuple(data["sizes"]),
             data["settings"],
@@ -201,6 +208,11 @@ def _interval(data: dict[str, Any] | None) -> Interval | None:
     return Interval(**{key: float("nan") if v is None else v for key, v in data.items()})
 
 
+def _upload(data: dict[str, Any]) -> UploadFacts:
+    condition = float("nan") if data["condition"] is None else data["condition"]
+    return UploadFacts(**{**data, "shape": tuple(data["shape"]), "condition": condition})
+
+
 def _attribute(data: dict[str, Any]) -> AttributeResult:
     fields = dict(data)
     for name in ("accuracy", "leak", "auc", "gain"):
@@ -224,4 +236,5 @@ def _reconstruction(data: dict[str, Any] | None) -> Reconstruction | None:
         data["linkage"],
         data["chance"],
         torch.empty(2, 0),
+        {int(k): v for k, v in data.get("retrieval", {}).items()},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from tqdm import tqdm
 
 import prifu_plugin.audit.reconstruction as decoding
 from prifu_plugin.audit.checks import check, check_images
-from prifu_plugin.audit.data import AuditData, integers, split_off, uploads
-from prifu_plugin.audit.inference import prepare
+from prifu_plugin.audit.data import AuditData, fingerprint, integers, split_off, uploads
+from prifu_plugin.audit.facts import facts_of
+from prifu_plugin.audit.inference import MANY, prepare
 from prifu_plugin.audit.judge import Evidence, judge
-from prifu_plugin.audit.result import AuditReport, UploadFacts
+from prifu_plugin.audit.preparation import WIDE
+from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.audit.statistics import Interval, bootstrap
 from prifu_plugin.channel import Channel, Noise
 from prifu_plugin.errors import ConfigError
@@ -94,6 +97,8 @@ def audit(
     if losses:
         check_images(train.images, test.images)
     train, test = integers(train), integers(test)
+    data = fingerprint(train, test)
+    _check_same_data(references, data)
     fitting, choosing = split_off(train, 0.25, seed)
     parts = (fitting, choosing, test)
     sent = [_sent(edge, channel, part.images, name) for part in parts]
@@ -115,18 +120,21 @@ def audit(
     bar = tqdm(attributes, desc=f"attacking {name}", leave=False, disable=None)
     evidence = Evidence(parts, answers, prepared, reports, task, seeds, seed)
     rows = [judge(label, evidence) for label in bar]
+    rebuilt = (
+        _reconstruction(edge, channel, sent, parts, answers, suite, seed, losses)
+        if losses
+        else None
+    )
     return AuditReport(
         name,
         task,
         _utility(answers[2], test.labels[task], cloud, seed),
         tuple(rows),
-        _facts(sent[0], _wire(edge, channel, test.images[:1]), stochastic),
-        _reconstruction(edge, channel, sent, parts, answers, suite, seed, losses)
-        if losses
-        else None,
+        facts_of(sent[0], edge, channel, test.images, stochastic),
+        rebuilt,
         (len(fitting), len(choosing), len(test)),
-        {**_settings(suite, seeds, seed, references), "queries": queries},
-        _not_tested(losses, suite, queries),
+        {**_settings(suite, seeds, seed, references, channel), "queries": queries, "data": data},
+        _not_tested(rebuilt, suite, queries, sent[0]),
     )
 
 
@@ -180,27 +188,6 @@ def _utility(
     return bootstrap(lambda index: float(right[index].mean()), len(right), seed)
 
 
-def _wire(edge: nn.Module, channel: Channel | None, image: Tensor) -> int:
-    """Return the bytes on the wire for one image."""
-    z = uploads(edge, image, "one upload")
-    return z[0].numel() * 4 if channel is None else channel.bytes_per_sample(z)
-
-
-def _facts(z: Tensor, wire: int, stochastic: bool) -> UploadFacts:
-    flat = z.flatten(1).double()
-    varying = flat.amax(0) > flat.amin(0)
-    live = flat[:, varying]
-    rank, condition = 0, float("nan")
-    if live.shape[1]:
-        live = (live - live.mean(0))[:2000, :4096]
-        values = torch.linalg.svdvals(live)
-        strong = values[values > 1e-7 * values[0]]
-        rank, condition = len(strong), float(strong[0] / strong[-1])
-    return UploadFacts(
-        tuple(z.shape[1:]), wire, flat.shape[1], int((~varying).sum()), rank, condition, stochastic
-    )
-
-
 def _reconstruction(
     edge: nn.Module,
     channel: Channel | None,
@@ -211,19 +198,28 @@ def _reconstruction(
     seed: int,
     losses: Sequence[str],
 ) -> decoding.Reconstruction:
-    images = parts[0].images
     device = next((p.device for p in edge.parameters()), torch.device("cpu"))
     quick = suite == "quick"
-    searched = channel is None and not quick
-    return decoding.reconstruct(
-        (sent[0], images.float()),
-        (sent[2], parts[2].images.float()),
-        (answers[0], answers[2]),
-        edge=(lambda x: edge(x.to(device)).cpu()) if searched else None,
-        seed=seed,
-        steps=60 if quick else 250,
-        losses=losses,
-    )
+
+    def upload(x: Tensor) -> Tensor:
+        z: Tensor = edge(x.to(device)).cpu()
+        arrived: Tensor = z if channel is None else channel(z)
+        return arrived
+
+    with undisturbed(channel or nn.Identity()):
+        if channel is not None:
+            channel.eval()
+        pairs = [(z, part.images.float()) for z, part in zip(sent, parts, strict=True)]
+        return decoding.reconstruct(
+            pairs[0],
+            pairs[1],
+            pairs[2],
+            (answers[0], answers[2]),
+            edge=None if quick else upload,
+            seed=seed,
+            steps=60 if quick else 250,
+            losses=losses,
+        )
 
 
 def _losses(reconstruct: bool | Sequence[str], suite: str) -> Sequence[str]:
@@ -238,22 +234,52 @@ def _losses(reconstruct: bool | Sequence[str], suite: str) -> Sequence[str]:
     return reconstruct
 
 
-def _settings(suite: str, seeds: int, seed: int, references: References) -> dict[str, Any]:
+def _settings(
+    suite: str, seeds: int, seed: int, references: References, channel: Channel | None
+) -> dict[str, Any]:
+    names = ("prifu_plugin", "torch", "scikit-learn", "torchmetrics")
     return {
         "suite": suite,
         "attack seeds": seeds,
         "seed": seed,
         "references": sorted(references),
-        "torch": torch.__version__,
+        "channel": "none" if channel is None else ", ".join(map(repr, channel.steps)),
+        **{name: version(name) for name in names},
     }
 
 
-def _not_tested(losses: Sequence[str], suite: str, queries: int) -> tuple[str, ...]:
+def _check_same_data(references: References, data: str) -> None:
+    """Raise if a report is of other images, other labels, or another order."""
+    for key, reference in references.items():
+        known = reference.settings.get("data") if isinstance(reference, AuditReport) else None
+        if known is not None and known != data and key != "input":
+            raise ConfigError(
+                f"The report '{key}' was made of other data, or in another order: leaks compare "
+                "image by image. Audit it with the same train and test, or pass the edge itself."
+            )
+
+
+def _not_tested(
+    rebuilt: decoding.Reconstruction | None, suite: str, queries: int, z: Tensor
+) -> tuple[str, ...]:
     found = ["generative priors (GAN, diffusion)", "membership of the training set", "timing"]
     if queries == 1:
         found.append("averages over repeated queries of the same image")
-    if not losses:
+    if rebuilt is None:
         found.append("reconstruction")
+    elif rebuilt.search is None:
+        found.append("search for images against the edge")
+    elif rebuilt.search.psnr < rebuilt.mean_image.psnr + 0.1:
+        found.append("search for images against the edge (it ended at the floor: no evidence)")
+    if rebuilt is not None and queries > 1:
+        found.append("reconstruction from repeated queries")
+    if z[0].numel() > WIDE:
+        found.append(
+            f"single values of such wide uploads ({z[0].numel()} numbers): vector attackers see "
+            "their strongest components and their moments"
+        )
+    if z[0].numel() > MANY:
+        found.append(f"trees and logistic regression on more than {MANY} values")
     if suite == "quick":
         found.append("the standard suite: this was a quick look")
     return tuple(found)

@@ -57,13 +57,16 @@ class Metrics:
         return asdict(self)
 
 
-def metrics(scores: Tensor, labels: Tensor, seed: int = 0) -> Metrics:
+def metrics(
+    scores: Tensor, labels: Tensor, seed: int = 0, *, probable: Tensor | None = None
+) -> Metrics:
     """Turn log-probabilities into figures.
 
     Args:
         scores: log-probabilities (N, K).
         labels: true classes (N,).
         seed: of the bootstrap.
+        probable: the same after `calibrated`, for the bits; by default the scores themselves.
 
     Example:
         >>> perfect = torch.eye(2).repeat(50, 1).add(1e-9).log()
@@ -76,8 +79,41 @@ def metrics(scores: Tensor, labels: Tensor, seed: int = 0) -> Metrics:
         bootstrap(lambda index: float(right[index].mean()), len(labels), seed),
         _balanced(right, labels),
         bootstrap(lambda index: area(scores[index], labels[index]), len(labels), seed, 200),
-        _bits(scores, labels),
+        _bits(scores if probable is None else probable, labels),
     )
+
+
+def calibrated(scores: Tensor, known: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
+    """Return log-probabilities that say no more than validation data bear out.
+
+    A temperature and a share of the prior are chosen by cross-entropy on validation data: an
+    attacker that is right but too sure of itself has learned bits nevertheless.
+
+    Args:
+        scores: log-probabilities on test data (N, K).
+        known: the same on validation data (M, K).
+        labels: classes of validation data (M,).
+        prior: share of each class (K,), above 0.
+
+    Example:
+        >>> sure = torch.tensor([[0.0, -50.0]]).repeat(10, 1)  # right 9 times of 10
+        >>> y = torch.tensor([0] * 9 + [1])
+        >>> found = calibrated(sure, sure, y, torch.tensor([0.5, 0.5])).exp()[0]
+        >>> 0.8 < float(found[0]) < 0.95
+        True
+    """
+    best: tuple[float, float, float] = (math.inf, 1.0, 0.0)
+    for temperature in (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
+        for share in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+            mixed = _mixed(known, prior, temperature, share)
+            loss = -float(mixed.gather(1, labels[:, None]).mean())
+            best = min(best, (loss, temperature, share))
+    return _mixed(scores, prior, *best[1:])
+
+
+def _mixed(scores: Tensor, prior: Tensor, temperature: float, share: float) -> Tensor:
+    told = (scores.double() / temperature).softmax(1)
+    return ((1 - share) * told + share * prior.double()).clamp_min(1e-12).log()
 
 
 def bootstrap(
