@@ -32,6 +32,8 @@ class FilterSchedule:
         steps: optimizer steps of the whole run.
         alpha: course of the threshold of Eq. 4.
         beta: course of the decay of Eq. 6; `dose_to_beta` finds a constant one.
+        dose: wanted dose of the run; scales the course of beta, a constant if none is given.
+        rates: learning rates of all steps, for the dose.
         gain: course of the fixed factor on W.
         noise: course of the noise on the filtered upload.
         until: share of training in (0, 1] after which pairs have reached their second value.
@@ -61,6 +63,8 @@ class FilterSchedule:
         *,
         alpha: Course | None = None,
         beta: Course | None = None,
+        dose: float | None = None,
+        rates: Sequence[float] | None = None,
         gain: Course | None = None,
         noise: Course | None = None,
         until: float = 1.0,
@@ -74,6 +78,8 @@ class FilterSchedule:
                 f"steps={steps}, every={every}, until={until}: steps and every are at least 1, "
                 "until is a share in (0, 1]."
             )
+        if dose is not None:
+            beta = _dosed(beta or (1.0, 1.0), dose, rates, steps, until)
         given = {"alpha": alpha, "beta": beta, "gain": gain, "noise": noise}
         self._courses = {name: course for name, course in given.items() if course is not None}
         if not self._courses:
@@ -200,6 +206,21 @@ def _at(course: Course, share: float, until: float) -> float:
         return float(course(share))
     start, end = course
     return start + (end - start) * min(1.0, share / until)
+
+
+def _dosed(
+    beta: Course, dose: float, rates: Sequence[float] | None, steps: int, until: float
+) -> Course:
+    """Scale a course of beta so that the sum of rate * beta over all steps is the dose."""
+    if rates is None or len(rates) != steps:
+        raise ConfigError(
+            f"dose={dose} needs rates=, the learning rate of each of the {steps} steps; "
+            f"{'none' if rates is None else len(rates)} were given."
+        )
+    total = sum(rate * _at(beta, step / steps, until) for step, rate in enumerate(rates))
+    if dose < 0 or total <= 0:
+        raise ConfigError(f"dose={dose}: the rates times the course of beta sum to {total:g}.")
+    return lambda share: dose / total * _at(beta, share, until)
 
 
 def _device(model: nn.Module) -> torch.device:

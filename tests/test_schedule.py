@@ -172,3 +172,22 @@ def test_no_batches_leave_statistics_alone():
     with pytest.raises(ConfigError, match="No batches"):
         prifu.recalibrate(nn.Sequential(norm), [])
     assert norm.running_mean.tolist() == [3.0, 3.0]
+
+
+def test_a_course_of_beta_is_scaled_to_a_dose():
+    model = network()
+    rates = [0.1 * (1 - step / 20) for step in range(20)]
+    schedule = prifu.FilterSchedule(
+        model, steps=20, beta=lambda share: share**2, dose=0.7, rates=rates
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=rates[0])
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        model(torch.randn(4, 4)).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    assert unit_of(model).dose == pytest.approx(0.7)
+    for settings in ({"dose": 1.0}, {"dose": 1.0, "rates": [0.1]}, {"dose": -1.0, "rates": rates}):
+        with pytest.raises(ConfigError, match="dose"):
+            prifu.FilterSchedule(model, steps=20, **settings)
