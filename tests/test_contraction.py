@@ -1,6 +1,7 @@
 """Products of tensors and computed kernels: exact, and no wider than what is live."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -149,3 +150,70 @@ def test_a_kernel_that_is_read_elsewhere_stays_what_it_is():
     assert dict(pruned.named_parameters())["raw"].shape == (8, 8, 3, 3)
     x = torch.randn(3, 3, 16, 16)
     assert difference(model(x), pruned(x)) < 1e-5
+
+
+NORMS = {
+    "group": (lambda: nn.GroupNorm(4, 16), 4),
+    "instance": (lambda: nn.InstanceNorm2d(16, affine=True), 16),
+    "group and activation": (lambda: timm.layers.GroupNormAct(16, num_groups=4), 4),
+    "evolved": (lambda: timm.layers.EvoNorm2dS0(16, groups=4), 4),
+    "filter response": (lambda: timm.layers.FilterResponseNormTlu2d(16), 16),
+    "one group": (lambda: timm.layers.GroupNorm1(16), 1),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", NORMS)
+def test_groups_of_a_norm_that_are_closed_as_a_whole_are_dropped(name, bias):
+    make, groups = NORMS[name]
+    torch.manual_seed(0)
+    model = prifu.wrap(nn.Sequential(nn.Conv2d(3, 16, 3), make(), nn.Conv2d(16, 5, 1)), bias=bias)
+    unit = prifu.filters(model)["1"]
+    with torch.no_grad():
+        for parameter in model[1].parameters():
+            parameter.uniform_(0.2, 1.0)
+        unit.weight.data = 0.1 * torch.tensor([0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0, 0.5])
+        if bias:
+            unit.bias.normal_()
+    model = model.double().eval()
+    pruned = prifu.prune(model, torch.zeros(2, 3, 12, 12))
+    x = torch.randn(3, 3, 16, 20, dtype=torch.float64)
+    assert difference(model(x), pruned(x)) < 1e-11
+    expected = {4: 8, 16: 5, 1: 16}[groups]
+    assert pruned.get_submodule("0").out_channels == expected
+    assert pruned.get_submodule("2").in_channels == 5
+    again = prifu.rebuild(
+        nn.Sequential(nn.Conv2d(3, 16, 3), make(), nn.Conv2d(16, 5, 1)),
+        prifu.plan(pruned),
+        pruned.state_dict(),
+    )
+    assert torch.equal(again(x), pruned(x))
+
+
+class Placed(nn.Module):
+    """A mask over places, so that what is known differs from place to place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.mask = nn.Parameter((torch.arange(12) > 3).float().reshape(1, 1, 1, 12))
+        self.last = nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)) * self.mask)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_kernel_that_spans_places_with_facts_of_their_own(bias):
+    torch.manual_seed(0)
+    model = prifu.wrap(Placed(), bias=bias).double().eval()
+    unit = prifu.filters(model)["norm"]
+    unit.weight.data[:4] = 0.0
+    if bias:
+        unit.bias.data.normal_()
+    pruned = prifu.prune(model, torch.zeros(2, 3, 12, 12))
+    x = torch.randn(3, 3, 12, 12, dtype=torch.float64)
+    assert difference(model(x), pruned(x)) < 1e-11
+    assert pruned.get_submodule("first").out_channels == 4
+    if not bias:
+        assert pruned.get_submodule("last").in_channels == 4

@@ -55,8 +55,12 @@ def slice_linear(
     return twin
 
 
+GROUPS = ("num_groups", "groups")
+"""Attributes that tell in how many groups a normalization takes its statistics."""
+
+
 def slice_norm(
-    module: nn.Module, channels: tuple[int, ...] | None, folded: bool
+    module: nn.Module, channels: tuple[int, ...] | None, folded: bool, groups: int = 0
 ) -> tuple[nn.Module, Tensor | None, Tensor | None]:
     """Return a normalization layer without its filter, the scale folded in or beside it.
 
@@ -64,6 +68,7 @@ def slice_norm(
         module: with or without a filter.
         channels: those to keep of a layer with running statistics; None for all.
         folded: put the filter's scale into the affine parameters.
+        groups: in how many groups those channels are, 0 if the layer has none.
 
     Returns:
         The layer, and the filter's scale and bias for a product behind it.
@@ -84,6 +89,9 @@ def slice_norm(
         twin.act.inplace = False
     if channels is not None:
         _slice_members(twin, channels)
+        for name in GROUPS:
+            if groups and hasattr(twin, name):
+                setattr(twin, name, groups)
     return twin, scale, shift
 
 
@@ -189,5 +197,6 @@ def _slice_members(module: Any, channels: tuple[int, ...]) -> None:
             members[name] = (
                 nn.Parameter(cut, value.requires_grad) if members is module._parameters else cut
             )
-    if size is not None and hasattr(module, "num_features"):
-        module.num_features = size
+    for name in ("num_features", "num_channels"):
+        if size is not None and hasattr(module, name):
+            setattr(module, name, size)

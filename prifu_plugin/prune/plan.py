@@ -83,12 +83,16 @@ class SelectNorm:
         channels: open channels that go on, None for all.
         folded: the scale is in the affine parameters; otherwise it is a product behind them.
         shifted: a bias follows the product.
+        inputs: channels of the groups that are left, None for all.
+        groups: how many groups are left, 0 if it has none.
     """
 
     dim: int
     channels: tuple[int, ...] | None
     folded: bool
     shifted: bool = False
+    inputs: tuple[int, ...] | None = None
+    groups: int = 0
 
 
 @dataclass(frozen=True)

@@ -160,15 +160,21 @@ class _Rewriter:
 
     def _norm(self, node: fx.Node, kernel: SliceNorm | SelectNorm, operands: dict[str, Any]) -> Any:
         module = self._called(node)
-        channels = kernel.channels if isinstance(kernel, SliceNorm) else None
         folded = isinstance(kernel, SliceNorm) or kernel.folded
-        layer, scale, shift = slice_norm(module, channels, folded)
+        if isinstance(kernel, SliceNorm):
+            layer, scale, shift = slice_norm(module, kernel.channels, folded)
+        else:
+            layer, scale, shift = slice_norm(module, kernel.inputs, folded, kernel.groups)
         result = self._call(node, layer, (self._operand(node.args[0], operands),), {})
         if isinstance(kernel, SliceNorm):
             return result
         rank = len(node.meta["shape"])
-        if kernel.channels is not None:
-            result = self._index(node, result, kernel.dim % rank, kernel.channels)
+        going_on = kernel.channels
+        if kernel.inputs is not None and going_on is not None:
+            where = {channel: place for place, channel in enumerate(kernel.inputs)}
+            going_on = tuple(where[channel] for channel in going_on)
+        if going_on is not None and going_on != tuple(range(len(kernel.inputs or ()))):
+            result = self._index(node, result, kernel.dim % rank, going_on)
         if not folded and scale is not None:
             result = self._vector(node, "scale", scale, kernel, rank, torch.mul, result)
         if kernel.shifted and shift is not None:

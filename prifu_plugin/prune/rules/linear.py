@@ -38,12 +38,12 @@ class LinearRule(Rule):
         """
         if not self.map.mappable or self.map.inputs == 1:
             return False
-        live = self._line(analysis.fact(self.source).live)
+        live = self._line(self._fact(analysis).live)
         return self.map.groups > 1 or int(live.sum()) < NARROW
 
     def const(self, analysis: Analysis) -> Fact:
         """Map constants; live if a live input is connected, or a constant meets the border."""
-        fact, linear = analysis.fact(self.source), self.map
+        fact, linear = self._fact(analysis), self.map
         known, live = self._grouped(fact.known, fact), self._grouped(fact.live, fact)
         connected = linear.connected.double()
         out = torch.einsum("...gi,goi->...go", known, linear.weight).flatten(-2) + linear.bias
@@ -64,12 +64,11 @@ class LinearRule(Rule):
 
     def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Want one constant channel per group to exist if constants meet a zero-padded border."""
-        fact, linear = analysis.fact(self.source), self.map
-        want = torch.zeros(fact.summary_shape(), dtype=torch.bool)
-        if not linear.padded or linear.dim not in fact.axes or self.adds_border(analysis):
+        fact, linear = self._fact(analysis), self.map
+        want = torch.zeros(analysis.fact(self.source).summary_shape(), dtype=torch.bool)
+        if not linear.padded or want.shape[linear.dim] == 1 or self.adds_border(analysis):
             return {}
-        asked = analysis.wants.get(self.source, want)
-        asked = self._line(asked)
+        asked = self._line_any(analysis.wants.get(self.source, want))
         size = self._line(fact.known).abs()
         for offset, indices in self._border_constants(analysis):
             # One that exists already for another reader costs nothing.
@@ -96,7 +95,7 @@ class LinearRule(Rule):
         self, planner: Planner, rows: tuple[int, ...], others: dict[int, tuple[int, ...]]
     ) -> None:
         analysis, linear = planner.analysis, self.map
-        fact = analysis.fact(self.source)
+        fact = self._fact(analysis)
         columns = (
             planner.physical(self.source, linear.dim)
             if planner.exists(self.source)
@@ -127,7 +126,7 @@ class LinearRule(Rule):
     ) -> None:
         """Keep the groups with rows; pad them to equal counts with zero rows and columns."""
         analysis, linear = planner.analysis, self.map
-        fact, per_out, per_in = analysis.fact(self.source), linear.outputs, linear.inputs
+        fact, per_out, per_in = self._fact(analysis), linear.outputs, linear.inputs
         have = set(planner.physical(self.source, linear.dim)) if planner.exists(self.source) else ()
         zero_rows = self._constant_rows(analysis, rows)
         constant = {rows[position] for position in zero_rows}
@@ -138,6 +137,7 @@ class LinearRule(Rule):
         columns, borders = self._group_inputs(fact, groups, members, set(have), as_map)
         width = max(1, *(len(c) for c in columns))
         height = max(len(r) for r in group_rows)
+        self._note_padding(planner, columns, width, group_rows, height)
         padded_columns = tuple(tuple(c + [FILL] * (width - len(c))) for c in columns)
         padded_rows = tuple(r for m in group_rows for r in m + [FILL] * (height - len(m)))
         pick = tuple(p for p, row in enumerate(padded_rows) if row != FILL)
@@ -176,6 +176,22 @@ class LinearRule(Rule):
         layout = {**others, linear.dim: tuple(padded_rows[p] for p in pick)}
         planner.emit(self.node, kernel, {self.source: conform}, layout)
 
+    def _note_padding(
+        self,
+        planner: Planner,
+        columns: list[list[int]],
+        width: int,
+        rows: list[list[int]],
+        height: int,
+    ) -> None:
+        """Say in the report what equal groups cost, where it is a tenth of the work or more."""
+        work = sum(len(c) * len(r) for c, r in zip(columns, rows, strict=True))
+        padded = len(columns) * width * height
+        if padded > 1.1 * work:
+            share = f"{100 * (1 - work / padded):.0f} %"
+            note = f"groups are of unequal width: {share} of its work is padding"
+            planner.analysis.notes.append((self.node.name, note))
+
     def _group_inputs(
         self,
         fact: Fact,
@@ -203,6 +219,16 @@ class LinearRule(Rule):
         return columns, borders
 
     # Helpers, from here down.
+
+    def _fact(self, analysis: Analysis) -> Fact:
+        """Return the fact of the input; a kernel that spans places sees channels over all of them.
+
+        Where sizes are fixed, places may have facts of their own.
+        """
+        fact = analysis.fact(self.source)
+        if not self.map.spans or fact.axes == (self.map.dim,):
+            return fact
+        return summarize(fact.const, fact.shape, (self.map.dim,))
 
     def _worth_computing(self, planner: Planner, columns: tuple[int, ...]) -> tuple[int, ...]:
         """Leave out constants that the source has kept, where that saves more than a gather costs.
@@ -251,7 +277,7 @@ class LinearRule(Rule):
 
     def _border_constants(self, analysis: Analysis) -> list[tuple[int, list[int]]]:
         """Return (offset, inputs) of groups with constants that kept rows see at the border."""
-        linear, fact = self.map, analysis.fact(self.source)
+        linear, fact = self.map, self._fact(analysis)
         computed = self._line_any(analysis.keep[self.node] & analysis.fact(self.node).live)
         computed = computed.unflatten(0, (linear.groups, linear.outputs))
         seen = torch.einsum("go,goi->gi", computed.double(), linear.connected.double()) > 0
@@ -282,7 +308,7 @@ class LinearRule(Rule):
     ) -> str:
         """Return the kernel from ones to what missing constants contribute, sum of c_k * W_k."""
         weight = _weight(planner.analysis.module(self.node))
-        known, per_in = self._line(planner.analysis.fact(self.source).known), self.map.inputs
+        known, per_in = self._line(self._fact(planner.analysis).known), self.map.inputs
         kernel = torch.zeros(len(rows), 1, *weight.shape[2:], dtype=torch.float64)
         for at, (group, border) in enumerate(zip(groups, borders, strict=True)):
             values = known[[group * per_in + i for i in border]]
@@ -298,7 +324,7 @@ class LinearRule(Rule):
         zero_rows: Sequence[int],
     ) -> Tensor:
         """Fold the missing constants, away from borders, into the bias; constants replace it."""
-        linear, fact = self.map, analysis.fact(self.source)
+        linear, fact = self.map, self._fact(analysis)
         values = torch.zeros(linear.groups * linear.inputs, dtype=torch.float64)
         if missing and not linear.padded:
             values[list(missing)] = self._line(fact.known)[list(missing)]
@@ -321,7 +347,7 @@ class LinearRule(Rule):
     ) -> str:
         """Return what a carrier's weight takes over, sum of (c_k / c_j) * W_k: exact at borders."""
         weight = _weight(planner.analysis.module(self.node))
-        known, per_in = self._line(planner.analysis.fact(self.source).known), self.map.inputs
+        known, per_in = self._line(self._fact(planner.analysis).known), self.map.inputs
         delta = torch.zeros(len(rows), len(columns[0]), *weight.shape[2:], dtype=torch.float64)
         for at, (group, local, border) in enumerate(zip(groups, columns, borders, strict=True)):
             if not border:

@@ -23,6 +23,7 @@ class LinearMap:
         dim: the dimension it maps, in the input's shape.
         padded: zeros are padded around the input, so that a constant is cut off at the border.
         mappable: a two-dimensional convolution whose padding is given in numbers.
+        spans: it reads several places, or leaves some out.
     """
 
     weight: Tensor
@@ -31,6 +32,7 @@ class LinearMap:
     dim: int
     padded: bool
     mappable: bool = False
+    spans: bool = False
 
     @property
     def groups(self) -> int:
@@ -69,7 +71,7 @@ def _module_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None
     same = type(module).__name__ == "Conv2dSame"
-    if not (plain or same) or (any(axis != 1 for axis in fact.axes) and not _is_pointwise(module)):
+    if not (plain or same):
         return None
     if len(fact.shape) != module.weight.ndim:
         return None
@@ -85,6 +87,7 @@ def _module_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
         1,
         padded and module.padding_mode == "zeros",
         plain and isinstance(module, nn.Conv2d) and not isinstance(padding, str),
+        not _is_pointwise(module),
     )
 
 

@@ -17,6 +17,7 @@ from prifu_plugin.prune.layout import simplify
 from prifu_plugin.prune.plan import Scale, SelectNorm, SliceNorm
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, run
+from prifu_plugin.prune.rules.groups import independent_groups
 
 
 class ChannelAffineRule(Rule):
@@ -79,16 +80,27 @@ class ChannelAffineRule(Rule):
 
 
 class StatisticsRule(Rule):
-    """A normalization whose statistics need all of its inputs.
+    """A normalization whose statistics need all inputs of a group.
 
-    Only its closed channels go: they are dropped from its output.
+    Closed channels are dropped from its output, and groups that are closed as a whole from its
+    input too.
+
+    Args:
+        node: the node.
+        module: the layer.
+        dim: channel dimension.
+        closed: mask of the channels its filter closes, None if it has no filter.
+        groups: how many groups of channels do not depend on each other.
     """
 
-    def __init__(self, node: fx.Node, module: nn.Module, dim: int, closed: Tensor | None) -> None:
+    def __init__(
+        self, node: fx.Node, module: nn.Module, dim: int, closed: Tensor | None, groups: int
+    ) -> None:
         super().__init__(node)
         self.module = module
         self.dim = dim
         self.closed = closed
+        self.groups = groups
         self.source = first_input(node)
 
     def const(self, analysis: Analysis) -> Fact:
@@ -115,10 +127,20 @@ class StatisticsRule(Rule):
         return summarize(torch.where(closed, out, torch.nan), fact.shape, axes)
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
-        """Need everything if anything is needed."""
+        """Need everything of a group of which anything is needed."""
         fact = analysis.fact(self.source)
-        needed = bool(analysis.wanted(self.node).any())
-        return {self.source: torch.full(fact.summary_shape(), needed)}
+        wanted = analysis.wanted(self.node)
+        dim = self.dim % len(fact.shape)
+        if self.groups == 1 or dim not in fact.axes:
+            return {self.source: torch.full(fact.summary_shape(), bool(wanted.any()))}
+        line = self._by_group(wanted.movedim(dim, 0).flatten(1).any(1))
+        return {self.source: along(line, len(fact.shape), dim).expand(fact.summary_shape())}
+
+    def _by_group(self, line: Tensor) -> Tensor:
+        """Widen a mask over channels to whole groups."""
+        some = line.unflatten(0, (self.groups, -1)).any(1)
+        whole: Tensor = some.repeat_interleave(len(line) // self.groups)
+        return whole
 
     def plan(self, planner: Planner) -> None:
         """Fold the filter in and select the channels that go on."""
@@ -134,10 +156,17 @@ class StatisticsRule(Rule):
             assert spec is not None
             folded = can_fold(spec, unit)
             shifted = not folded and unit.bias is not None
-        kernel = SelectNorm(self.dim, layout.get(dim), folded, shifted)
-        planner.emit(
-            self.node, kernel, {self.source: planner.conform(self.source, self.node)}, layout
-        )
+        inputs, groups, asked = None, 0, {}
+        line = torch.zeros(fact.shape[dim], dtype=torch.bool)
+        line[list(kept[dim])] = True
+        whole = self._by_group(line)
+        if self.groups > 1 and not whole.all():
+            inputs = tuple(whole.nonzero().flatten().tolist())
+            groups = len(inputs) * self.groups // fact.shape[dim]
+            asked = {dim: inputs}
+        kernel = SelectNorm(self.dim, layout.get(dim), folded, shifted, inputs, groups)
+        conform = planner.conform(self.source, self.node, asked)
+        planner.emit(self.node, kernel, {self.source: conform}, layout)
 
 
 def norm_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
@@ -168,7 +197,9 @@ def norm_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
             scale = torch.ones_like(module.running_mean)
         return ChannelAffineRule(node, module, spec.dim, scale.detach())
     dim = filter_of(module).dim if is_host(module) else spec.dim
-    return StatisticsRule(node, module, dim, closed)
+    rank = len(analysis.fact(first_input(node)).shape)
+    groups = independent_groups(module, dim, rank) if spec.folds else 1
+    return StatisticsRule(node, module, dim, closed, groups)
 
 
 class _Silent:
