@@ -237,8 +237,9 @@ def test_a_leak_in_the_first_token_is_read():
     uploads = prepare(*parts, "standard")
     assert any("first token" in part[0].name for part in uploads.parts)
     assert any(part[0].spatial for part in uploads.parts)
-    found = infer(uploads, (s[:600], s[600:750], s[750:]), 2)
-    assert float((found.scores.argmax(1) == s[750:]).double().mean()) > 0.85
+    labels = s[:600], s[600:750], s[750:]
+    read = infer(uploads, labels, 2, only="first token, standardized ridge")
+    assert float((read.scores.argmax(1) == s[750:]).double().mean()) > 0.85
 
 
 def test_bits_of_an_attacker_that_is_right_but_too_sure():
