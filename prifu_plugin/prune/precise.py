@@ -25,19 +25,25 @@ def precise(captured: Captured) -> Captured:
     Returns:
         The same graph, node by node, on the copy.
     """
-    root = copy.deepcopy(captured.root).double()
+    root = in_fp64(captured.root)
+    for name, value in captured.computed.items():
+        root.get_parameter(name).data = value
+    return Captured(root, _promoted(captured.graph))
+
+
+def in_fp64(model: nn.Module) -> nn.Module:
+    """Copy a model with filters to fp64, with the masks it has."""
+    root = copy.deepcopy(model).double()
     for module in root.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, Tensor) and value.is_floating_point():
                 setattr(module, name, value.double())
-    for name, value in captured.computed.items():
-        root.get_parameter(name).data = value
-    units = zip(filters(captured.root).values(), filters(root).values(), strict=True)
+    units = zip(filters(model).values(), filters(root).values(), strict=True)
     for unit, twin in units:
         # An open weight is above 0, so alpha = 0 keeps it open whatever rounding says.
         twin.weight.data.masked_fill_(unit.closed, 0.0)
         twin.alpha = 0.0
-    return Captured(root, _promoted(captured.graph))
+    return root
 
 
 def _promoted(graph: fx.Graph) -> fx.Graph:

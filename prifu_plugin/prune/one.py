@@ -1,0 +1,166 @@
+"""Prune one graph: facts, plan, rewriting and certificate of a model that can be captured."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from prifu_plugin.cut import CutFilter
+from prifu_plugin.errors import CaptureError, ConfigError, PrifuError, VerificationError
+from prifu_plugin.filter import PriFU
+from prifu_plugin.graph.capture import Captured
+from prifu_plugin.prune.inputs import Inputs, refusal, takes
+from prifu_plugin.prune.ladder import recorded
+from prifu_plugin.prune.plan import Plan
+from prifu_plugin.prune.planner import make_plan
+from prifu_plugin.prune.precise import precise, reference
+from prifu_plugin.prune.report import Fate, fates
+from prifu_plugin.prune.rewrite import rewrite
+from prifu_plugin.prune.rules import Analysis, analyse
+from prifu_plugin.prune.verify import Check, compare, culprit
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """One pruned graph.
+
+    Attributes:
+        model: in the precision of what it was made from.
+        exact: the same in fp64.
+        plan: from which it was made.
+        checks: the certificate, empty if it was not asked for.
+        layers: the fate of every channel.
+    """
+
+    model: fx.GraphModule
+    exact: fx.GraphModule
+    plan: Plan
+    checks: tuple[Check, ...]
+    layers: tuple[Fate, ...]
+
+
+def prune_graph(
+    filtered: nn.Module,
+    runs: tuple[Inputs, ...],
+    recipe: dict[str, Any],
+    *,
+    round_to: int,
+    verify: bool,
+    seed: int,
+) -> Pruned:
+    """Prune a model with filters that can be captured as one graph.
+
+    Args:
+        filtered: on the CPU, in eval mode; layers may be added to it, nothing else changes.
+        runs: inputs to analyse at, and others (`runs_of`).
+        recipe: how the model was wrapped, for the plan.
+        round_to: widths become multiples of it.
+        verify: compare with the filtered model.
+        seed: of the inputs it is compared on.
+
+    Raises:
+        CaptureError: if it cannot be traced or analysed.
+        VerificationError: if the pruned model differs.
+    """
+    with explained(filtered):
+        captured, runs = recorded(filtered, runs)
+        exact = precise(captured)
+        analysis = analyse(exact.root, exact.graph)
+        made_of = {"inputs": runs[0].to_dict(), "graph": fingerprint(captured)}
+        plan = make_plan(analysis, {**recipe, **made_of}, round_to)
+        pruned, twin = rewrite(captured, plan), rewrite(exact, plan)
+    checks: tuple[Check, ...] = ()
+    if verify:
+        checks = _certify(analysis, captured, exact, plan, (pruned, twin), runs, seed)
+    return Pruned(pruned, twin, plan, checks, fates(analysis, plan))
+
+
+@contextmanager
+def explained(model: nn.Module) -> Iterator[None]:
+    """Turn an error of the analysis into one that says what was refused."""
+    try:
+        yield
+    except PrifuError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"prune cannot analyse this {type(model).__name__} ({type(error).__name__}: {error}), "
+            "and leaves it as it is. Please report the model."
+        ) from error
+
+
+def runs_of(filtered: nn.Module, inputs: Inputs) -> tuple[Inputs, ...]:
+    """Return the inputs to analyse at, and others of another batch size and size if it takes them.
+
+    What the two runs do not share is not concluded.
+    """
+    first = inputs.batch(2) if takes(filtered, inputs.batch(2)) else inputs
+    why = refusal(filtered, first)
+    if why is not None:
+        raise ConfigError(
+            f"{type(filtered).__name__} refuses inputs of shape {list(inputs.shapes)}: {why} "
+            "Pass example_inputs= a batch as the model takes it."
+        )
+    others = [*inputs.batch(3).sized(), inputs.batch(3)]
+    other = next((one for one in others if takes(filtered, one)), None)
+    return (first,) if other is None else (first, other)
+
+
+def fingerprint(captured: Captured) -> str:
+    """Return a digest of what a graph computes, weights left out."""
+    lines = []
+    for node in captured.graph.nodes:
+        target = getattr(node.target, "__name__", node.target)
+        what = ""
+        if node.op == "call_module":
+            module = captured.root.get_submodule(str(node.target))
+            shown = not isinstance(module, PriFU | CutFilter)
+            what = f"{type(module).__name__}({module.extra_repr() if shown else ''})"
+        lines.append(f"{node.name} {node.op} {target} {what} {node.args} {node.kwargs}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _certify(
+    analysis: Analysis,
+    captured: Captured,
+    exact: Captured,
+    plan: Plan,
+    both: tuple[fx.GraphModule, fx.GraphModule],
+    runs: tuple[Inputs, ...],
+    seed: int,
+) -> tuple[Check, ...]:
+    """Compare in fp64 first, where every mistake shows, then in the model's own precision."""
+    single = runs[0].batch(1) if takes(captured.root, runs[0].batch(1)) else runs[0]
+    own = runs[0].batch(3) if takes(captured.root, runs[0].batch(3)) else runs[0]
+    filtered = reference(exact, single.draw(exact.root, seed))
+    pruned, twin = both
+    checks = [
+        compare(filtered, twin, single, seed),
+        compare(filtered, twin, runs[-1], seed + 1),
+        compare(captured.root, pruned, own, seed + 2, filtered),
+    ]
+    for check, used in zip(checks, (single, runs[-1], own), strict=True):
+        if check.holds:
+            continue
+        for node in exact.graph.nodes:
+            if node in analysis.need:
+                node.meta["needed"] = analysis.wanted(node)
+        if check.difference != check.difference:
+            raise VerificationError(
+                f"The filtered {type(captured.root).__name__} itself returns no finite number for "
+                f"Gaussian inputs {list(check.shapes)}: nothing can be compared. Look at its "
+                "weights and statistics, or pass verify=False if you have another test."
+            )
+        where = culprit(exact, plan, twin, used)
+        raise VerificationError(
+            f"The pruned {type(captured.root).__name__} differs from the filtered one by "
+            f"{check.difference:.1e} ({check.dtype}, inputs {list(check.shapes)}; allowed "
+            f"{check.tolerance:.0e}), first at {where or 'the output'}. Nothing was changed. Leave "
+            "the module around it out of the filters with exclude=, and please report it."
+        )
+    return tuple(checks)

@@ -1,0 +1,117 @@
+"""Models whose forward cannot be followed: their parts are pruned inside their own Python."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import CaptureError, ConfigError, OrderError
+from prifu_plugin.prune.verify import difference
+
+
+def block(inputs, outputs):
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Deciding(nn.Module):
+    """Decides on values, asks a part for an attribute, and looks inside another."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(block(3, 16), block(16, 16))
+        self.body.width = 16
+        self.looked_into = nn.Sequential(block(16, 8), block(8, 8))
+        self.between = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = self.body(x)
+        assert h.shape[1] == self.body.width
+        if float(h.detach().mean()) > 1e6:  # on the value of a tensor
+            h = h * 0
+        for layer in self.looked_into:
+            h = layer(h)
+        return {"logits": self.head(self.between(h).mean((2, 3))), "width": self.body.width}
+
+
+def half_off(model, bias=False):
+    torch.manual_seed(0)
+    for unit in prifu.filters(model).values():
+        unit.weight.data = torch.where(torch.arange(len(unit.weight)) % 2 == 0, 0.1, 0.0)
+        if unit.bias is not None:
+            unit.bias.data.normal_()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.normal_()
+        norm.bias.data.normal_()
+    return model.eval()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_largest_parts_are_pruned_and_the_python_stays(bias):
+    torch.manual_seed(0)
+    model = half_off(prifu.wrap(Deciding(), bias=bias))
+    pruned = prifu.prune(model, torch.zeros(2, 3, 12, 12))
+    x = torch.randn(4, 3, 20, 16)
+    assert difference(model(x), pruned(x)) < 1e-5
+    assert isinstance(pruned, Deciding)
+    assert torch.equal(pruned(x)["logits"], copy.deepcopy(pruned)(x)["logits"])
+    assert not any(isinstance(m, prifu.PriFU) for m in pruned.modules())
+    widths = {n: m.out_channels for n, m in pruned.named_modules() if isinstance(m, nn.Conv2d)}
+    assert sorted(widths.values()) == [4, 8, 8, 16] if not bias else True
+    assert widths["body.0.0"] == 8
+    report = prifu.report(pruned)
+    assert report.saved > 0.2
+    assert all(check.holds for check in report.checks)
+    assert any("looked_into" in path and "not pruned as one" in why for path, why in report.notes)
+    assert "pruned in parts" in str(report)
+    with pytest.raises(ConfigError, match="in parts"):
+        prifu.plan(pruned)
+    pruned.train()
+    pruned(x)["logits"].sum().backward()
+    assert pruned.get_submodule("body.0.0").weight.grad is not None
+
+
+def test_the_wrapped_model_is_not_changed():
+    model = half_off(prifu.wrap(Deciding()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prifu.prune(model, torch.zeros(2, 3, 12, 12))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert len(prifu.filters(model)) == 5
+
+
+def test_where_no_part_can_be_followed_nothing_is_returned():
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(x) if float(x.sum()) > 1e9 else self.norm(x) + 1
+
+    with pytest.raises(CaptureError, match="Alone cannot be traced"):
+        prifu.prune(prifu.wrap(Alone()).eval(), torch.zeros(2, 3, 4, 4))
+
+
+def test_a_report_of_something_else():
+    with pytest.raises(ConfigError, match="not made by"):
+        prifu.report(nn.Linear(2, 2))
+    with pytest.raises(OrderError):
+        prifu.prune(nn.Linear(2, 2), torch.zeros(2, 2))
+
+
+@pytest.mark.zoo
+def test_a_detector():
+    torch.manual_seed(0)
+    settings = {"weights": None, "weights_backbone": None}
+    net = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(**settings)
+    model = half_off(prifu.wrap(net.eval()))
+    pruned = prifu.prune(model, torch.rand(2, 3, 96, 96))
+    x = [torch.rand(3, 120, 100)]
+    with torch.no_grad():
+        expected, found = model(x), pruned(x)
+    assert difference(expected, found) < 1e-4
+    assert prifu.report(pruned).parameters[1] < prifu.report(pruned).parameters[0]
