@@ -109,7 +109,7 @@ class Quantizer(nn.Module):
 
     def levels(self, z: Tensor) -> Tensor:
         """Return the number of each value's level, uint8, 0 to 2^bits - 1."""
-        if torch.isnan(self.low):
+        if not torch.compiler.is_compiling() and torch.isnan(self.low):
             raise ConfigError("The quantizer has no range: call fit on training uploads first.")
         place = (z.detach().float() - self.low) / self._step()
         return place.round().clamp(0, 2**self.bits - 1).to(torch.uint8)
@@ -217,8 +217,9 @@ class Projection(nn.Module):
         left, values, right = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
         smallest = max(linear.weight.shape) * torch.finfo(linear.weight.dtype).eps
         rank = max(1, int((values > values.max() * smallest).sum()))
-        self.register_buffer("basis", right[:rank].to(linear.weight.dtype))
-        self.register_buffer("rest", (left * values)[:, :rank].to(linear.weight.dtype))
+        rest = (left * values)[:, :rank].contiguous()
+        self.register_buffer("basis", right[:rank].to(linear.weight.dtype).contiguous())
+        self.register_buffer("rest", rest.to(linear.weight.dtype))
         self.bias = linear.bias
 
     def forward(self, z: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import prifu_plugin as prifu
 from prifu_plugin.channel import Channel, Noise, Projection, Quantizer, image_bytes
 from prifu_plugin.errors import ConfigError
 
@@ -106,3 +107,72 @@ def test_images_on_the_wire():
 def test_bad_input(make):
     with pytest.raises(ConfigError):
         make()
+
+
+def test_fine_tuning_through_a_coarse_quantizer_recovers_the_task():
+    torch.manual_seed(0)
+    x = torch.randn(600, 12)
+    y = torch.bucketize(x[:, :3].sum(1), torch.tensor([-1.2, 0.0, 1.2]))
+    edge = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    cloud = nn.Linear(4, 4)
+    parts = nn.ModuleList([edge, cloud])
+
+    def train(channel, steps):
+        optimizer = torch.optim.Adam(parts.parameters(), lr=0.01)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(cloud(channel(edge(x))), y).backward()
+            optimizer.step()
+
+    train(Channel(), 150)
+    channel = Channel(Quantizer(1).fit(edge(x)))
+    with torch.no_grad():
+        before = (cloud(channel(edge(x))).argmax(1) == y).double().mean()
+        whole = (cloud(edge(x)).argmax(1) == y).double().mean()
+    train(channel, 150)
+    with torch.no_grad():
+        after = (cloud(channel(edge(x))).argmax(1) == y).double().mean()
+    assert before < whole - 0.02
+    assert after > before + 0.02
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "pruned"])
+def test_a_projection_behind_filters(kind):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    x = torch.randn(4, 3, 8, 8)
+    model = prifu.wrap(nn.Sequential(*layers, nn.Linear(8, 3)), cut="3", example_inputs=x).eval()
+    model.get_submodule("3").prifu.prifu.weight.data[:4] = 0.0
+    if kind == "pruned":
+        model = prifu.prune(model, x)
+    edge, _ = (
+        prifu.split(model, "3", x) if kind == "wrapped" else prifu.split(model, last(model), x)
+    )
+    projection = Projection(model.get_submodule("4"))
+    expected = model(x)
+    torch.testing.assert_close(projection.server()(projection(edge(x))), expected)
+
+
+def last(pruned):
+    """Return the name of the node that the head reads."""
+    head = next(node for node in pruned.graph.nodes if node.target == "4")
+    return head.args[0].name
+
+
+def test_edge_and_channel_are_one_module_that_is_saved_and_exported(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    edge = nn.Sequential(nn.Linear(6, 4), nn.ReLU())
+    z = edge(torch.randn(50, 6))
+    head = nn.Linear(4, 3)
+    phone = nn.Sequential(edge, Channel(Projection(head), Quantizer(4))).eval()
+    phone[1].steps[1].fit(phone[1].steps[0](z))
+    save_file(phone.state_dict(), tmp_path / "phone.safetensors")
+    fresh = nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.ReLU()),
+                          Channel(Projection(nn.Linear(4, 3)), Quantizer(4))).eval()  # fmt: skip
+    fresh.load_state_dict(load_file(tmp_path / "phone.safetensors"))
+    x = torch.randn(5, 6)
+    assert torch.equal(fresh(x), phone(x))
+    exported = torch.export.export(phone, (x,)).module()
+    assert torch.equal(exported(x), phone(x))
