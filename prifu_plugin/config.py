@@ -21,6 +21,8 @@ class FilterConfig:
         preserve: multiply by the fixed factor 1/init, so that a model computes at first what it
             computed before (False: the paper's bare initialization).
         noise: standard deviation of the Gaussian noise on the filtered upload, in units of W.
+        decay: "decoupled", W <- W - lr * beta * W beside whatever the optimizer does; or "coupled",
+            beta * W in the gradient, so that SGD's momentum carries it, as in the authors' code.
 
     Raises:
         ConfigError: if a value is outside its range.
@@ -36,12 +38,15 @@ class FilterConfig:
     bias: bool = False
     preserve: bool = True
     noise: float = 0.0
+    decay: str = "decoupled"
 
     def __post_init__(self) -> None:
         _check("alpha", self.alpha, 0 <= self.alpha < 1, "in [0, 1)")
         _check("beta", self.beta, self.beta >= 0, "at least 0")
         _check("init", self.init, self.init > 0, "above 0")
         _check("noise", self.noise, self.noise >= 0, "at least 0")
+        if self.decay not in ("decoupled", "coupled"):
+            raise ConfigError(f"decay={self.decay!r}: pass 'decoupled' or 'coupled'.")
 
     @property
     def gain(self) -> float:

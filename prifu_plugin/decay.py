@@ -78,6 +78,8 @@ def _before_step(
                 f"lr * beta = {rate} * {unit.beta} >= 1 at the filter of '{unit.path}': one step "
                 "would flip the sign of W. Lower beta (dose_to_beta computes it) or the rate."
             )
+        if unit.decay == "coupled":
+            _couple(optimizer, unit, group, bool(_closures(args, kwargs)))
         remembered.append((unit, rate, unit.weight.detach().clone()))
     _REMEMBERED[optimizer] = remembered
     _RUNNING.append((weakref.ref(optimizer), set()))
@@ -115,17 +117,42 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
             if unit.weight.grad is None:
                 continue
             # A wrapper (Lookahead, SAM) calls the step of the optimizer inside, which decayed W.
-            if id(unit) not in decayed:
+            if id(unit) not in decayed and unit.decay == "decoupled":
                 unit.weight.sub_(before, alpha=rate * unit.beta)
                 unit.dose += rate * unit.beta
             for _, others in _RUNNING:
                 others.add(id(unit))
             _filter(unit, optimizer)
-    if any(callable(given) for given in (*args[1:], *kwargs.values())):
+    if _closures(args, kwargs):
         # A closure makes its gradients in the step, so that only now it is known who has some.
         filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
         owned = {id(unit) for unit, _ in _owned_filters(optimizer, filters)}
         check_ownership(optimizer, filters.values(), owned)
+
+
+def _closures(args: tuple[Any, ...], kwargs: Group) -> list[Any]:
+    return [given for given in (*args[1:], *kwargs.values()) if callable(given)]
+
+
+def _couple(optimizer: Optimizer, unit: PriFU, group: Group, closure: bool) -> None:
+    """Put beta * W into the gradient, or say why that would not be what is asked for."""
+    scaled = getattr(optimizer, "grad_scale", None) is not None
+    plain = isinstance(optimizer, torch.optim.SGD) and not _running()
+    if not plain or closure or scaled or group.get("maximize") or group.get("nesterov"):
+        raise ConfigError(
+            "decay='coupled' puts beta * W into the gradient, which is right for torch.optim.SGD "
+            "without a closure, fused scaling, maximize, nesterov or a wrapper around it. Use "
+            "decay='decoupled' for anything else."
+        )
+    if unit.weight.grad is not None:
+        rate, momentum = float(group["lr"]), float(group["momentum"])
+        if rate * unit.beta >= 1 - momentum:
+            raise ConfigError(
+                f"lr * beta / (1 - momentum) >= 1 at the filter of '{unit.path}': W would change "
+                "its sign. Lower beta or the rate."
+            )
+        unit.weight.grad.add_(unit.weight.detach(), alpha=unit.beta)
+        unit.dose += rate * unit.beta / (1 - momentum)
 
 
 def _filter(unit: PriFU, optimizer: Optimizer) -> None:

@@ -65,6 +65,7 @@ class PriFU(nn.Module):
         config = config or FilterConfig(preserve=False)
         self.alpha = config.alpha
         self.beta = config.beta
+        self.decay = config.decay
         self.gain = config.gain
         self.dim = dim
         self.path = ""

@@ -344,3 +344,40 @@ def test_a_closure_that_raises_leaves_the_optimizer_as_it_was(by_name):
     optimizer.step()
     assert prifu.filters(model)["1"].dose == pytest.approx(0.01)
     assert not torch.equal(prifu.filters(model)["1"].weight, weight)
+
+
+def test_coupled_decay_is_a_gradient_that_momentum_carries():
+    model, twin = make(), make()
+    beta, momentum = 0.05, 0.9
+    for net in (model, twin):
+        for unit in prifu.filters(net).values():
+            unit.alpha, unit.beta = 0.0, beta if net is model else 0.0
+            unit.decay = "coupled"
+    optimizers = [
+        torch.optim.SGD(n.parameters(), lr=0.01, momentum=momentum) for n in (model, twin)
+    ]
+    for _ in range(4):
+        for net, optimizer in zip((model, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = loss_of(net)
+            if net is twin:  # the same as a term of the loss
+                loss = loss + sum(
+                    beta / 2 * u.weight.square().sum() for u in prifu.filters(net).values()
+                )
+            loss.backward()
+            optimizer.step()
+    torch.testing.assert_close(weight(model), weight(twin), rtol=1e-5, atol=1e-7)
+    assert prifu.filters(model)["1"].dose == pytest.approx(4 * 0.01 * beta / (1 - momentum))
+
+
+def test_coupled_decay_refuses_what_it_cannot_do():
+    net = make()
+    for unit in prifu.filters(net).values():
+        unit.decay = "coupled"
+    loss_of(net).backward()
+    with pytest.raises(ConfigError, match="decoupled"):
+        torch.optim.Adam(net.parameters()).step()
+    with pytest.raises(ConfigError, match="decoupled"):
+        torch.optim.SGD(net.parameters(), lr=0.1).step(lambda: loss_of(net))
+    with pytest.raises(ConfigError, match="decay="):
+        prifu.wrap(nn.Sequential(nn.BatchNorm1d(2)), decay="strong")

@@ -43,6 +43,7 @@ def wrap(
     cut: str | None = None,
     cut_dim: int | None = None,
     noise: float = 0.0,
+    decay: str = "decoupled",
     inplace: bool = False,
 ) -> nn.Module:
     """Put a PriFU behind every normalization layer of a model.
@@ -66,6 +67,8 @@ def wrap(
         cut_dim: channel dimension of that tensor; None finds it from the layer before.
         noise: standard deviation of the noise on the filtered upload, in units of W (0.3 is the
             recommended setting with a cut).
+        decay: "decoupled" for any optimizer, or "coupled" for SGD, whose momentum then carries it:
+            the dose is 1 / (1 - momentum) times as large.
         inplace: change `model` instead of a copy.
 
     Returns:
@@ -82,7 +85,13 @@ def wrap(
         ('BatchNorm2d', PriFU(4, 4 open, alpha=0.1, beta=0.001))
     """
     config = FilterConfig(
-        alpha=alpha, beta=beta, init=init, bias=bias, preserve=preserve, noise=noise
+        alpha=alpha,
+        beta=beta,
+        init=init,
+        bias=bias,
+        preserve=preserve,
+        noise=noise,
+        decay=decay,
     )
     if noise > 0 and cut is None:
         raise ConfigError(f"noise={noise} needs a cut: pass cut= the path of the uploaded module.")
