@@ -43,10 +43,12 @@ def main() -> None:
                     for part in sent
                 ]
             name = ", ".join([method, *(f"{k} {v}" for k, v in settings.items())])
+            some = len(sent[0]) * 3 // 4  # the rest is to choose among decoders
             found = reconstruct(
-                (sent[0], study.attack.images),
+                (sent[0][:some], study.attack.images[:some]),
+                (sent[0][some:], study.attack.images[some:]),
                 (sent[1], study.test.images),
-                (answers[0], answers[1]),
+                (answers[0][:some], answers[1]),
                 steps=10 if scale.name == "smoke" else 250,
                 losses=["squared error"],
             )
