@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -21,17 +22,23 @@ class Members:
         self.graph = graph
         self.found: dict[str, Any] = {}
         self.origins: dict[str, Any] = {}
-        self.calls: dict[str, int] = {}
         self.constants = self.fresh("constants")
 
-    def call(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> fx.Node:
-        """Call a module; each call of the original gets one of its own."""
-        count = self.calls.get(path, 0)
-        self.calls[path] = count + 1
-        if count:
-            path = f"{path}_call{count}"
-        self.found[path] = module
-        return self.graph.call_module(path, tuple(args), kwargs)
+    def layer(self, path: str, origin: Any, make: Callable[[], nn.Module]) -> str:
+        """Return where a layer is; calls of one layer that are sliced alike share the slice.
+
+        Args:
+            path: of the original.
+            origin: how it is sliced.
+            make: makes the slice, if it is not there.
+        """
+        count, place = 0, path
+        while place in self.found and self.origins[place] != (path, origin):
+            count += 1
+            place = f"{path}_call{count}"
+        if place not in self.found:
+            self.found[place], self.origins[place] = make(), (path, origin)
+        return place
 
     def add(self, path: str, value: Any, origin: Any = None) -> fx.Node:
         """Read a member; another path is found if there stands what has another origin."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from prifu_plugin.graph.sized import is_guard
+from prifu_plugin.prune.agreement import Agreement, until_agreed
 from prifu_plugin.prune.facts import Fact, first_channel, tensor_inputs
 from prifu_plugin.prune.layout import FILL, Conform, Layout, box, physical, restrict, simplify
 from prifu_plugin.prune.plan import Keep, Kernel, NodePlan, Plan
@@ -23,6 +24,7 @@ class Planner:
         layouts: planned node -> its layout.
         plans: planned node -> its plan.
         constants: name -> value.
+        decided: layer -> the order of channels that its calls share.
     """
 
     def __init__(self, analysis: Analysis) -> None:
@@ -30,6 +32,7 @@ class Planner:
         self.layouts: dict[fx.Node, Layout] = {}
         self.plans: dict[fx.Node, NodePlan] = {}
         self.constants: dict[str, Tensor] = {}
+        self.decided: dict[Hashable, tuple[int, ...]] = {}
 
     def exists(self, node: fx.Node) -> bool:
         """Whether a node has physical channels."""
@@ -54,9 +57,19 @@ class Planner:
         )
 
     def constant(self, name: str, value: Tensor) -> str:
-        """Record a constant and return its name."""
+        """Record a constant and return its name; another one for another value."""
+        found = self.constants.get(name)
+        if found is not None and not torch.equal(found, value):
+            return self.constant(f"{name}_", value)
         self.constants[name] = value.detach().clone()
         return name
+
+    def agreed(self, node: fx.Node, decide: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        """Return what was decided for the first call of a node's layer."""
+        key = self.analysis.layer_key(node)
+        if key not in self.decided:
+            self.decided[key] = decide()
+        return self.decided[key]
 
     def physical(self, node: fx.Node, dim: int) -> tuple[int, ...]:
         """Return the original indices that exist of a node along a dimension."""
@@ -123,8 +136,12 @@ def make_plan(analysis: Analysis, recipe: dict[str, Any], round_to: int = 1) -> 
     Returns:
         The plan.
     """
-    _find_need(analysis)
-    _find_keep(analysis, round_to)
+    for node in analysis.graph.nodes:
+        key = analysis.layer_key(node)
+        if key is not None:
+            analysis.calls.setdefault(key, []).append(node)
+    until_agreed(analysis, lambda agreement: _find_need(analysis, agreement))
+    until_agreed(analysis, lambda agreement: _find_keep(analysis, round_to, agreement))
     planner = Planner(analysis)
     for node in analysis.graph.nodes:
         if node.op == "output":
@@ -153,7 +170,7 @@ def _plan_output(planner: Planner, node: fx.Node) -> None:
     planner.plans[node] = NodePlan(node.name, Keep(), changed)
 
 
-def _find_need(analysis: Analysis) -> None:
+def _find_need(analysis: Analysis, agreement: Agreement) -> None:
     """Pass need from the output to the inputs, through live results only."""
     masks: dict[Any, Tensor] = {}
     for node in reversed(analysis.graph.nodes):
@@ -164,13 +181,14 @@ def _find_need(analysis: Analysis) -> None:
         value = analysis.values.get(node)
         if isinstance(value, Fact):
             none = torch.zeros(value.summary_shape(), dtype=torch.bool)
-            analysis.need[node] = masks.get(node, none)
+            live = masks.get(node, none) & value.live
+            analysis.need[node] = masks.get(node, none) | agreement.join(node, live)
         if node in analysis.rules:
             for source, mask in analysis.rules[node].need(analysis).items():
                 masks[source] = masks[source] | mask if source in masks else mask
 
 
-def _find_keep(analysis: Analysis, round_to: int) -> None:
+def _find_keep(analysis: Analysis, round_to: int, agreement: Agreement) -> None:
     """Decide what exists: what is live and needed, what an output must show, what is wanted."""
     wants = analysis.wants
     exists: set[fx.Node] = set()
@@ -191,7 +209,7 @@ def _find_keep(analysis: Analysis, round_to: int) -> None:
         sized = any(user in exists and user.meta["shape"] == () for user in node.users)
         if sized and not keep.any():
             keep = first_channel(value)
-        keep = _aligned(analysis, node, keep, round_to)
+        keep = agreement.join(node, _aligned(analysis, node, keep, round_to))
         analysis.keep[node] = keep
         if not keep.any() and not (value.static and read):
             continue

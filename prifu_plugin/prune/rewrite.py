@@ -117,8 +117,10 @@ class _Rewriter:
             value = value_at(self.root, str(node.target))
             return self.members.add(self._place(node), like(value, value), (node.target, ()))
         if node.op == "call_module":
-            module = pure_copy(self._called(node))
-            return self._call(node, module, args, kwargs)
+            path = self.members.layer(
+                str(node.target), kernel, lambda: pure_copy(self._called(node))
+            )
+            return self.new.call_module(path, tuple(args), kwargs)
         if kernel.sizes or node.target in SIZED or node.target is torch.reshape:
             sizes = self._argument(node, size_arguments(node), operands)
             for position, size in kernel.sizes:
@@ -133,8 +135,11 @@ class _Rewriter:
         delta = self._constant(kernel.delta) if kernel.delta else None
         if node.op == "call_module":
             module = self._called(node)
-            layer = slice_linear(module, kernel, bias, delta)
-            result = self._call(node, layer, (x,), {})
+            path = self.members.layer(
+                str(node.target), kernel, lambda: slice_linear(module, kernel, bias, delta)
+            )
+            layer = self.members.found[path]
+            result = self.new.call_module(path, (x,))
             if kernel.border:
                 ones = self.members.buffer(kernel.border, self._constant(kernel.border))
                 border = border_map(self.new, layer, x, result, ones)
@@ -165,7 +170,8 @@ class _Rewriter:
             layer, scale, shift = slice_norm(module, kernel.channels, folded)
         else:
             layer, scale, shift = slice_norm(module, kernel.inputs, folded, kernel.groups)
-        result = self._call(node, layer, (self._operand(node.args[0], operands),), {})
+        path = self.members.layer(str(node.target), kernel, lambda: layer)
+        result = self.new.call_module(path, (self._operand(node.args[0], operands),))
         if isinstance(kernel, SliceNorm):
             return result
         rank = len(node.meta["shape"])
@@ -314,9 +320,6 @@ class _Rewriter:
         )
 
     # Members of the new model.
-
-    def _call(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> fx.Node:
-        return self.members.call(str(node.target), module, args, kwargs)
 
     def _place(self, node: fx.Node) -> str:
         """Return a path for a parameter; not inside a layer that has a sliced one of its own."""

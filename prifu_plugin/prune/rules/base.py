@@ -30,6 +30,7 @@ class Analysis:
         keep: node -> mask over its channels: must it, or should it, exist?
         notes: (node, reason) where no rule was found.
         movements: what was found of operations that move data, for those that repeat.
+        calls: layer -> the nodes that call it, in order; filled as rules are found.
     """
 
     root: nn.Module
@@ -41,6 +42,7 @@ class Analysis:
     keep: dict[fx.Node, Tensor] = field(default_factory=dict)
     notes: list[tuple[str, str]] = field(default_factory=list)
     movements: dict[Hashable, Any] = field(default_factory=dict)
+    calls: dict[Hashable, list[fx.Node]] = field(default_factory=dict)
 
     def fact(self, node: fx.Node) -> Fact:
         """Return the fact of a node that is one tensor."""
@@ -65,6 +67,17 @@ class Analysis:
     def module(self, node: fx.Node) -> nn.Module:
         """Return the module a node calls."""
         return self.root.get_submodule(str(node.target))
+
+    def layer_key(self, node: fx.Node) -> Hashable | None:
+        """Return what calls of one layer share, None if a node calls nothing that is sliced."""
+        rule = self.rules.get(node)
+        form = None if rule is None else rule.sliced_form(self)
+        return None if form is None else (str(layer_of(node)), form)
+
+    def calls_kept(self, node: fx.Node) -> list[fx.Node]:
+        """Return the calls of a node's layer of which anything is to exist."""
+        key = self.layer_key(node)
+        return [call for call in self.calls[key] if self.keep[call].any()] if key else [node]
 
 
 class Rule(ABC):
@@ -93,6 +106,14 @@ class Rule(ABC):
         """Return constant channels of inputs that had better exist, given what is kept here."""
         return {}
 
+    def sliced_dim(self, analysis: Analysis) -> int:
+        """Return the dimension of the result along which the layer's own weights are sliced."""
+        raise NotImplementedError
+
+    def sliced_form(self, analysis: Analysis) -> Hashable | None:
+        """Return what calls must share to be served by one sliced layer; None if none is."""
+        return None
+
     def aligned_dim(self, source: fx.Node) -> int | None:
         """Return the dimension along which this operation likes aligned widths, if any."""
         return None
@@ -100,6 +121,12 @@ class Rule(ABC):
     @abstractmethod
     def plan(self, planner: Planner) -> None:
         """Add this node to the plan, given the plans of its inputs."""
+
+
+def layer_of(node: fx.Node) -> Any:
+    """Return what a node calls: the path of its module, or of the weight of a functional."""
+    weight = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
+    return weight.target if isinstance(weight, fx.Node) else node.target
 
 
 def first_input(node: fx.Node) -> fx.Node:

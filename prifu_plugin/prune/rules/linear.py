@@ -1,4 +1,4 @@
-"""How linear maps move constants and need, and how they are sliced."""
+"""How linear maps are sliced."""
 
 from __future__ import annotations
 
@@ -6,79 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from prifu_plugin.prune.facts import Fact, any_over, summarize
+from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.layout import FILL
 from prifu_plugin.prune.plan import SliceLinear
 from prifu_plugin.prune.planner import Planner
-from prifu_plugin.prune.rules.base import Analysis, Rule, first_input
-from prifu_plugin.prune.rules.linear_map import LinearMap
-
-NARROW = 48
-"""Live input channels below which a border map is preferred to a carrier."""
+from prifu_plugin.prune.rules.base import Analysis
+from prifu_plugin.prune.rules.linear_facts import LinearFacts
 
 GATHER = 64
 """Multiply-accumulates that take as long as moving one value."""
 
 
-class LinearRule(Rule):
+class LinearRule(LinearFacts):
     """A linear map at one node."""
-
-    def __init__(self, node: fx.Node, linear: LinearMap) -> None:
-        super().__init__(node)
-        self.map = linear
-        self.source = first_input(node)
-
-    def adds_border(self, analysis: Analysis) -> bool:
-        """Whether missing constants at a border are added as a map, rather than carried.
-
-        A carrier is one more channel to compute, here and where it comes from; a map is one more
-        pass over the result. Narrow and grouped convolutions are better off with the map.
-        """
-        if not self.map.mappable or self.map.inputs == 1:
-            return False
-        live = self._line(self._fact(analysis).live)
-        return self.map.groups > 1 or int(live.sum()) < NARROW
-
-    def const(self, analysis: Analysis) -> Fact:
-        """Map constants; live if a live input is connected, or a constant meets the border."""
-        fact, linear = self._fact(analysis), self.map
-        known, live = self._grouped(fact.known, fact), self._grouped(fact.live, fact)
-        connected = linear.connected.double()
-        out = torch.einsum("...gi,goi->...go", known, linear.weight).flatten(-2) + linear.bias
-        reached = torch.einsum("...gi,goi->...go", live.double(), connected) > 0
-        if linear.padded:
-            reached |= torch.einsum("...gi,goi->...go", (known != 0).double(), connected) > 0
-        out = torch.where(reached.flatten(-2), torch.nan, out).movedim(-1, linear.dim)
-        shape = tuple(
-            linear.groups * linear.outputs if d == linear.dim else size
-            for d, size in enumerate(_output_shape(analysis, self.node))
-        )
-        return summarize(out, shape, tuple(sorted({*fact.axes, linear.dim})))
-
-    def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
-        """Need every input that is connected to a needed, live result."""
-        wanted = analysis.wanted(self.node)
-        return {self.source: any_over(self._reached_inputs(wanted), analysis.fact(self.source))}
-
-    def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
-        """Want one constant channel per group to exist if constants meet a zero-padded border."""
-        fact, linear = self._fact(analysis), self.map
-        want = torch.zeros(analysis.fact(self.source).summary_shape(), dtype=torch.bool)
-        if not linear.padded or want.shape[linear.dim] == 1 or self.adds_border(analysis):
-            return {}
-        asked = self._line_any(analysis.wants.get(self.source, want))
-        size = self._line(fact.known).abs()
-        for offset, indices in self._border_constants(analysis):
-            # One that exists already for another reader costs nothing.
-            carrier = max(indices, key=lambda i: (bool(asked[offset + i]), float(size[offset + i])))
-            want.select(linear.dim, offset + carrier).fill_(True)
-        return {self.source: want}
-
-    def aligned_dim(self, source: fx.Node) -> int | None:
-        """Dense linear maps like aligned widths."""
-        return self.map.dim if self.map.groups == 1 else None
 
     def plan(self, planner: Planner) -> None:
         """Slice rows to what is kept and columns to what exists."""
@@ -96,18 +38,13 @@ class LinearRule(Rule):
     ) -> None:
         analysis, linear = planner.analysis, self.map
         fact = self._fact(analysis)
-        columns = (
-            planner.physical(self.source, linear.dim)
-            if planner.exists(self.source)
-            else tuple(range(linear.inputs))
-        )
-        columns = self._worth_computing(planner, columns)
+        columns = planner.agreed(self.node, lambda: self._columns(planner))
         there = set(columns)
         missing = [i for i in range(linear.inputs) if i not in there]
         if not self._uniform(fact, missing):
             columns, missing = tuple(range(linear.inputs)), []
         zero_rows = self._constant_rows(analysis, rows)
-        name = self.node.name
+        name = self._name(analysis)
         bias = delta = border_map = ""
         if missing or zero_rows:
             bias = planner.constant(f"{name}__bias", self._bias(analysis, rows, missing, zero_rows))
@@ -127,7 +64,7 @@ class LinearRule(Rule):
         """Keep the groups with rows; pad them to equal counts with zero rows and columns."""
         analysis, linear = planner.analysis, self.map
         fact, per_out, per_in = self._fact(analysis), linear.outputs, linear.inputs
-        have = set(planner.physical(self.source, linear.dim)) if planner.exists(self.source) else ()
+        have = set(planner.agreed(self.node, lambda: tuple(self._existing(planner))))
         zero_rows = self._constant_rows(analysis, rows)
         constant = {rows[position] for position in zero_rows}
         groups = sorted({row // per_out for row in rows})
@@ -149,7 +86,8 @@ class LinearRule(Rule):
             if i not in c
         ]
         bias = planner.constant(
-            f"{self.node.name}__bias", self._bias(analysis, padded_rows, absent, spots)
+            f"{self._name(analysis)}__bias",
+            self._bias(analysis, padded_rows, absent, spots),
         )
         delta = border_map = ""
         if any(borders) and as_map:
@@ -218,17 +156,41 @@ class LinearRule(Rule):
             borders.append(border)
         return columns, borders
 
-    # Helpers, from here down.
+    def _name(self, analysis: Analysis) -> str:
+        """Return the name of the first call of the layer, after which its constants are named."""
+        return analysis.calls_kept(self.node)[0].name
 
-    def _fact(self, analysis: Analysis) -> Fact:
-        """Return the fact of the input; a kernel that spans places sees channels over all of them.
+    def _calls(self, analysis: Analysis) -> list[LinearRule]:
+        rules = [analysis.rules[call] for call in analysis.calls_kept(self.node)]
+        return [rule for rule in rules if isinstance(rule, LinearRule)]
 
-        Where sizes are fixed, places may have facts of their own.
-        """
-        fact = analysis.fact(self.source)
-        if not self.map.spans or fact.axes == (self.map.dim,):
-            return fact
-        return summarize(fact.const, fact.shape, (self.map.dim,))
+    def _columns(self, planner: Planner) -> tuple[int, ...]:
+        """Return the inputs that a dense layer is to read, in the order in which they come."""
+        first = tuple(range(self.map.inputs))
+        if planner.exists(self.source):
+            first = planner.physical(self.source, self.map.dim)
+        calls = self._calls(planner.analysis)
+        if len(calls) == 1:
+            return self._worth_computing(planner, first)
+        agreed = self._existing(planner)
+        in_order = [i for i in first if i in agreed]
+        return (*in_order, *sorted(agreed.difference(in_order)))
+
+    def _existing(self, planner: Planner) -> frozenset[int]:
+        """Return the inputs that exist: for several calls, in any; and constants that differ."""
+        analysis, calls = planner.analysis, self._calls(planner.analysis)
+        if len(calls) == 1:
+            there = planner.exists(self.source)
+            return frozenset(planner.physical(self.source, self.map.dim) if there else ())
+        total = self.map.groups * self.map.inputs
+        asked = torch.zeros(total, dtype=torch.bool)
+        known = [rule._line(rule._fact(analysis).known) for rule in calls]
+        for rule, line in zip(calls, known, strict=True):
+            asked = asked | rule._line_any(analysis.keep[rule.source]) | (line != known[0])
+            border = self.map.padded and not self.adds_border(analysis)
+            if border or not rule._uniform(rule._fact(analysis), range(total)):
+                asked = asked | (line != 0)
+        return frozenset(asked.nonzero().flatten().tolist())
 
     def _worth_computing(self, planner: Planner, columns: tuple[int, ...]) -> tuple[int, ...]:
         """Leave out constants that the source has kept, where that saves more than a gather costs.
@@ -242,62 +204,15 @@ class LinearRule(Rule):
         saved = (len(columns) - len(fewer)) * self.map.outputs
         return fewer if fewer and saved > GATHER * len(fewer) else columns
 
-    def _grouped(self, values: Tensor, fact: Fact) -> Tensor:
-        """Move the mapped dimension last and split it into groups."""
-        total = self.map.groups * self.map.inputs
-        values = values.movedim(self.map.dim, -1)
-        values = values.expand(*values.shape[:-1], total)
-        grouped: Tensor = values.unflatten(-1, (self.map.groups, self.map.inputs))
-        return grouped
-
-    def _reached_inputs(self, outputs: Tensor) -> Tensor:
-        mask = outputs.movedim(self.map.dim, -1).unflatten(-1, (self.map.groups, self.map.outputs))
-        reached = torch.einsum("...go,goi->...gi", mask.double(), self.map.connected.double()) > 0
-        return reached.flatten(-2).movedim(-1, self.map.dim)
-
-    def _line(self, summary: Tensor) -> Tensor:
-        """Return a summary along the mapped dimension, the others being single or uniform."""
-        line = summary.movedim(self.map.dim, -1).flatten(0, -2)[0]
-        return line.expand(self.map.groups * self.map.inputs)
-
-    def _uniform(self, fact: Fact, missing: Sequence[int]) -> bool:
-        """Whether the missing constants are the same over all other channel dimensions."""
-        lines = fact.known.movedim(self.map.dim, -1).flatten(0, -2)
-        if lines.shape[-1] == 1 or not missing:
-            return True
-        lines = lines[:, list(missing)]
-        return bool(torch.equal(lines, lines[:1].expand_as(lines)))
-
     def _constant_rows(self, analysis: Analysis, rows: Sequence[int]) -> tuple[int, ...]:
-        """Return positions of rows whose result is one constant, for the bias to hold."""
-        fact = analysis.fact(self.node)
-        lines = fact.const.movedim(self.map.dim, -1).flatten(0, -2)
-        same = (lines == lines[:1]).all(0) & ~torch.isnan(lines).any(0)
+        """Return positions of rows whose result is one constant in all calls, for the bias."""
+        lines = []
+        for rule in self._calls(analysis):
+            const = analysis.fact(rule.node).const
+            lines.append(const.movedim(rule.map.dim, -1).flatten(0, -2))
+        stacked = torch.cat(lines)
+        same = (stacked == stacked[:1]).all(0) & ~torch.isnan(stacked).any(0)
         return tuple(position for position, row in enumerate(rows) if bool(same[row]))
-
-    def _border_constants(self, analysis: Analysis) -> list[tuple[int, list[int]]]:
-        """Return (offset, inputs) of groups with constants that kept rows see at the border."""
-        linear, fact = self.map, self._fact(analysis)
-        computed = self._line_any(analysis.keep[self.node] & analysis.fact(self.node).live)
-        computed = computed.unflatten(0, (linear.groups, linear.outputs))
-        seen = torch.einsum("go,goi->gi", computed.double(), linear.connected.double()) > 0
-        visible = self._line(fact.known).unflatten(0, (linear.groups, linear.inputs)) != 0
-        found = []
-        for group, line in enumerate(seen & visible):
-            indices = line.nonzero().flatten().tolist()
-            if indices:
-                found.append((group * linear.inputs, indices))
-        return found
-
-    def _line_any(self, summary: Tensor) -> Tensor:
-        return summary.movedim(self.map.dim, -1).flatten(0, -2).any(0)
-
-    def _border(self, fact: Fact, missing: Sequence[int]) -> list[int]:
-        """Return the missing inputs that a zero-padded border makes visible."""
-        if not self.map.padded:
-            return []
-        known = self._line(fact.known).tolist()
-        return [i for i in missing if known[i] != 0]
 
     def _border_map(
         self,
@@ -314,7 +229,7 @@ class LinearRule(Rule):
             values = known[[group * per_in + i for i in border]]
             places, taps = _rows_of(rows, at, len(groups), weight, border)
             kernel[places, 0] = torch.einsum("i,ri...->r...", values, taps)
-        return planner.constant(f"{self.node.name}__border", kernel)
+        return planner.constant(f"{self._name(planner.analysis)}__border", kernel)
 
     def _bias(
         self,
@@ -358,13 +273,7 @@ class LinearRule(Rule):
             ratios = ratios / known[group * per_in + local[carrier]]
             places, taps = _rows_of(rows, at, len(groups), weight, border)
             delta[places, carrier] += torch.einsum("i,ri...->r...", ratios, taps)
-        return planner.constant(f"{self.node.name}__delta", delta)
-
-
-def _output_shape(analysis: Analysis, node: fx.Node) -> tuple[int, ...]:
-    shape = node.meta["shape"]
-    assert isinstance(shape, tuple)
-    return shape
+        return planner.constant(f"{self._name(planner.analysis)}__delta", delta)
 
 
 def _weight(module: Any) -> Tensor:

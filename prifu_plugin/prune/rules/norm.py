@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -61,13 +62,24 @@ class ChannelAffineRule(Rule):
             return {}
         return {self.source: analysis.extra(self.node)}
 
+    def sliced_dim(self, analysis: Analysis) -> int:
+        """Return the channel dimension."""
+        return self.dim % len(analysis.fact(self.source).shape)
+
+    def sliced_form(self, analysis: Analysis) -> Hashable | None:
+        """Calls always share the layer."""
+        return "norm"
+
     def plan(self, planner: Planner) -> None:
         """Slice the layer's own parameters."""
         fact, kept = planner.analysis.fact(self.node), planner.kept(self.node)
         if kept is None:
             return
+        dim = self.sliced_dim(planner.analysis)
         wanted = planner.in_order_of(self.source, kept)
-        channels = simplify(fact.shape, wanted).get(self.dim % len(fact.shape))
+        if dim in wanted:
+            wanted[dim] = planner.agreed(self.node, lambda: wanted[dim])
+        channels = simplify(fact.shape, wanted).get(dim)
         conform = planner.conform(self.source, self.node, wanted)
         if isinstance(self.module, PriFU | CutFilter):
             unit = self.module
@@ -135,6 +147,14 @@ class StatisticsRule(Rule):
             return {self.source: torch.full(fact.summary_shape(), bool(wanted.any()))}
         line = self._by_group(wanted.movedim(dim, 0).flatten(1).any(1))
         return {self.source: along(line, len(fact.shape), dim).expand(fact.summary_shape())}
+
+    def sliced_dim(self, analysis: Analysis) -> int:
+        """Return the channel dimension."""
+        return self.dim % len(analysis.fact(self.source).shape)
+
+    def sliced_form(self, analysis: Analysis) -> Hashable | None:
+        """Calls always share the layer."""
+        return "norm"
 
     def _by_group(self, line: Tensor) -> Tensor:
         """Widen a mask over channels to whole groups."""
