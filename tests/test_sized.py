@@ -173,7 +173,7 @@ def test_what_decides_on_values_stays_closed_and_is_named():
 
 
 class Overwrites(nn.Module):
-    """Writes into what was computed from the input."""
+    """Writes into scattered places of what was computed from the input."""
 
     def __init__(self):
         super().__init__()
@@ -181,7 +181,7 @@ class Overwrites(nn.Module):
 
     def forward(self, x):
         x = self.norm(x).clone()
-        x[:, 1] = 0.0
+        x[:, [1, 3]] = 0.0
         return x if x.shape[1] else x * 2
 
 
@@ -221,3 +221,59 @@ def test_capture_changes_nothing():
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     capture_sized(model, [torch.randn(1, 3, 8, 8)])
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+class Assigns(nn.Module):
+    """Writes into parts of a tensor it has computed, and looks at its sizes."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.head = nn.Conv2d(8, 2, 1)
+        self.body = body
+
+    def forward(self, x):
+        y = self.stem(x) * 1.0
+        if y.shape[-1] < 2:
+            raise ValueError("too small")
+        return self.head(self.body(y))
+
+
+def rows_and_columns(y):
+    y[:, :, 1:, :-1] = y[:, :, 1:, :-1].sigmoid() + y.mean((2, 3), keepdim=True)
+    y[:, 0] = 3.0
+    y[:, :, y.shape[2] // 2] = 0
+    return y
+
+
+def channels(y):
+    y[:, 2:5] = y[:, :3].tanh()
+    y[:] = y * 2
+    return y
+
+
+def reads_an_old_view(y):
+    old = y[:, 2:]
+    y[:, :, 1:] = 1.0
+    return y + old.mean()
+
+
+@pytest.mark.parametrize("body", [rows_and_columns, channels])
+def test_assignments_become_nodes(body):
+    torch.manual_seed(0)
+    model = prifu.wrap(Assigns(body)).eval()
+    prifu.filters(model)["stem.1"].weight.data[::2] = 0.0
+    x = torch.randn(3, 3, 10, 7)
+    pruned = prifu.prune(model, x[:2])
+    assert max(c.difference for c in prifu.report(pruned).checks) < 1e-6
+    assert pruned.get_submodule("stem.0").out_channels == 4
+    torch.testing.assert_close(pruned(x), model(x))
+
+
+def test_a_view_of_what_was_overwritten_is_not_followed():
+    model = prifu.wrap(Assigns(reads_an_old_view)).eval()
+    prifu.filters(model)["stem.1"].weight.data[::2] = 0.0
+    x = torch.randn(3, 3, 8, 8)
+    pruned = prifu.prune(model, x)
+    assert "overwritten through a view" in str(prifu.report(pruned).notes)
+    torch.testing.assert_close(pruned(x), model(x))

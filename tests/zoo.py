@@ -100,5 +100,7 @@ def measure_statistics(model, size, seed=0):
         norm.momentum = momentum
         shift = torch.randn(norm.running_mean.shape, generator=generator)
         norm.running_mean += 0.1 * norm.running_var.sqrt() * shift
+        # A channel that never changed on these images has no scale to divide by.
+        norm.running_var.clamp_(min=0.05 * norm.running_var.mean().item())
         norm.running_var *= 0.7 + 0.6 * torch.rand(norm.running_var.shape, generator=generator)
     return model.eval()

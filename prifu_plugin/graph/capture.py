@@ -129,8 +129,9 @@ def traced(
         with _traceable_torch():
             graph = tracer(defaults).trace(model, concrete_args=defaults or None)
     except Exception as error:
+        why = str(error).rstrip(".")
         raise CaptureError(
-            f"{type(model).__name__} cannot be traced: {error}. Its forward branches on the value "
+            f"{type(model).__name__} cannot be traced: {why}. Its forward branches on the value "
             "of a tensor, or uses an operation torch.fx does not know."
         ) from error
     _drop_defaults(graph, defaults)

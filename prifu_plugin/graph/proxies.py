@@ -52,9 +52,12 @@ class SizedProxy(fx.Proxy):
         )
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Write into a tensor that was made of sizes alone, nothing of the input: a constant."""
+        """Write into a constant made of sizes alone, or stand for the changed tensor."""
         if "sizes" not in self.__dict__ or self.node.users:
-            raise TraceError(f"'{self.node.name}' is written to.")
+            written = written_to(self, key, value)
+            self.tracer.overwrites(self.node, self.value)
+            self.__dict__.update(node=written.node, value=written.value)
+            return
         key, value, _ = map_aggregate((key, value, self.__dict__["sizes"]), plain)
         if self.node.op != "get_attr":
             self.__dict__["value"] = self.value.clone()
@@ -121,6 +124,44 @@ class _SizedAttribute(SizedProxy):
             made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
             self.__dict__["_proxy"] = made
         return self._proxy
+
+
+def written_to(x: Any, key: Any, value: Any) -> Any:
+    """Return a tensor with a part of it replaced, as nodes without side effect.
+
+    Args:
+        x: proxy of the tensor.
+        key: what stands in the brackets: slices of step 1 and sizes.
+        value: proxy of a tensor that broadcasts to the part, or a number.
+
+    Raises:
+        TraceError: for any other key.
+    """
+    keys = key if isinstance(key, tuple) else (key,)
+    create = x.tracer.create_proxy
+    for dim, part in enumerate(keys):
+        if isinstance(part, slice) and part == slice(None):
+            continue
+        if isinstance(part, slice) and part.step in (None, 1):
+            chosen, rest = x[(slice(None),) * dim + (part,)], _rest(dim, slice(None), keys)
+            where: tuple[Any, ...] = (dim, plain(part.start), plain(part.stop))
+            inner = written_to(chosen, rest, value)
+            return create("call_function", torch.slice_scatter, (x, inner, *where), {})
+        if isinstance(plain(part), int) and not isinstance(part, bool):
+            place = plain(part)
+            inner = written_to(x.select(dim, place), _rest(dim, None, keys), value)
+            return create("call_function", torch.select_scatter, (x, inner, dim, place), {})
+        raise TraceError(f"'{x.node.name}' is written to at {key}.")
+    if not isinstance(value_of(value), Tensor):
+        return create("call_function", torch.full_like, (x, value), {})
+    same = value_of(value).shape == x.value.shape
+    value = value if value_of(value).dtype == x.value.dtype else value.type_as(x)
+    return value if same else value.expand_as(x)
+
+
+def _rest(dim: int, seen: slice | None, keys: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the key of the part that a dimension's own key has chosen."""
+    return (*keys[:dim], *(() if seen is None else (seen,)), *keys[dim + 1 :])
 
 
 def plain(argument: Any) -> Any:

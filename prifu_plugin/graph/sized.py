@@ -159,6 +159,8 @@ class SizedTracer(ModelTracer):
         self._leaves = leaves
         self._computing = False
         self._guarded: set[tuple[fx.Node, Any]] = set()
+        self._storage: dict[fx.Node, int] = {}
+        self._overwritten: set[fx.Node] = set()
         self.entered: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -204,12 +206,25 @@ class SizedTracer(ModelTracer):
         if target in ("item", "tolist"):
             raise TraceError(f"'{target}' asks for the values of a tensor.")
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *more, **named)
+        if self._overwritten.intersection(proxy.node.all_input_nodes):
+            raise TraceError(f"'{proxy.node.name}' reads what was overwritten through a view.")
         values = map_aggregate((tuple(args), dict(kwargs)), value_of)
         asked = values[0][1] if target is getattr else target
         of_values = kind != "get_attr" and asked not in SIZES and reads_tensors((args, kwargs))
         if kind == "call_method" and target in _MADE:
             proxy.__dict__["sizes"] = (args[1:], kwargs)
-        return proxy.carrying(self._compute(kind, target, *values), of_values)
+        value = self._compute(kind, target, *values)
+        if isinstance(value, Tensor):
+            self._storage[proxy.node] = value.untyped_storage().data_ptr()
+        return proxy.carrying(value, of_values)
+
+    def overwrites(self, node: fx.Node, value: Tensor) -> None:
+        """Note that a tensor was written to: it, and views of it, are not to be read any more."""
+        place = value.untyped_storage().data_ptr()
+        views = {other for other, storage in self._storage.items() if storage == place} | {node}
+        if any(view.op in ("get_attr", "placeholder") for view in views):
+            raise TraceError(f"'{node.name}' is written to, which outlives the forward.")
+        self._overwritten |= views
 
     def decided(self, proxy: SizedProxy, how: Callable[[Any], Any]) -> Any:
         """Return what Python makes of a size, and guard it."""

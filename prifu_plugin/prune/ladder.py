@@ -37,7 +37,7 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
     if plain is not None and not _is_closed_somewhere(plain):
         _check_inputs(plain, runs)
         return _record(plain, runs), runs
-    sized, _ = _attempt(model, runs, sized=True)
+    sized, later = _attempt(model, runs, sized=True)
     for captured, chosen in _in_turn(model, plain, sized, runs):
         _check_inputs(captured, chosen)
         if captured is sized and chosen is not runs:  # seen at one size: made for that size alone
@@ -47,8 +47,12 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
         except AssertionError as error:  # a guard: decided differently at the other size
             if str(error) != GUARD:
                 raise
-    raise failed or CaptureError(
-        f"{type(model).__name__} decides differently for each input: prune cannot follow."
+    raise (
+        later
+        or failed
+        or CaptureError(
+            f"{type(model).__name__} decides differently for each input: prune cannot follow."
+        )
     )
 
 

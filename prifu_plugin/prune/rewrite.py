@@ -297,6 +297,7 @@ class _Rewriter:
             return self._product(sizes)
         args = self._argument(node, node.args)
         listed = any(isinstance(a, tuple | list) for a in args)
+        listed = listed and not any(isinstance(a, fx.Node) for a in args)
         if listed and callable(node.target) and node.target not in _COMPARISONS:
             return node.target(*args)
         kwargs = self._argument(node, node.kwargs)
