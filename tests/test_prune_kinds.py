@@ -340,3 +340,24 @@ def test_what_is_computed_of_parameters_is_known_in_fp64():
     exact = [check for check in prifu.report(pruned).checks if check.dtype == "float64"]
     assert exact
     assert max(check.difference for check in exact) < 1e-13
+
+
+class Whitens(nn.Module):
+    """Computes with its buffers before the input comes in, in the precision they have."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("variance", torch.rand(3) + 0.1)
+        self.conv, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        scale = (self.variance.sqrt() + 1e-8).view(1, -1, 1, 1)
+        return self.norm(self.conv(x / scale)).sum(1)
+
+
+def test_what_is_computed_from_buffers_is_computed_in_fp64():
+    torch.manual_seed(0)
+    model = prifu.wrap(Whitens())
+    prifu.filters(model)["norm"].weight.data[::2] = 0.0
+    checks = prifu.report(prifu.prune(model, torch.zeros(2, 3, 4, 4))).checks
+    assert max(c.difference for c in checks if c.dtype == "float64") < 1e-14

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -64,6 +64,13 @@ class ModelTracer(fx.Tracer):
         if any(is_norm(child) for child in m.modules()):
             return False  # nn.TransformerEncoderLayer and kin: torch's own, with norms inside
         return super().is_leaf_module(m, module_qualified_name)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Keep what is computed from a buffer in the graph, where any precision can compute it."""
+        stored = isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter)
+        if not stored or not attr_val.is_floating_point():
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        return self.proxy(cast(fx.Node, self.create_arg(attr_val)))
 
 
 _REGISTERED: list[type[nn.Module]] = []
