@@ -117,7 +117,7 @@ class PriFU(nn.Module):
         if weight.dtype in _ROUNDED:
             return weight <= 0
         # "at most", and open what is not: a NaN stays visible instead of closing every channel.
-        closed = weight <= self.alpha * weight.amax()
+        closed = weight <= self.alpha * weight.amax(0)
         # The shards of FSDP2 know their weights only.
         return closed if hasattr(weight, "placements") else torch.logical_or(closed, self.filtered)
 

@@ -33,3 +33,16 @@ def test_onnx_export_and_compile(name, tmp_path):
     session = onnxruntime.InferenceSession(path)
     (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
     assert (torch.from_numpy(found) - expected).abs().max() <= 1e-5 * scale
+
+
+def test_a_filtered_model_exports_before_it_is_pruned(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    wrapped = zoo.half_off(prifu.wrap(zoo.build("resnet18"))).eval()
+    x, path = torch.randn(1, 3, 64, 64), tmp_path / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own libraries
+        torch.onnx.export(wrapped, (x,), path, verbose=False, dynamo=True)
+    session = onnxruntime.InferenceSession(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = wrapped(x).detach()
+    assert (torch.from_numpy(found) - expected).abs().max() <= 1e-5 * expected.abs().max()
