@@ -18,6 +18,8 @@ from prifu_plugin.graph.sites import sites as sites
 from prifu_plugin.graph.summary import Summary as Summary
 from prifu_plugin.graph.summary import summary as summary
 from prifu_plugin.learned import learned as learned
+from prifu_plugin.prune.fastest import Fastest as Fastest
+from prifu_plugin.prune.fastest import fastest as fastest
 from prifu_plugin.prune.plan import Plan as Plan
 from prifu_plugin.prune.report import PruneReport as PruneReport
 from prifu_plugin.prune.rules.pointwise import register_pointwise as register_pointwise
@@ -43,6 +45,7 @@ __all__ = [
     "AuditData",
     "AuditReport",
     "CutFilter",
+    "Fastest",
     "FilterConfig",
     "FilterSchedule",
     "MaskHistory",
@@ -58,6 +61,7 @@ __all__ = [
     "audit",
     "cut_points",
     "dose_to_beta",
+    "fastest",
     "filters",
     "fit_alpha",
     "influence",

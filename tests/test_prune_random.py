@@ -15,17 +15,19 @@ CASES = {
     "bias": st.booleans(),
     "share": st.sampled_from([0.1, 0.5, 0.9]),
     "round_to": st.sampled_from([1, 1, 4]),
+    "move_cost": st.sampled_from([0.0, 0.0, 8.0, 64.0, float("inf")]),
 }
 
 
-def check(seed, size, bias, share, round_to=1):
+def check(seed, size, bias, share, round_to=1, move_cost=0.0):
     torch.manual_seed(seed)
     net = RandomNet(seed, size).double()
     if not prifu.sites(net):
         return
     wrapped = prifu.wrap(net, bias=bias)
     close_channels(wrapped, share, torch.Generator().manual_seed(seed))
-    pruned = prifu.prune(wrapped, torch.zeros(2, 3, 9, 8), round_to=round_to, verify=False)
+    costs = {"round_to": round_to, "move_cost": move_cost}
+    pruned = prifu.prune(wrapped, torch.zeros(2, 3, 9, 8), verify=False, **costs)
     for shape in ((1, 3, 9, 8), (3, 3, 11, 12)):
         x = torch.randn(shape, dtype=torch.float64)
         expected, found = pytree.tree_leaves(wrapped(x)), pytree.tree_leaves(pruned(x))
@@ -37,17 +39,17 @@ def check(seed, size, bias, share, round_to=1):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(**CASES)
-@example(seed=0, size=6, bias=True, share=0.5, round_to=1)
-def test_random_networks(seed, size, bias, share, round_to):
-    check(seed, size, bias, share, round_to)
+@example(seed=0, size=6, bias=True, share=0.5, round_to=1, move_cost=0.0)
+def test_random_networks(seed, size, bias, share, round_to, move_cost):
+    check(seed, size, bias, share, round_to, move_cost)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(**{name: case for name, case in CASES.items() if name != "bias"})
-def test_many_random_networks(bias, seed, size, share, round_to):
-    check(seed, size, bias, share, round_to)
+def test_many_random_networks(bias, seed, size, share, round_to, move_cost):
+    check(seed, size, bias, share, round_to, move_cost)
 
 
 @pytest.mark.slow
@@ -55,7 +57,8 @@ def test_many_random_networks(bias, seed, size, share, round_to):
 def test_six_hundred_seeds(block):
     for seed in range(3000 + 50 * block, 3050 + 50 * block):
         share, round_to = [0.1, 0.5, 0.9][seed % 3], [1, 1, 4][seed // 3 % 3]
-        check(seed, 1 + seed % 12, seed % 2 == 0, share, round_to)
+        move_cost = [0.0, 64.0, float("inf")][seed // 9 % 3]
+        check(seed, 1 + seed % 12, seed % 2 == 0, share, round_to, move_cost)
 
 
 @pytest.mark.parametrize("seed", [81, 166, 191, 479, 562, 575, 659, 1698])

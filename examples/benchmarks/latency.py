@@ -3,14 +3,13 @@
     python examples/benchmarks/latency.py > docs/results/latency.txt
 
 A share of each filter's channels is closed at random, which is the hardest case: no two layers
-that are added close the same ones. Both models run in turns on one thread; the table shows the
-median of the ratios over rounds and their quartiles, beside the share of multiply-accumulates left.
+that are added close the same ones. The filtered model and the pruned ones run in turns on one
+thread; the table shows medians of the ratios over rounds: "smallest" is what prune returns by
+default, "quickest" what `prifu.fastest` chooses, with its round_to and move_cost.
 """
 
 import argparse
-import statistics
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from tqdm import tqdm
 import prifu_plugin as prifu
 
 MODELS = ("resnet18", "resnet50", "mobilenetv2_100", "efficientnet_b0", "regnety_002",
-          "densenet121", "convnext_atto", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224",
-          "poolformer_s12")  # fmt: skip
+          "densenet121", "convnext_atto", "vit_tiny_patch16_224")  # fmt: skip
 SHARES = (0.1, 0.25, 0.5, 0.75)
 
 
@@ -42,70 +40,48 @@ def filtered(name, share):
     return wrapped
 
 
-def in_torch(model, x):
-    """Return a function that runs a model."""
+def in_onnx(x, folder):
+    """Return a function that makes a session of ONNX Runtime, on one thread, of a model."""
 
-    @torch.inference_mode()
-    def run():
-        model(x)
+    def build(model):
+        path = Path(folder) / f"{id(model)}.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter's own libraries
+            torch.onnx.export(model, (x,), path, verbose=False, dynamo=True)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        fed = {session.get_inputs()[0].name: x.numpy()}
+        return lambda: session.run(None, fed)
 
-    return run
-
-
-def in_onnx(model, x, folder):
-    """Return a function that runs a model's export in ONNX Runtime on one thread."""
-    path = Path(folder) / f"{id(model)}.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own libraries
-        torch.onnx.export(model, (x,), path, verbose=False, dynamo=True)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    fed = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, fed)
+    return build
 
 
-def ratios(first, second, rounds):
-    """Run two functions in turns and return first over second, three numbers: quartiles."""
-    found = []
-    for turn in range(rounds + 2):
-        taken = {}
-        for run in (first, second) if turn % 2 else (second, first):
-            start = time.perf_counter()
-            run()
-            taken[run] = time.perf_counter() - start
-        found.append(taken[first] / taken[second])
-    return statistics.quantiles(found[2:], n=4)
-
-
-def main(smoke=False, rounds=30, models=MODELS):
+def main(smoke=False, rounds=15, models=MODELS):
     """Print one row a model and share."""
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}, timm "
           f"{timm.__version__}, one thread, one image of 224 pixels, seed 0, {rounds} rounds\n"
-          "pruned / filtered: median [quartiles]")  # fmt: skip
-    print(f"{'model':30}  {'closed':6}  {'MACs':5}  {'PyTorch':20}  {'ONNX Runtime':20}")
+          "pruned / filtered")  # fmt: skip
+    kinds = [f"{name}: {what}" for name in ("PyTorch", "ONNX") for what in ("smallest", "quickest")]
+    print(f"{'model':22}  {'closed':6}  " + "  ".join(f"{kind:20}" for kind in kinds))
     cases = [(name, share) for name in models for share in SHARES]
     x = torch.randn(1, 3, 224, 224)
     for name, share in tqdm(cases[: 1 if smoke else None], disable=None):
-        wrapped = filtered(name, share)
-        pruned = prifu.prune(wrapped, x, verify=False)
-        macs = prifu.report(pruned).macs
-        cells = []
+        wrapped, cells = filtered(name, share), []
         with tempfile.TemporaryDirectory() as folder:
-            for run in (in_torch, lambda model, x, at=folder: in_onnx(model, x, at)):
-                try:
-                    low, middle, high = ratios(run(pruned, x), run(wrapped, x), rounds)
-                    cells.append(f"{middle:.2f} [{low:.2f}, {high:.2f}]")
-                except Exception as error:  # noqa: BLE001 - what does not export is a result
-                    cells.append(type(error).__name__)
-        print(f"{name:30}  {100 * share:4.0f} %  {macs[1] / macs[0]:.3f}  {cells[0]:20}  "
-              f"{cells[1]:20}", flush=True)  # fmt: skip
+            for build in (None, in_onnx(x, folder)):
+                found = prifu.fastest(wrapped, x, build=build, rounds=rounds)
+                way = found.round_to, found.move_cost
+                cells.append(f"{found.ratios[1, 0.0]:.2f}")
+                cells.append(f"{found.ratios[way]:.2f} ({way[0]}, {way[1]:g})")
+        cells = "  ".join(f"{cell:20}" for cell in cells)
+        print(f"{name:22}  {100 * share:4.0f} %  {cells}", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="one case")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--models", nargs="+", default=MODELS)
     main(**vars(parser.parse_args()))

@@ -7,10 +7,12 @@ that widens its masks so is repeated until nothing changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
-from prifu_plugin.prune.rules.base import Analysis
+if TYPE_CHECKING:
+    from prifu_plugin.prune.rules.base import Analysis
 
 
 class Agreement:

@@ -50,6 +50,7 @@ def prune_graph(
     recipe: dict[str, Any],
     *,
     round_to: int,
+    move_cost: float,
     verify: bool,
     seed: int,
 ) -> Pruned:
@@ -60,6 +61,7 @@ def prune_graph(
         runs: inputs to analyse at, and others (`runs_of`).
         recipe: how the model was wrapped, for the plan.
         round_to: widths become multiples of it.
+        move_cost: multiply-accumulates that moving one value is taken to cost.
         verify: compare with the filtered model.
         seed: of the inputs it is compared on.
 
@@ -72,7 +74,7 @@ def prune_graph(
         exact = precise(captured)
         analysis = analyse(exact.root, exact.graph)
         made_of = {"inputs": runs[0].to_dict(), "graph": fingerprint(captured)}
-        plan = make_plan(analysis, {**recipe, **made_of}, round_to)
+        plan = make_plan(analysis, {**recipe, **made_of}, round_to, move_cost)
         pruned, twin = rewrite(captured, plan), rewrite(exact, plan)
     checks: tuple[Check, ...] = ()
     if verify:

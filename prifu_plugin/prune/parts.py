@@ -40,6 +40,7 @@ def prune_parts(
     why: CaptureError,
     *,
     round_to: int,
+    move_cost: float,
     verify: bool,
     seed: int,
 ) -> Parts:
@@ -50,6 +51,7 @@ def prune_parts(
         inputs: what it takes.
         why: the reason why it cannot be pruned as a whole.
         round_to: widths become multiples of it.
+        move_cost: multiply-accumulates that moving one value is taken to cost.
         verify: compare with the filtered model.
         seed: of the inputs it is compared on.
 
@@ -57,7 +59,7 @@ def prune_parts(
         CaptureError: the given one, if no part can be pruned.
         VerificationError: if the result differs.
     """
-    settings = {"round_to": round_to, "verify": verify, "seed": seed}
+    settings = {"round_to": round_to, "move_cost": move_cost, "verify": verify, "seed": seed}
     work = _Work(filtered, inputs, settings)
     for path, _ in filtered.named_children():
         work.replace(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -13,7 +13,9 @@ from prifu_plugin.prune.agreement import Agreement, until_agreed
 from prifu_plugin.prune.facts import Fact, first_channel, tensor_inputs
 from prifu_plugin.prune.layout import FILL, Conform, Layout, box, physical, restrict, simplify
 from prifu_plugin.prune.plan import Keep, Kernel, NodePlan, Plan
-from prifu_plugin.prune.rules.base import Analysis
+
+if TYPE_CHECKING:
+    from prifu_plugin.prune.rules.base import Analysis
 
 
 class Planner:
@@ -125,17 +127,21 @@ class Planner:
         return Conform(tuple(select.items()))
 
 
-def make_plan(analysis: Analysis, recipe: dict[str, Any], round_to: int = 1) -> Plan:
+def make_plan(
+    analysis: Analysis, recipe: dict[str, Any], round_to: int = 1, move_cost: float = 0.0
+) -> Plan:
     """Run the two backward passes and the forward one that make a plan of facts.
 
     Args:
         analysis: with values and rules filled in.
         recipe: how the model was wrapped.
         round_to: widths become multiples of it, with dead channels that stay.
+        move_cost: multiply-accumulates that moving one value is taken to cost.
 
     Returns:
         The plan.
     """
+    analysis.move_cost = move_cost
     for node in analysis.graph.nodes:
         key = analysis.layer_key(node)
         if key is not None:
@@ -209,6 +215,8 @@ def _find_keep(analysis: Analysis, round_to: int, agreement: Agreement) -> None:
         sized = any(user in exists and user.meta["shape"] == () for user in node.users)
         if sized and not keep.any():
             keep = first_channel(value)
+        if analysis.move_cost:
+            keep = analysis.rules[node].spare(analysis, keep) if node in analysis.rules else keep
         keep = agreement.join(node, _aligned(analysis, node, keep, round_to))
         analysis.keep[node] = keep
         if not keep.any() and not (value.static and read):

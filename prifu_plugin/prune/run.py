@@ -27,6 +27,7 @@ def prune(
     example_inputs: Tensor | tuple[Tensor, ...] | None = None,
     *,
     round_to: int = 1,
+    move_cost: float = 0.0,
     verify: bool = True,
     seed: int = 0,
 ) -> Any:
@@ -48,6 +49,9 @@ def prune(
         example_inputs: a batch, (N, ...). Without it the shape of the last forward pass is
             used, or that of timm's pretrained_cfg.
         round_to: widths become multiples of it, with dead channels that stay (8 suits GPUs).
+        move_cost: multiply-accumulates that moving one value is taken to cost. Where dropping
+            channels needs a copy that costs more than it saves, they stay; 0 removes all that
+            can go, inf what goes without a copy. `fastest` measures which is best.
         verify: compare with the filtered model; only switch it off to save time.
         seed: of the inputs it is compared on.
 
@@ -72,6 +76,8 @@ def prune(
     state = wrap_state(model)
     if round_to < 1:
         raise ConfigError(f"round_to={round_to} is not a positive number of channels.")
+    if not move_cost >= 0:
+        raise ConfigError(f"move_cost={move_cost} is not 0 or more multiply-accumulates.")
     for unit in filters(model).values():
         unit.check_finite()
     inputs = Inputs.for_model(model, example_inputs)
@@ -80,7 +86,10 @@ def prune(
         filtered = plain_layers(copied(model).cpu().eval())
         size = count_parameters(filtered), count_bytes(filtered)
         runs = runs_of(filtered, inputs)
-        settings: dict[str, Any] = {"round_to": round_to, "verify": verify, "seed": seed}
+        settings: dict[str, Any] = {
+            **{"round_to": round_to, "move_cost": float(move_cost)},
+            **{"verify": verify, "seed": seed},
+        }
         pruned: nn.Module
         try:
             whole = prune_graph(filtered, runs, state.recipe(), **settings)

@@ -30,7 +30,8 @@ class Analysis:
         keep: node -> mask over its channels: must it, or should it, exist?
         notes: (node, reason) where no rule was found.
         movements: what was found of operations that move data, for those that repeat.
-        calls: layer -> the nodes that call it, in order; filled as rules are found.
+        calls: layer -> the nodes that call it, in order; filled when a plan is made.
+        move_cost: multiply-accumulates that moving one value is taken to cost.
     """
 
     root: nn.Module
@@ -43,6 +44,7 @@ class Analysis:
     notes: list[tuple[str, str]] = field(default_factory=list)
     movements: dict[Hashable, Any] = field(default_factory=dict)
     calls: dict[Hashable, list[fx.Node]] = field(default_factory=dict)
+    move_cost: float = 0.0
 
     def fact(self, node: fx.Node) -> Fact:
         """Return the fact of a node that is one tensor."""
@@ -112,6 +114,18 @@ class Rule(ABC):
 
     def sliced_form(self, analysis: Analysis) -> Hashable | None:
         """Return what calls must share to be served by one sliced layer; None if none is."""
+        return None
+
+    def spare(self, analysis: Analysis, keep: Tensor) -> Tensor:
+        """Widen what is to exist where dropping channels costs more than it saves."""
+        return keep
+
+    def work(self, analysis: Analysis) -> float:
+        """Return the multiply-accumulates for one more channel at one place; inf if unknown."""
+        return float("inf")
+
+    def work_of_input(self, analysis: Analysis) -> float | None:
+        """Return those that one channel of its input causes at one place; None if it has none."""
         return None
 
     def aligned_dim(self, source: fx.Node) -> int | None:

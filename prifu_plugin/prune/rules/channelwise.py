@@ -12,6 +12,7 @@ from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.plan import Keep
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, first_input
+from prifu_plugin.prune.rules.moving import work_before
 
 
 class ChannelwiseRule(Rule):
@@ -61,6 +62,10 @@ class ChannelwiseRule(Rule):
         """Want the same channels."""
         fact = analysis.fact(self.source)
         return {self.source: self._back(analysis.extra(self.node), fact)}
+
+    def work(self, analysis: Analysis) -> float:
+        """Return what a channel of the input costs."""
+        return work_before(analysis, self.source)
 
     def plan(self, planner: Planner) -> None:
         """Run it on the channels that go on."""

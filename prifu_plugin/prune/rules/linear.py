@@ -202,7 +202,8 @@ class LinearRule(LinearFacts):
         keep = self._line_any(planner.analysis.keep[self.source])
         fewer = tuple(c for c in columns if bool(keep[c if len(keep) > 1 else 0]))
         saved = (len(columns) - len(fewer)) * self.map.outputs
-        return fewer if fewer and saved > GATHER * len(fewer) else columns
+        dear = max(GATHER, planner.analysis.move_cost) * len(fewer)
+        return fewer if fewer and saved > dear else columns
 
     def _constant_rows(self, analysis: Analysis, rows: Sequence[int]) -> tuple[int, ...]:
         """Return positions of rows whose result is one constant in all calls, for the bias."""

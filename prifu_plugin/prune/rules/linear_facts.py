@@ -59,8 +59,15 @@ class LinearFacts(Rule, ABC):
         return {self.source: any_over(self._reached_inputs(wanted), analysis.fact(self.source))}
 
     def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
-        """Want one constant channel per group to exist if constants meet a zero-padded border."""
+        """Want one constant channel per group to exist if constants meet a zero-padded border.
+
+        A constant that is kept behind a depthwise layer is kept before it, where copies are dear.
+        """
         fact, linear = self._fact(analysis), self.map
+        extra = analysis.extra(self.node)
+        depthwise = linear.inputs == linear.outputs == 1 and extra.shape == fact.const.shape
+        if analysis.move_cost and depthwise:
+            return {self.source: extra}
         want = torch.zeros(analysis.fact(self.source).summary_shape(), dtype=torch.bool)
         if not linear.padded or want.shape[linear.dim] == 1 or self.adds_border(analysis):
             return {}
@@ -71,6 +78,22 @@ class LinearFacts(Rule, ABC):
             carrier = max(indices, key=lambda i: (bool(asked[offset + i]), float(size[offset + i])))
             want.select(linear.dim, offset + carrier).fill_(True)
         return {self.source: want}
+
+    def work(self, analysis: Analysis) -> float:
+        """Return the inputs of a row, times its taps."""
+        width = int(self._line_any(analysis.wanted(self.source)).sum()) // self.map.groups
+        return float(min(max(1, width), self.map.inputs) * self._taps(analysis))
+
+    def work_of_input(self, analysis: Analysis) -> float:
+        """Return the rows that read a channel, times its taps."""
+        rows = int(self._line_any(analysis.wanted(self.node)).sum()) / self.map.groups
+        return rows * self._taps(analysis)
+
+    def _taps(self, analysis: Analysis) -> int:
+        if self.node.op != "call_module":
+            return 1
+        weight = analysis.module(self.node).weight
+        return int(weight[0, 0].numel()) if isinstance(weight, Tensor) else 1
 
     def sliced_dim(self, analysis: Analysis) -> int:
         """Return the dimension it maps."""

@@ -19,6 +19,7 @@ from prifu_plugin.prune.plan import Scale, SelectNorm, SliceNorm
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, run
 from prifu_plugin.prune.rules.groups import independent_groups
+from prifu_plugin.prune.rules.moving import spared, work_before
 
 
 class ChannelAffineRule(Rule):
@@ -69,6 +70,17 @@ class ChannelAffineRule(Rule):
     def sliced_form(self, analysis: Analysis) -> Hashable | None:
         """Calls always share the layer."""
         return "norm"
+
+    def spare(self, analysis: Analysis, keep: Tensor) -> Tensor:
+        """Keep closed channels that other readers of the input need, if leaving them is dearer."""
+        if len(self.source.users) == 1:
+            return keep
+        comes = analysis.wanted(self.source)
+        return spared(analysis, self.node, keep, comes) if comes.shape == keep.shape else keep
+
+    def work(self, analysis: Analysis) -> float:
+        """Return what a channel of the input costs."""
+        return work_before(analysis, self.source)
 
     def plan(self, planner: Planner) -> None:
         """Slice the layer's own parameters."""
@@ -155,6 +167,14 @@ class StatisticsRule(Rule):
     def sliced_form(self, analysis: Analysis) -> Hashable | None:
         """Calls always share the layer."""
         return "norm"
+
+    def spare(self, analysis: Analysis, keep: Tensor) -> Tensor:
+        """Keep closed channels, which come out anyway, if leaving them out is dearer."""
+        return spared(analysis, self.node, keep, torch.ones_like(keep))
+
+    def work(self, analysis: Analysis) -> float:
+        """Return nothing: closed channels come out anyway."""
+        return 0.0
 
     def _by_group(self, line: Tensor) -> Tensor:
         """Widen a mask over channels to whole groups."""

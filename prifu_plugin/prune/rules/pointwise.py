@@ -16,6 +16,7 @@ from prifu_plugin.prune.layout import Conform, Layout
 from prifu_plugin.prune.plan import Alias, Keep, Parameter
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, run
+from prifu_plugin.prune.rules.moving import cheaper_computed, work_before
 
 PRODUCTS = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
 SCALINGS = {*PRODUCTS, operator.truediv, torch.div, torch.true_divide, "div", "true_divide"}
@@ -145,7 +146,20 @@ class PointwiseRule(Rule):
                 visible = fact.const != 0 if several else torch.tensor(True)
                 mask = _reduced(extra, fact) & visible
                 asked[source] = asked[source] | mask if source in asked else mask
+        for source in facts if several and analysis.move_cost else ():
+            cheap = cheaper_computed(analysis, self.node, source)
+            if cheap is not None:
+                asked[source] = asked[source] | cheap if source in asked else cheap
         return asked
+
+    def work(self, analysis: Analysis) -> float:
+        """Return what a channel of the widest operand costs."""
+        shape = analysis.fact(self.node).summary_shape()
+        for source in tensor_inputs(self.node, analysis.values):
+            fact = analysis.fact(source)
+            if not fact.static and fact.summary_shape() == shape:
+                return work_before(analysis, source)
+        return float("inf")
 
     def _shapes(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Ask a dead operand for one channel if the result has its size from it alone."""

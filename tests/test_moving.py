@@ -1,0 +1,94 @@
+"""Where channels stay because moving values is dearer; the quickest of several exact ways."""
+
+import time
+
+import pytest
+import timm
+import torch
+import zoo
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import ConfigError
+
+WAYS = [(1, 0.0), (1, 64.0), (16, 64.0), (1, float("inf")), (16, float("inf"))]
+
+
+def filtered(name, share, seed=0):
+    torch.manual_seed(seed)
+    wrapped = prifu.wrap(timm.create_model(name, num_classes=10)).eval()
+    zoo.half_off(wrapped, seed)
+    for unit in prifu.filters(wrapped).values():
+        unit.weight.data.fill_(0.1)
+        unit.weight.data[torch.rand(unit.weight.shape) < share] = 0.0
+    return wrapped
+
+
+def copies(model):
+    moves = (torch.index_select, torch.nn.functional.pad)
+    return sum(node.target in moves for node in model.graph.nodes)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_035", "test_vit", "convnext_atto"])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_every_way_is_exact_and_dear_copies_are_saved(name, share):
+    size = zoo.image_size(name)
+    wrapped = filtered(name, share)
+    found = {}
+    for round_to, cost in WAYS:
+        pruned = prifu.prune(wrapped, torch.zeros(1, 3, size, size), round_to=round_to,
+                             move_cost=cost)  # fmt: skip
+        found[round_to, cost] = copies(pruned), prifu.report(pruned).macs[1]
+    assert found[1, float("inf")][0] <= found[1, 64.0][0] <= found[1, 0.0][0]
+    assert found[1, float("inf")][0] <= 4
+    assert found[1, 0.0][1] <= found[1, 64.0][1] <= found[1, float("inf")][1]
+
+
+def test_no_copy_is_left_where_all_layers_can_take_their_channels():
+    pruned = prifu.prune(filtered("resnet18", 0.3), torch.zeros(1, 3, 64, 64), move_cost=1e9)
+    assert copies(pruned) == 0
+    report = prifu.report(pruned)
+    assert report.macs[1] < 0.75 * report.macs[0]
+
+
+def test_fastest_returns_what_it_measured_to_be_quickest():
+    wrapped = filtered("test_resnet", 0.3)
+    built = []
+
+    def build(model):
+        built.append(model)
+        dense = getattr(model, "meta", {}).get("prifu") is None
+        channels = model.get_submodule("conv1.0").out_channels
+        seconds = 0.002 if dense or channels % 16 else 0.0005
+
+        def run():
+            time.sleep(seconds)
+
+        return run
+
+    ways = [(1, 0.0), (16, 64.0)]
+    found = prifu.fastest(wrapped, torch.zeros(1, 3, 64, 64), build=build, ways=ways, rounds=5)
+    assert (found.round_to, found.move_cost) == (16, 64.0)
+    assert built[0] is wrapped
+    assert len(built) == 3
+    assert found.ratios[16, 64.0] < 0.6 < found.ratios[1, 0.0]
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(found.model(x), wrapped(x), rtol=1e-4, atol=1e-5)
+    assert all(check.holds for check in prifu.report(found.model).checks)
+
+
+def test_fastest_runs_in_eval_mode_and_leaves_the_mode():
+    model = prifu.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).train()
+    before = model[1].running_mean.clone()
+    prifu.fastest(model, torch.randn(2, 3, 8, 8), rounds=1, ways=[(1, 0.0)])
+    assert model.training
+    assert torch.equal(model[1].running_mean, before)
+
+
+def test_refused():
+    model = prifu.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    for cost in (-1.0, float("nan")):
+        with pytest.raises(ConfigError, match="move_cost"):
+            prifu.prune(model, torch.zeros(1, 3, 8, 8), move_cost=cost)
+    with pytest.raises(ConfigError, match="at least one"):
+        prifu.fastest(model, torch.zeros(1, 3, 8, 8), ways=[])
