@@ -152,7 +152,10 @@ def _couple(optimizer: Optimizer, unit: PriFU, group: Group, closure: bool) -> N
                 "its sign. Lower beta or the rate."
             )
         unit.weight.grad.add_(unit.weight.detach(), alpha=unit.beta)
-        unit.dose += rate * unit.beta / (1 - momentum)
+        # SGD damps every gradient but the first, which starts its buffer.
+        first = optimizer.state.get(unit.weight, {}).get("momentum_buffer") is None
+        damped = 1.0 if first or not momentum else 1 - float(group["dampening"])
+        unit.dose += damped * rate * unit.beta / (1 - momentum)
 
 
 def _filter(unit: PriFU, optimizer: Optimizer) -> None:

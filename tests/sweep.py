@@ -5,8 +5,8 @@
 
 A family are the models of one file of timm or torchvision whose module trees are the same up to
 widths and repeats; its member with the fewest parameters is run, and the table says for whom.
-From LARGE parameters on, runs of blocks that are alike are shortened to two, and the row says how
-many were left out.
+Detectors run on images of SMALL, where they take a size. From LARGE parameters on, runs of blocks
+that are alike are shortened to two, and the row says how many were left out.
 """
 
 import collections
@@ -34,6 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT, RESULTS = ROOT / "out" / "zoo", ROOT / "docs" / "results" / "zoo.json"
 SECONDS, GIGABYTES = 480, 14
 LARGE = 12_000_000
+LITTLE = 0.005  # of a model's work: a share of less says nothing
+SMALL = {"min_size": 160, "max_size": 320}
+DETECTORS = [f"tv_{name}" for name in torchvision.models.list_models(torchvision.models.detection)]
 
 
 def names():
@@ -50,7 +53,10 @@ def build(name):
         settings["init_weights"] = False
     if any(part in builder.__module__ for part in ("segmentation", "detection")):
         settings["weights_backbone"] = None
-    return builder(**settings)
+    try:  # detectors that scale images up to 800 pixels need minutes and 14 GB for no other result
+        return builder(**settings, **SMALL) if name in DETECTORS else builder(**settings)
+    except TypeError:  # SSD has a size of its own
+        return builder(**settings)
 
 
 def family(name):
@@ -154,6 +160,8 @@ def run_one(name):
     """Return the row of one model."""
     model, x, left_out = built(name)
     row = {"name": name, "left_out": left_out}
+    if getattr(getattr(model, "transform", None), "max_size", 0) == SMALL["max_size"]:
+        row["settings"] = SMALL
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row["input"] = [list(t.shape) for t in x]
     model.eval()
@@ -275,7 +283,7 @@ def page(rows, versions):
     by = collections.Counter()
     for row in rows:
         by[row["outcome"].removeprefix("failed: ")] += len(row["stands_for"])
-    shares = [row["saved"] / row["possible"] for row in rows if row.get("possible")]
+    shares = [row["saved"] / row["possible"] for row in rows if (row.get("possible") or 0) > LITTLE]
     lines = [
         "# The zoo",
         "",
@@ -305,7 +313,11 @@ def page(rows, versions):
         name = row["name"]
         if row.get("left_out"):
             name += f" (without {row['left_out']} repeated blocks)"
+        if row.get("settings"):
+            name += f" ({row['settings']})"
         share = f"{row['saved'] / row['possible']:.3f}" if row.get("possible") else ""
+        if row.get("possible") and row["possible"] < LITTLE:
+            share = f"{row['possible']:.1e} possible"
         fp64 = f"{row['fp64']:.0e}" if "fp64" in row else ""
         why = "; ".join(row.get("kept", [])) or row.get("why", "")
         cells = [name, len(row["stands_for"]), row["outcome"], fp64, share]

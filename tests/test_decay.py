@@ -370,6 +370,16 @@ def test_coupled_decay_is_a_gradient_that_momentum_carries():
     assert prifu.filters(model)["1"].dose == pytest.approx(4 * 0.01 * beta / (1 - momentum))
 
 
+def test_the_dose_of_coupled_decay_knows_of_dampening():
+    model = prifu.wrap(nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4)), decay="coupled", beta=0.1)
+    unit = prifu.filters(model)["1"]
+    optimizer = torch.optim.SGD([unit.weight], lr=0.01, momentum=0.5, dampening=0.25)
+    for _ in range(3):
+        unit.weight.grad = torch.zeros_like(unit.weight)
+        optimizer.step()
+    assert unit.dose == pytest.approx((1 + 2 * 0.75) * 0.01 * 0.1 / 0.5)
+
+
 def test_coupled_decay_refuses_what_it_cannot_do():
     net = make()
     for unit in prifu.filters(net).values():

@@ -158,6 +158,67 @@ def test_transformers_trainer(reference, tmp_path):
     agree(model.net, reference)
 
 
+def trainer_in(folder, model, steps):
+    """Return a Trainer with the optimizer and schedule it makes itself, saving after 4 steps."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=folder, max_steps=steps, per_device_train_batch_size=BATCH, use_cpu=True,
+        learning_rate=0.1, weight_decay=0.1, report_to=[], save_strategy="steps", save_steps=4,
+        logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    return Trainer(model, arguments, train_dataset=Images(named=True))
+
+
+def test_transformers_trainer_with_its_own_optimizer_resumes(tmp_path):
+    whole, resumed = ForTrainer(network()), ForTrainer(network())
+    trainer_in(tmp_path / "whole", whole, STEPS).train()
+    unit = prifu.filters(whole.net)["layer1.0.bn1"]
+    assert unit.dose == pytest.approx(STEPS * 0.1 * 0.2)
+    trainer_in(tmp_path / "first", ForTrainer(network()), 4).train()
+    again = trainer_in(tmp_path / "first", resumed, STEPS)
+    again.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
+    closed = 0
+    for (path, unit), other in zip(
+        prifu.filters(whole.net).items(), prifu.filters(resumed.net).values(), strict=True
+    ):
+        torch.testing.assert_close(unit.weight, other.weight, rtol=1e-4, atol=1e-6, msg=path)
+        assert torch.equal(unit.closed, other.closed), path
+        assert unit.dose == pytest.approx(other.dose)
+        closed += int(unit.closed.sum())
+    assert closed > 0
+
+
+def test_timm_scaler_checkpoints_and_average(reference, tmp_path):
+    """timm's train.py: NativeScaler makes the steps, CheckpointSaver keeps model and average."""
+    from timm.models import load_checkpoint
+    from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
+
+    model = network().train()
+    optimizer, scaler, average = optimizer_of(model), NativeScaler("cpu"), ModelEmaV3(model)
+    saver = CheckpointSaver(
+        model, optimizer, amp_scaler=scaler, model_ema=average, checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )  # fmt: skip
+    for images, labels in DataLoader(Images(), BATCH):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        scaler(loss, optimizer, parameters=model.parameters())
+        average.update(model)
+    saver.save_checkpoint(0, metric=0.5)
+    agree(model, reference)
+    for use_ema, source in ((False, model), (True, average.module)):
+        loaded = network()
+        load_checkpoint(loaded, str(tmp_path / "last.pth.tar"), use_ema=use_ema)
+        for unit, expected in zip(
+            prifu.filters(loaded).values(), prifu.filters(source).values(), strict=True
+        ):
+            assert torch.equal(unit.weight, expected.weight)
+            assert torch.equal(unit.closed, expected.closed)
+            assert unit.dose == pytest.approx(expected.dose)
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*number of training batches")

@@ -293,3 +293,28 @@ def test_casting_rounds_no_weight():
     assert unit.weight.dtype == torch.float32
     assert torch.equal(unit.weight, before)
     assert torch.equal(unit.closed, closed)
+
+
+# Wrapped too late for what stands around the model.
+
+
+@pytest.mark.parametrize("kind", ["ModelEmaV3", "AveragedModel", "compiled", "DataParallel"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_was_made_around_the_model_before_wrap_is_named(kind, inplace):
+    plain = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    makers = {
+        "ModelEmaV3": lambda: ModelEmaV3(plain),
+        "AveragedModel": lambda: AveragedModel(plain),
+        "compiled": lambda: torch.compile(plain, backend="eager"),
+        "DataParallel": lambda: nn.DataParallel(plain),
+    }
+    around = makers[kind]()
+    name = type(around).__name__
+    with pytest.warns(PrifuWarning, match=f"A {name} of this Sequential was made before wrap"):
+        prifu.wrap(plain, inplace=inplace)
+
+
+def test_an_average_of_another_model_is_none_of_ours():
+    average = AveragedModel(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))
+    prifu.wrap(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))
+    assert average is not None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prifu_plugin.errors import ConfigError, OrderError
+from prifu_plugin.errors import ConfigError, OrderError, PrifuWarning
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.norms import norm_spec, num_channels
 from prifu_plugin.graph.sites import no_match
@@ -58,6 +59,39 @@ def check_alone(model: nn.Module) -> None:
                 f"{type(model).__name__} is inside DDP already, which would not average the "
                 "filters' weights over processes. Call prifu_plugin.wrap first, then make the DDP."
             )
+
+
+def warn_of_wrappers(model: nn.Module) -> None:
+    """Warn of averages, DDP or compiled forms of a model that were made before it is wrapped."""
+    for other in gc.get_objects():
+        name = type(other).__name__
+        if not issubclass(type(other), nn.Module):
+            continue
+        if name not in _WRAPPERS and not name.startswith("ModelEma"):
+            continue
+        modules = other.__dict__.get("_modules", {})
+        inner = modules.get("module", modules.get("_orig_mod"))
+        if isinstance(inner, nn.Module) and (inner is model or _is_copy(inner, model)):
+            warnings.warn(
+                f"A {name} of this {type(model).__name__} was made before wrap: it has no filters, "
+                "and an average would pair weights with the wrong ones. Make it again, from the "
+                "wrapped model.",
+                PrifuWarning,
+                stacklevel=3,
+            )
+            return
+
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "OptimizedModule")
+
+
+def _is_copy(one: nn.Module, other: nn.Module) -> bool:
+    if type(one) is not type(other):
+        return False
+    left, right = one.state_dict(), other.state_dict()
+    same = left.keys() == right.keys()
+    first = next(iter(left), None)
+    return same and first is not None and torch.equal(left[first], right[first])
 
 
 def probe_cut(

@@ -14,7 +14,7 @@ from prifu_plugin.config import FilterConfig
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import ConfigError, NoSiteError, PrifuWarning
 from prifu_plugin.filter import WRAPPED, PriFU
-from prifu_plugin.graph.checks import check_alone, check_wrappable, probe_cut
+from prifu_plugin.graph.checks import check_alone, check_wrappable, probe_cut, warn_of_wrappers
 from prifu_plugin.graph.functional import FilterGroup, functional_calls, host_calls
 from prifu_plugin.graph.host import CHILD, attach, detach, is_host
 from prifu_plugin.graph.norms import norm_spec, num_channels
@@ -98,6 +98,7 @@ def wrap(
     check_wrappable(model)
     if inplace:
         check_alone(model)
+    warn_of_wrappers(model)
     state = WrapState(config, tuple(_chosen(model, include, exclude)), cut)
     if cut is not None or example_inputs is not None:
         found = probe_cut(model, example_inputs, cut, cut_dim)
