@@ -64,9 +64,13 @@ def _before_step(
     _restore_groups(optimizer)
     _end_of_step(optimizer)
     filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
-    if not filters or _only_passes_on(optimizer):
+    if not filters:
         return None
     owned = _owned_filters(optimizer, filters)
+    if _only_passes_on(optimizer):
+        note_step(optimizer, [unit for unit, _ in owned], inside=bool(_running()))
+        _RUNNING.append((weakref.ref(optimizer), set()))
+        return None
     check_ownership(optimizer, filters.values(), {id(unit) for unit, _ in owned})
     note_step(optimizer, [unit for unit, _ in owned], inside=bool(_running()))
     _check_finite(optimizer, [unit for unit, _ in owned])
@@ -110,6 +114,8 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
     _restore_groups(optimizer)
     remembered = _REMEMBERED.pop(optimizer, [])
     decayed = _end_of_step(optimizer)
+    if _only_passes_on(optimizer):
+        _follow(optimizer, decayed)
     if _skipped(optimizer) or _only_passes_on(optimizer):
         return
     with torch.no_grad():
@@ -128,6 +134,16 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
         filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
         owned = {id(unit) for unit, _ in _owned_filters(optimizer, filters)}
         check_ownership(optimizer, filters.values(), owned)
+
+
+def _follow(optimizer: Optimizer, decayed: set[int]) -> None:
+    """Note what other processes did to the filters of theirs, whose W has just arrived."""
+    filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
+    with torch.no_grad():
+        for unit, group in _owned_filters(optimizer, filters):
+            if unit.weight.grad is not None and id(unit) not in decayed:
+                unit.dose += float(group["lr"]) * unit.beta
+                _filter(unit, optimizer)
 
 
 def _closures(args: tuple[Any, ...], kwargs: Group) -> list[Any]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.debug import CommDebugMode
 
 import prifu_plugin as prifu
@@ -31,8 +32,16 @@ def batch(step):
     return x, (x[:, 0] > 0).long()
 
 
-def train(model, part, steps=STEPS):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
+SETTINGS = {"lr": 0.2, "momentum": 0.9, "weight_decay": 0.01}
+
+
+def train(model, part, steps=STEPS, zero=False):
+    if zero:  # the optimizer of each process steps a share of the weights and sends them around
+        optimizer = ZeroRedundancyOptimizer(
+            model.parameters(), optimizer_class=torch.optim.SGD, **SETTINGS
+        )
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), **SETTINGS)
     for step in range(steps):
         x, y = batch(step)
         optimizer.zero_grad()
@@ -43,7 +52,7 @@ def train(model, part, steps=STEPS):
 def late(kind):
     """Wrap a model that is distributed already; return what is said of it."""
     net = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16))
-    if kind == "ddp":
+    if kind != "fsdp2":
         holder = nn.parallel.DistributedDataParallel(net)
     else:
         holder = fully_shard(net)
@@ -61,12 +70,12 @@ def main(kind, folder):
     rank = dist.get_rank()
     said = late(kind)
     model = network()
-    if kind == "ddp":
-        model = nn.parallel.DistributedDataParallel(model)
-    else:
+    if kind == "fsdp2":
         fully_shard(model)
-    train(model, slice(8 * rank, 8 * rank + 8))
-    inner = model.module if kind == "ddp" else model
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    train(model, slice(8 * rank, 8 * rank + 8), zero=kind == "zero")
+    inner = model if kind == "fsdp2" else model.module
     unit = prifu.filters(inner)["1"]
     with CommDebugMode() as calls:
         optimizer = torch.optim.SGD([unit.weight], lr=0.0)
@@ -85,7 +94,7 @@ def main(kind, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero"])
 def test_masks_agree_and_equal_one_process(kind, tmp_path):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     subprocess.run([sys.executable, *command, kind, str(tmp_path)], check=True, timeout=300)
@@ -99,8 +108,8 @@ def test_masks_agree_and_equal_one_process(kind, tmp_path):
     assert (expected == 0).any()
     torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-5)
     # Replicated weights need no word between processes; of shards, the largest weight is asked.
-    assert found[0]["calls"] == (0 if kind == "ddp" else 1)
-    assert ("inside DDP" if kind == "ddp" else "sharded by FSDP") in found[0]["said"]
+    assert found[0]["calls"] == (1 if kind == "fsdp2" else 0)
+    assert ("sharded by FSDP" if kind == "fsdp2" else "inside DDP") in found[0]["said"]
     if kind == "ddp":
         fresh = network()
         fresh.load_state_dict(torch.load(tmp_path / "only_rank_0.pt"))
