@@ -98,11 +98,16 @@ def check_ownership(optimizer: Optimizer, filters: Iterable[PriFU], owned: set[i
 
 def _trained_beside(optimizer: Optimizer, units: list[PriFU]) -> list[PriFU]:
     """Return the filters of models that an optimizer has parameters of; others are remembered."""
-    params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    listed = [p for group in optimizer.param_groups for p in group["params"]]
+    params = {id(p) for p in listed}
+    # With gradients of its own, the model that was wrapped is trained for its own sake.
+    idle = all(p.grad is None for p in listed)
     size, strangers = _STRANGERS.get(optimizer, (-1, weakref.WeakSet()))
     if size != len(params):
         strangers = weakref.WeakSet()
-    found = [unit for unit in units if unit not in strangers and _trains_beside(unit, params)]
+    found = [
+        unit for unit in units if unit not in strangers and _trains_beside(unit, params, idle)
+    ]
     strangers.update(set(units) - set(found))
     _STRANGERS[optimizer] = len(params), strangers
     return found
@@ -113,10 +118,10 @@ _STRANGERS: weakref.WeakKeyDictionary[Optimizer, tuple[int, weakref.WeakSet[PriF
 )
 
 
-def _trains_beside(unit: PriFU, params: set[int]) -> bool:
+def _trains_beside(unit: PriFU, params: set[int], idle: bool) -> bool:
     """Whether any of these is a parameter of the filter's model, or of the one it was made from."""
     origin = unit.origin() if unit.origin is not None else None
-    if origin is not None and id(origin) in params:
+    if idle and origin is not None and id(origin) in params:
         return True
     return any(
         _holds(model, unit) and any(id(p) in params for p in model.parameters())

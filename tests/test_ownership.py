@@ -318,3 +318,11 @@ def test_an_average_of_another_model_is_none_of_ours():
     average = AveragedModel(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))
     prifu.wrap(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))
     assert average is not None
+
+
+def test_the_plain_model_may_be_trained_beside_its_wrapped_copy():
+    plain = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    wrapped = prifu.wrap(plain)
+    train(wrapped, torch.optim.SGD(wrapped.parameters(), lr=RATE), steps=2)
+    loss_of(wrapped).backward()
+    train(plain, torch.optim.SGD(plain.parameters(), lr=RATE), steps=2)

@@ -1,11 +1,12 @@
 """What do filters cost? Training steps and inference, wrapped over plain, in turns.
 
     python examples/benchmarks/cost.py > docs/results/cost.txt
+    python examples/benchmarks/cost.py --compiled > docs/results/cost-compiled.txt
 
 Steps are measured back to back and the ratio to the plain one taken, so that a busy machine slows
 all; the table shows the median of the ratios and their quartiles, and the same for a copy of the
-plain model, which costs nothing: what it differs from 1 by is the machine's. Memory is what a step
-keeps for its backward pass.
+plain model, which costs nothing: what it differs from 1 by is the machine's. Memory is the most
+that exists at once in a training step. With --compiled, torch.compile makes the models first.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 
 import timm
 import torch
+from torch.distributed._tools.mem_tracker import MemTracker
 from tqdm import tqdm
 
 import prifu_plugin as prifu
@@ -68,45 +70,43 @@ def ratios(steps, rounds):
     return {name: ratio[2:] for name, ratio in found.items()}
 
 
-def kept_for_backward(model, x):
-    """Return the bytes that a training step keeps for its backward pass, parameters aside."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.train()(x).sum().backward()
-    return sum(storage.nbytes() for storage in kept.values())
+def peak(model, x):
+    """Return the most bytes that exist at once in a training step, as torch's MemTracker counts."""
+    tracker, step = MemTracker(), training(model, x)
+    tracker.track_external(model, x)
+    with tracker:
+        step()
+    (device,) = tracker.get_tracker_snapshot("peak").values()
+    return device["Total"]
 
 
-def main(smoke=False, batch=32):
+def main(smoke=False, batch=32, compiled=False):
     """Print one row a model."""
     print(f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads, "
-          f"batch {batch}; median of wrapped / plain over pairs [quartiles]")  # fmt: skip
+          f"batch {batch}{', compiled' if compiled else ''}; median of wrapped / plain over pairs "
+          "[quartiles]")  # fmt: skip
     print(f"{'model':22}  {'training step':22}  {'of a copy':22}  {'inference':22}  "
-          f"{'of a copy':22}  kept for backward")  # fmt: skip
+          f"{'of a copy':22}  peak memory")  # fmt: skip
     for name, size in tqdm(list(MODELS.items())[: 1 if smoke else None], disable=None):
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=10)
         models = {"plain": model, "wrapped": prifu.wrap(model), "copy": copy.deepcopy(model)}
         x = torch.randn(batch, 3, size, size)
+        memory = peak(models["wrapped"], x) / peak(model, x)
+        if compiled:
+            models = {label: torch.compile(one) for label, one in models.items()}
         cells = []
         for kind, rounds in ((training, 24), (inference, 48)):
             steps = {label: kind(one, x) for label, one in models.items()}
             for found in ratios(steps, 3 if smoke else rounds).values():
                 low, middle, high = statistics.quantiles(found, n=4)
                 cells.append(f"{middle:.3f} [{low:.3f}, {high:.3f}]")
-        kept = kept_for_backward(models["wrapped"], x) / kept_for_backward(model, x)
-        print("  ".join(f"{cell:22}" for cell in (name, *cells)) + f"  {kept:.4f}", flush=True)
+        print("  ".join(f"{cell:22}" for cell in (name, *cells)) + f"  {memory:.4f}", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="one model, few rounds")
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile")
     parser.add_argument("--batch", type=int, default=32)
     main(**vars(parser.parse_args()))
