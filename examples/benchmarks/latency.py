@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import prifu_plugin as prifu
 
-MODELS = ("resnet18", "resnet50", "mobilenetv2_100", "efficientnet_b0", "regnety_002",
-          "densenet121", "convnext_atto", "vit_tiny_patch16_224")  # fmt: skip
+MODELS = ("mobilenetv2_100", "efficientnet_b0", "regnety_002", "convnext_atto",
+          "vit_tiny_patch16_224", "resnet50", "densenet121")  # fmt: skip
 SHARES = (0.1, 0.25, 0.5, 0.75)
 
 

@@ -69,7 +69,7 @@ def filter_of(host: nn.Module) -> PriFU | CutFilter:
     return unit
 
 
-def folded_parameters(host: nn.Module, unit: PriFU) -> dict[str, Tensor | None]:
+def folded_parameters(host: nn.Module, unit: PriFU) -> dict[str, Tensor]:
     """Return weight and bias of a normalization with the filter's scale folded in.
 
     gain * RIW * (n * weight + bias) + b = n * (weight * scale) + (bias * scale + b), in the
@@ -86,7 +86,14 @@ def folded_parameters(host: nn.Module, unit: PriFU) -> dict[str, Tensor | None]:
     dtype = next((value.dtype for value in own if value is not None), scale.dtype)
     if "bias" not in folded and dtype in (torch.float16, torch.bfloat16):
         folded["bias"] = torch.zeros_like(scale)  # torch has no half kernel without one
-    return {name: value.to(dtype) for name, value in folded.items() if value is not None}
+    given = {name: value.to(dtype) for name, value in folded.items() if value is not None}
+    if torch.compiler.is_compiling() and not _is_exporting():
+        # Inductor would compute them anew for every element; what is strided it computes first.
+        return {name: value.as_strided(value.shape, (1,)) for name, value in given.items()}
+    return given
+
+
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7
 
 
 def folds(spec: NormSpec, unit: PriFU) -> bool:

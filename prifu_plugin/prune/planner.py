@@ -96,6 +96,26 @@ class Planner:
             ordered[dim] = tuple(first + [index for index in kept if index not in there])
         return ordered
 
+    def as_it_comes(
+        self, source: fx.Node, wanted: dict[int, tuple[int, ...]], shift: int = 0
+    ) -> dict[int, tuple[int, ...]]:
+        """Take all channels that a source has, where copies are dear and that saves a selection.
+
+        Args:
+            source: an operand that exists.
+            wanted: what is to exist of the result.
+            shift: by how many dimensions the result has more, on the left.
+        """
+        if not self.analysis.move_cost or not self.exists(source):
+            return wanted
+        taken = {}
+        for dim, kept in wanted.items():
+            there: tuple[int, ...] = ()
+            if dim >= shift and self.analysis.fact(source).shape[dim - shift] > 1:
+                there = self.physical(source, dim - shift)
+            taken[dim] = there if set(kept) < set(there) else kept
+        return taken
+
     def conform(self, source: fx.Node, reader: fx.Node, wanted: Layout | None = None) -> Conform:
         """Plan how a reader gets a source in the layout it wants; whole where none is given.
 
@@ -246,10 +266,23 @@ def _aligned(analysis: Analysis, node: fx.Node, keep: Tensor, round_to: int) -> 
         return keep
     dim = dims.pop()
     line = keep.movedim(dim, 0).flatten(1).any(1)
-    spare = (~line).nonzero().flatten()[: -int(line.sum()) % round_to]
+    spare = (~line).nonzero().flatten()
+    there = _asked_of_source(analysis, node, dim)
+    if there is not None:  # what another reader keeps is there anyway
+        spare = torch.cat([spare[there[spare]], spare[~there[spare]]])
+    spare = spare[: -int(line.sum()) % round_to]
     extra = torch.zeros_like(line)
     extra[spare] = True
     return keep | extra.reshape([-1 if d == dim else 1 for d in range(keep.ndim)])
+
+
+def _asked_of_source(analysis: Analysis, node: fx.Node, dim: int) -> Tensor | None:
+    """Return which channels of a node's only source others ask for, if they are the same."""
+    sources = analysis.rules[node].sources(analysis) if node in analysis.rules else []
+    if len(sources) != 1 or sources[0] not in analysis.wants:
+        return None
+    there, shape = analysis.wants[sources[0]], analysis.fact(node).summary_shape()
+    return there.movedim(dim, 0).flatten(1).any(1) if there.shape == shape else None
 
 
 def _merge_all(analysis: Analysis, masks: dict[Any, Tensor], source: fx.Node) -> None:

@@ -75,6 +75,7 @@ class ChannelwiseRule(Rule):
         back = {after: before for before, after in self.dims.items()}
         wanted = {back[dim]: indices for dim, indices in kept.items()}
         wanted = planner.in_order_of(self.source, wanted)
+        wanted = planner.as_it_comes(self.source, wanted)
         layout = {self.dims[dim]: indices for dim, indices in wanted.items()}
         conform = planner.conform(self.source, self.node, wanted)
         planner.emit(self.node, Keep(), {self.source: conform}, layout)

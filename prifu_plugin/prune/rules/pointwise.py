@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -217,7 +218,12 @@ class PointwiseRule(Rule):
             first = max(lines, key=len, default=[])
             there = set(first)
             ordered[dim] = tuple(first + [i for i in indices if i not in there])
-        return ordered
+        facts = {s: planner.analysis.fact(s) for s in sources}
+        moving = [s for s in sources if not facts[s].static]
+        if not moving:
+            return ordered
+        largest = max(moving, key=lambda s: _size(facts[s]))
+        return planner.as_it_comes(largest, ordered, rank - len(facts[largest].shape))
 
     def _operand(self, planner: Planner, source: fx.Node, wanted: Layout, rank: int) -> Conform:
         fact = planner.analysis.fact(source)
@@ -241,6 +247,10 @@ def pointwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
         floating = torch.is_floating_point(node.meta["example"])
         return PointwiseRule(node) if same and floating else None
     return None
+
+
+def _size(fact: Fact) -> int:
+    return math.prod(fact.shape)
 
 
 def _right(values: Tensor, rank: int) -> Tensor:
