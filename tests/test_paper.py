@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import prifu_plugin as prifu
+
 ROOT = Path(__file__).parents[1]
 PAPER = ROOT / "examples" / "paper"
 RESULTS = ROOT / "docs" / "results" / "paper"
@@ -185,3 +187,12 @@ def test_seeds_that_did_not_learn_are_left_out_and_named():
     assert (a.seeds, a.cells["s"].leak.value) == (1, pytest.approx(1))
     assert a.marks == ("did not learn the task with seed 0, left out",)
     assert b.marks == ("did not learn the task with seed 0",)
+
+
+def test_the_audit_page_follows_from_its_reports():
+    folder = ROOT / "docs" / "results"
+    text = (folder / "audit.md").read_text()
+    reports = sorted((folder / "audit").glob("*.json"))
+    assert len(reports) == text.count("\n## ") == 6
+    for file in reports:
+        assert prifu.AuditReport.from_json(file.read_text()).to_markdown().strip() in text, file

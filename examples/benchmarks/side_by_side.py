@@ -6,8 +6,9 @@
 In both, half of every norm's channels are off at random: a filter that is closed here, a scale and
 shift of 0 there. Torch-Pruning then removes half of the channels of every group by the norms'
 scales (weights where a network has no batch norm), which is what it is made for; prune removes
-what it can prove to be without effect. Timings are interleaved, medians over the rounds, one
-thread; they include prune's verification, and Torch-Pruning's dependency graph.
+what it can prove to be without effect. Latency is relative to the filtered model. Timings are
+interleaved, medians over the rounds, one thread; prune's with its verification and without it,
+Torch-Pruning's with its dependency graph.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import prifu_plugin as prifu
@@ -49,10 +51,10 @@ def zeroed(wrapped):
     return plain.eval()
 
 
-def ours(wrapped, x):
-    """Prune with verification; returns the model and the seconds."""
+def ours(wrapped, x, verify=True):
+    """Prune; returns the model and the seconds."""
     start = time.perf_counter()
-    pruned = prifu.prune(wrapped, x)
+    pruned = prifu.prune(wrapped, x, verify=verify)
     return pruned, time.perf_counter() - start
 
 
@@ -76,8 +78,8 @@ def theirs(model, x):
     return model, time.perf_counter() - start
 
 
-def compared(name, size, rounds):
-    """Return a row of the table."""
+def filtered(name):
+    """Return a model with random norms and half of each filter's channels closed."""
     torch.manual_seed(0)
     model = timm.create_model(name)
     for module in model.modules():  # timm starts residual branches at a scale of 0
@@ -86,31 +88,57 @@ def compared(name, size, rounds):
             nn.init.normal_(module.bias, std=0.1)
     wrapped = prifu.wrap(model).eval()
     half_off(wrapped, 0)
+    return wrapped
+
+
+def macs(model, x):
+    """Return the multiply-accumulates of a forward pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() // 2
+
+
+def latencies(models, x, rounds):
+    """Run models in turns; return the medians of the ratios to the first."""
+    taken = []
+    with torch.inference_mode():
+        for turn in range(rounds + 2):
+            row = [0.0] * len(models)
+            for at in [(turn + i) % len(models) for i in range(len(models))]:
+                start = time.perf_counter()
+                models[at](x)
+                row[at] = time.perf_counter() - start
+            taken.append([value / row[0] for value in row])
+    return [statistics.median(column) for column in zip(*taken[2:], strict=True)]
+
+
+def compared(name, size, rounds):
+    """Return a row of the table."""
+    wrapped = filtered(name)
     x, other = torch.randn(2, 3, size, size), torch.randn(3, 3, size, size)
-    plain = zeroed(wrapped)
-    times = []
+    plain, why, times, found = zeroed(wrapped), "", [], None
     for _ in range(rounds):
-        mine, first = ours(wrapped, x)
+        mine, verified = ours(wrapped, x)
+        _, alone = ours(wrapped, x, verify=False)
         try:
             found, second = theirs(copy.deepcopy(plain), x)
-        except Exception as error:  # noqa: BLE001 - a refusal is a result
-            found, second, why = None, float("nan"), f"{type(error).__name__}: {error}"[:60]
-        times.append((first, second))
+            with torch.no_grad():
+                gap = difference(plain(other), found.eval()(other))
+        except Exception as error:  # noqa: BLE001 - a refusal or a broken model is a result
+            found, second, why = None, float("nan"), f"{type(error).__name__}: {error}"[:50]
+        times.append((verified / second, alone / second, verified))
     with torch.no_grad():
-        expected = plain(other)
-        gap = difference(wrapped(other), mine(other))
-        try:
-            theirs_gap = difference(expected, found(other)) if found is not None else float("nan")
-        except Exception as error:  # noqa: BLE001 - a broken model is a result
-            found, why = None, f"does not run: {error}"[:60]
-    before = sum(p.numel() for p in plain.parameters())
-    left = sum(p.numel() for p in mine.parameters()) / before
-    their_left = sum(p.numel() for p in found.parameters()) / before if found is not None else 0
-    shown = f"{theirs_gap:.0e} | {100 * their_left:.0f} %" if found is not None else f"{why} |"
-    seconds, ratio = (statistics.median(v) for v in (
-        [t[0] for t in times], [t[0] / t[1] for t in times]))  # fmt: skip
-    return (f"| {name} | {gap:.0e} | {100 * left:.0f} % | {shown} | {seconds:.1f} s | "
-            f"{ratio:.1f} |")  # fmt: skip
+        exact = difference(wrapped(other), mine(other))
+    models = [plain, mine] + ([found] if found is not None else [])
+    speed, work = latencies(models, x, 9), [macs(m, x) for m in models]
+    cells = [name, f"{exact:.0e}", f"{100 * work[1] / work[0]:.0f} %", f"{speed[1]:.2f}"]
+    if found is None:
+        cells += [why, "", ""]
+    else:
+        cells += [f"{gap:.0e}", f"{100 * work[2] / work[0]:.0f} %", f"{speed[2]:.2f}"]
+    relative = [statistics.median(column) for column in zip(*times, strict=True)]
+    cells += [f"{relative[2]:.1f} s", f"{relative[0]:.1f}", f"{relative[1]:.1f}"]
+    return "| " + " | ".join(cells) + " |"
 
 
 def main(rounds):
@@ -121,9 +149,9 @@ def main(rounds):
     print("# prune and Torch-Pruning, the same channels off\n")
     print(f"`python {' '.join(sys.argv)}`; Torch-Pruning {tp.__version__}, torch "
           f"{torch.__version__}, {rounds} rounds, seed 0.\n")  # fmt: skip
-    print("| model | ours: difference | parameters left | Torch-Pruning: difference | parameters "
-          "left | ours | times theirs |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|")
+    print("| model | ours: difference | MACs left | latency | Torch-Pruning: difference "
+          "| MACs left | latency | prune takes | times theirs | unverified |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name, size in tqdm(MODELS.items(), disable=None):
         print(compared(name, size, rounds), flush=True)
 
