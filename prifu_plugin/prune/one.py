@@ -31,7 +31,7 @@ class Pruned:
 
     Attributes:
         model: in the precision of what it was made from.
-        exact: the same in fp64.
+        exact: the same in fp64, if it was verified.
         plan: from which it was made.
         checks: the certificate, empty if it was not asked for.
         layers: the fate of every channel.
@@ -75,7 +75,8 @@ def prune_graph(
         analysis = analyse(exact.root, exact.graph)
         made_of = {"inputs": runs[0].to_dict(), "graph": fingerprint(captured)}
         plan = make_plan(analysis, {**recipe, **made_of}, round_to, move_cost)
-        pruned, twin = rewrite(captured, plan), rewrite(exact, plan)
+        pruned = rewrite(captured, plan)
+        twin = rewrite(exact, plan) if verify else pruned
     checks: tuple[Check, ...] = ()
     if verify:
         checks = _certify(analysis, captured, exact, plan, (pruned, twin), runs, seed)
@@ -101,8 +102,10 @@ def runs_of(filtered: nn.Module, inputs: Inputs) -> tuple[Inputs, ...]:
 
     What the two runs do not share is not concluded.
     """
-    first = inputs.batch(2) if takes(filtered, inputs.batch(2)) else inputs
+    first = inputs.batch(2)
     why = refusal(filtered, first)
+    if why is not None and first != inputs:
+        first, why = inputs, refusal(filtered, inputs)
     if why is not None:
         raise ConfigError(
             f"{type(filtered).__name__} refuses inputs of shape {list(inputs.shapes)}: {why} "

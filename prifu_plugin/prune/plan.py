@@ -188,7 +188,8 @@ class Plan:
 
 
 def _fields(value: Kernel | Conform) -> dict[str, Any]:
-    return dataclasses.asdict(value)
+    # Not asdict, which copies every index of every tuple.
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def _frozen(value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prifu_plugin.figures import new_figure
 from prifu_plugin.prune.facts import Fact
-from prifu_plugin.prune.inputs import Inputs, takes
+from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.rules.base import Analysis
 from prifu_plugin.prune.rules.linear import LinearRule
@@ -164,7 +164,13 @@ def fates(analysis: Analysis, plan: Plan) -> tuple[Fate, ...]:
 
 def count_macs(model: nn.Module, inputs: Inputs) -> int:
     """Return the multiply-accumulates of one forward pass at batch 1."""
-    single = inputs.batch(1) if takes(model, inputs.batch(1)) else inputs
+    try:
+        return _count_macs(model, inputs.batch(1))
+    except Exception:  # noqa: BLE001 - it takes no batch of 1
+        return _count_macs(model, inputs)
+
+
+def _count_macs(model: nn.Module, inputs: Inputs) -> int:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not counted
     # The counter hooks gradients of what modules are given, and trips over bare parameters.
@@ -173,12 +179,12 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
         parameter.requires_grad_(False)
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(*single.draw(model, 0))
+            model(*inputs.draw(model, 0))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for parameter in trained:
             parameter.requires_grad_(True)
-    return int(counter.get_total_flops()) // 2 // single.shapes[0][0]
+    return int(counter.get_total_flops()) // 2 // inputs.shapes[0][0]
 
 
 def count_parameters(model: nn.Module) -> int:
