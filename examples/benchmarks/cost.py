@@ -80,24 +80,25 @@ def peak(model, x):
     return device["Total"]
 
 
-def main(smoke=False, batch=32, compiled=False):
+def main(smoke=False, batch=32, compiled=False, models=tuple(MODELS)):
     """Print one row a model."""
     print(f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads, "
           f"batch {batch}{', compiled' if compiled else ''}; median of wrapped / plain over pairs "
           "[quartiles]")  # fmt: skip
     print(f"{'model':22}  {'training step':22}  {'of a copy':22}  {'inference':22}  "
           f"{'of a copy':22}  peak memory")  # fmt: skip
-    for name, size in tqdm(list(MODELS.items())[: 1 if smoke else None], disable=None):
+    for name in tqdm(models[: 1 if smoke else None], disable=None):
+        size = MODELS[name]
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=10)
-        models = {"plain": model, "wrapped": prifu.wrap(model), "copy": copy.deepcopy(model)}
+        forms = {"plain": model, "wrapped": prifu.wrap(model), "copy": copy.deepcopy(model)}
         x = torch.randn(batch, 3, size, size)
-        memory = peak(models["wrapped"], x) / peak(model, x)
+        memory = peak(forms["wrapped"], x) / peak(model, x)
         if compiled:
-            models = {label: torch.compile(one) for label, one in models.items()}
+            forms = {label: torch.compile(one) for label, one in forms.items()}
         cells = []
         for kind, rounds in ((training, 24), (inference, 48)):
-            steps = {label: kind(one, x) for label, one in models.items()}
+            steps = {label: kind(one, x) for label, one in forms.items()}
             for found in ratios(steps, 3 if smoke else rounds).values():
                 low, middle, high = statistics.quantiles(found, n=4)
                 cells.append(f"{middle:.3f} [{low:.3f}, {high:.3f}]")
@@ -108,5 +109,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="one model, few rounds")
     parser.add_argument("--compiled", action="store_true", help="with torch.compile")
+    parser.add_argument("--models", nargs="+", default=tuple(MODELS), choices=MODELS)
     parser.add_argument("--batch", type=int, default=32)
     main(**vars(parser.parse_args()))
