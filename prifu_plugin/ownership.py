@@ -105,9 +105,7 @@ def _trained_beside(optimizer: Optimizer, units: list[PriFU]) -> list[PriFU]:
     size, strangers = _STRANGERS.get(optimizer, (-1, weakref.WeakSet()))
     if size != len(params):
         strangers = weakref.WeakSet()
-    found = [
-        unit for unit in units if unit not in strangers and _trains_beside(unit, params, idle)
-    ]
+    found = [unit for unit in units if unit not in strangers and _trains_beside(unit, params, idle)]
     strangers.update(set(units) - set(found))
     _STRANGERS[optimizer] = len(params), strangers
     return found

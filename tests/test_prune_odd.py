@@ -74,6 +74,12 @@ EXACT = {
     "interpolate": lambda t, x, a, b: t(F.interpolate(b, scale_factor=2, mode="bilinear")),
     "pixel shuffle": (lambda t, x, a, b: t(F.pixel_shuffle(b, 2)), 2),
     "unfold": (lambda t, x, a, b: t(F.unfold(b, 3, padding=1).unflatten(2, x.shape[2:])), 72),
+    "max pooling of a border": lambda t, x, a, b: t(
+        F.max_pool2d(F.pad(b, (1, 0, 0, 2), value=-torch.inf), 3, 1)
+    ),
+    "max pooling beyond a border": lambda t, x, a, b: torch.nan_to_num(
+        F.max_pool2d(F.pad(b, (0, 4, 4, 0), value=-torch.inf), 3, 1), neginf=-9.0
+    ),
     "pool with a divisor": lambda t, x, a, b: t(F.avg_pool2d(b, 2, divisor_override=3)),
     "einsum": lambda t, x, a, b: torch.einsum("nchw,ndhw->ncd", a, b),
 }  # fmt: skip

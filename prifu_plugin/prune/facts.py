@@ -40,7 +40,7 @@ class Fact:
     @property
     def known(self) -> Tensor:
         """The constants, with 0 where live."""
-        return torch.nan_to_num(self.const, nan=0.0)
+        return torch.where(self.live, 0.0, self.const)
 
     def summary_shape(self) -> tuple[int, ...]:
         """Return the shape of masks over this tensor's channels."""
@@ -57,8 +57,9 @@ def summarize(values: Tensor, shape: tuple[int, ...], axes: tuple[int, ...]) -> 
     """Reduce values (NaN = live), broadcastable to shape, to one value per channel.
 
     A channel that is constant but not the same everywhere becomes live: sound, and it can then
-    be computed at any resolution.
+    be computed at any resolution. So does one that is infinite, which no weight can stand in for.
     """
+    values = torch.where(torch.isinf(values), torch.nan, values)
     for dim in range(len(shape)):
         if dim in axes:
             continue

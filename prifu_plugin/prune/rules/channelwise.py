@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -159,7 +161,27 @@ def padding_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     padded = {rank - 1 - at // 2 for at, size in enumerate(pads) if size != 0}
     if padded & set(fact.axes):
         return None
-    return ChannelwiseRule(node, _same(fact), float(value) if mode == "constant" else None)
+    seen = mode == "constant" and not (value == -math.inf and _is_only_pooled(analysis, node, pads))
+    return ChannelwiseRule(node, _same(fact), float(value) if seen else None)
+
+
+def _is_only_pooled(analysis: Analysis, node: fx.Node, pads: Sequence[Any]) -> bool:
+    """Whether max pooling alone reads a padding by -inf, in windows wider than it: none is left."""
+    widths = [p.meta["example"] if isinstance(p, fx.Node) else p for p in pads]
+    for user in node.users:
+        if user.op == "call_module":
+            module = analysis.module(user)
+            kernel = getattr(module, "kernel_size", None)
+            pools = (
+                isinstance(module, nn.MaxPool2d) and type(module).forward is nn.MaxPool2d.forward
+            )
+        else:
+            kernel = user.args[1] if len(user.args) > 1 else user.kwargs.get("kernel_size")
+            pools = user.target is F.max_pool2d
+        sides = kernel if isinstance(kernel, tuple | list) else (kernel,)
+        if not pools or not all(isinstance(k, int) and k > max(widths) for k in sides):
+            return False
+    return bool(node.users)
 
 
 def _is_alone(node: fx.Node) -> bool:

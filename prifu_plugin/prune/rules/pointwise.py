@@ -35,7 +35,7 @@ POINTWISE: set[Any] = {
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
     *("sub", "div", "true_divide", "neg", "pow", "square", "abs", "relu", "sigmoid", "tanh"),
     *("exp", "log", "sqrt", "rsqrt", "clamp", "clip", "erf", "float", "double", "half", "to"),
-    *("type", "clone", "detach"),
+    *("type", "clone", "detach", "nan_to_num", torch.nan_to_num),
 }
 POINTWISE_MODULES = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
