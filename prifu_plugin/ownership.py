@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -98,18 +99,38 @@ def check_ownership(optimizer: Optimizer, filters: Iterable[PriFU], owned: set[i
 
 def _trained_beside(optimizer: Optimizer, units: list[PriFU]) -> list[PriFU]:
     """Return the filters of models that an optimizer has parameters of; others are remembered."""
-    listed = [p for group in optimizer.param_groups for p in group["params"]]
-    params = {id(p) for p in listed}
-    # With gradients of its own, the model that was wrapped is trained for its own sake.
-    idle = all(p.grad is None for p in listed)
+    params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    idle = _is_idle(optimizer)
     size, strangers = _STRANGERS.get(optimizer, (-1, weakref.WeakSet()))
     if size != len(params):
         strangers = weakref.WeakSet()
     found = [unit for unit in units if unit not in strangers and _trains_beside(unit, params, idle)]
-    strangers.update(set(units) - set(found))
+    others = {unit for unit in units if unit.origin is None or id(unit.origin()) not in params}
+    strangers.update(others - set(found))
     _STRANGERS[optimizer] = len(params), strangers
     return found
 
+
+def _is_idle(optimizer: Optimizer) -> bool:
+    """Whether an optimizer steps with no gradients, zeros, or those it has stepped with before.
+
+    One that trains the plain model for its own sake gets new ones.
+    """
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    first = next((grad for grad in grads if grad is not None), None)
+    if first is None:
+        return True
+    known, version = _GRADIENTS.get(optimizer, (None, -1))
+    version_now: int = first._version
+    stale = known is not None and known() is first and version_now == version
+    _GRADIENTS[optimizer] = weakref.ref(first), version_now
+    return stale or not any(bool(grad.any()) for grad in grads if grad is not None)
+
+
+_GRADIENTS: weakref.WeakKeyDictionary[Optimizer, tuple[weakref.ref[torch.Tensor], int]] = (
+    weakref.WeakKeyDictionary()
+)
+"""The first gradient that an optimizer last stepped with, and its version."""
 
 _STRANGERS: weakref.WeakKeyDictionary[Optimizer, tuple[int, weakref.WeakSet[PriFU]]] = (
     weakref.WeakKeyDictionary()

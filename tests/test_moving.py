@@ -69,7 +69,8 @@ def test_fastest_returns_what_it_measured_to_be_quickest():
     ways = [(1, 0.0), (16, 64.0)]
     found = prifu.fastest(wrapped, torch.zeros(1, 3, 64, 64), build=build, ways=ways, rounds=5)
     assert (found.round_to, found.move_cost) == (16, 64.0)
-    assert built[0] is wrapped
+    assert built[0] is not wrapped
+    assert list(prifu.filters(built[0])) == list(prifu.filters(wrapped))
     assert len(built) == 3
     assert found.ratios[16, 64.0] < 0.6 < found.ratios[1, 0.0]
     x = torch.randn(2, 3, 64, 64)
@@ -78,10 +79,11 @@ def test_fastest_returns_what_it_measured_to_be_quickest():
 
 
 def test_fastest_runs_in_eval_mode_and_leaves_the_mode():
-    model = prifu.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).train()
+    model = prifu.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).train()
+    model[2].eval()
     before = model[1].running_mean.clone()
     prifu.fastest(model, torch.randn(2, 3, 8, 8), rounds=1, ways=[(1, 0.0)])
-    assert model.training
+    assert [model.training, model[1].training, model[2].training] == [True, True, False]
     assert torch.equal(model[1].running_mean, before)
 
 
@@ -92,3 +94,43 @@ def test_refused():
             prifu.prune(model, torch.zeros(1, 3, 8, 8), move_cost=cost)
     with pytest.raises(ConfigError, match="at least one"):
         prifu.fastest(model, torch.zeros(1, 3, 8, 8), ways=[])
+    for wrong in ({"round_to": "a"}, {"round_to": 2.5}, {"move_cost": None}):
+        with pytest.raises(ConfigError):
+            prifu.prune(model, torch.zeros(1, 3, 8, 8), **wrong)
+    with pytest.raises(ConfigError, match="pair"):
+        prifu.fastest(model, torch.zeros(1, 3, 8, 8), ways=[1])
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(16, affine=True), nn.GroupNorm(4, 16)])
+def test_groups_that_are_closed_as_a_whole_go_whatever_a_copy_costs(norm):
+    layers = nn.Conv2d(3, 16, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(16, 8, 1)
+    model = prifu.wrap(nn.Sequential(*layers)).eval()
+    prifu.filters(model)["1"].weight.data[:8] = 0
+    for cost in (0.0, 8.0, float("inf")):
+        pruned = prifu.prune(model, torch.zeros(1, 3, 16, 16), move_cost=cost)
+        assert copies(pruned) == 0
+        assert pruned.get_submodule("3").in_channels == 8
+
+
+class Quotient(nn.Module):
+    """A division whose unneeded channels lead into weights of 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.below, self.left = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1)
+        self.right = nn.Conv2d(8, 3, 1)
+        with torch.no_grad():
+            self.left.weight[:, [1, 5]] = 0
+
+    def forward(self, x):
+        y = self.stem(x)
+        return self.left(y / (torch.sigmoid(self.below(x)) + 0.5)) + self.right(y)
+
+
+def test_nothing_is_divided_by_what_was_filled_in():
+    torch.manual_seed(0)
+    model = prifu.wrap(Quotient()).eval()
+    prifu.filters(model)["stem.1"].weight.data[[0, 3]] = 0.0
+    for round_to, cost in WAYS:
+        prifu.prune(model, torch.zeros(1, 3, 8, 8), round_to=round_to, move_cost=cost)

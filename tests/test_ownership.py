@@ -326,3 +326,43 @@ def test_the_plain_model_may_be_trained_beside_its_wrapped_copy():
     train(wrapped, torch.optim.SGD(wrapped.parameters(), lr=RATE), steps=2)
     loss_of(wrapped).backward()
     train(plain, torch.optim.SGD(plain.parameters(), lr=RATE), steps=2)
+
+
+@pytest.mark.parametrize("zeroing", [None, True, False])
+def test_a_stale_optimizer_with_gradients_of_before_is_an_error(zeroing):
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    train(model, optimizer, steps=1)
+    model = prifu.wrap(model)
+
+    def step():
+        model.zero_grad()
+        if zeroing is not None:
+            optimizer.zero_grad(set_to_none=zeroing)
+        loss_of(model).backward()
+        optimizer.step()
+
+    def steps():
+        for _ in range(2):
+            step()
+
+    with pytest.raises(OrderError, match="before wrap"):
+        steps()
+
+
+def test_an_average_that_cannot_be_compared_is_passed_over():
+    lazy = nn.Sequential(nn.LazyLinear(8), nn.LayerNorm(8))
+    averages = [AveragedModel(lazy)]
+    prifu.wrap(lazy)
+
+    class Extra(nn.Sequential):
+        def get_extra_state(self):
+            return {"epoch": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    extra = Extra(nn.Linear(4, 8), nn.LayerNorm(8))
+    averages.append(AveragedModel(extra))
+    with pytest.warns(PrifuWarning, match="made before wrap"):
+        prifu.wrap(extra)

@@ -361,3 +361,51 @@ def test_what_is_computed_from_buffers_is_computed_in_fp64():
     prifu.filters(model)["norm"].weight.data[::2] = 0.0
     checks = prifu.report(prifu.prune(model, torch.zeros(2, 3, 4, 4))).checks
     assert max(c.difference for c in checks if c.dtype == "float64") < 1e-14
+
+
+class Threshold(nn.Module):
+    """Decides on, and computes with, the values of buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("level", torch.tensor(0.7))
+        self.scale = nn.Parameter(torch.rand(16))
+        self.conv, self.norm, self.out = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        x = nn.functional.layer_norm(x.flatten(2), (16,), self.scale).unflatten(2, (4, 4))
+        if self.level > 0:
+            x = x.clamp(0.0, float(self.level)) * self.level.item()
+        return self.out(x.to(self.level.dtype))
+
+
+def test_what_forwards_decide_on_buffers_is_decided():
+    torch.manual_seed(0)
+    model = prifu.wrap(Threshold())
+    assert list(prifu.filters(model)) == ["layer_norm", "norm"]
+    prifu.filters(model)["norm"].weight.data[::2] = 0.0
+    pruned = prifu.prune(model, torch.zeros(2, 3, 4, 4))
+    assert max(c.difference for c in prifu.report(pruned).checks) < 1e-6
+
+
+class Places(nn.Module):
+    """A kernel over an axis along which closed channels have constants of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        self.over = nn.Conv2d(2, 4, (3, 1))
+
+    def forward(self, x):
+        return self.over(self.norm(self.conv(x)).view(x.shape[0], 2, 4, -1))
+
+
+@pytest.mark.parametrize("closed", [4, 7, 8])
+def test_constants_that_differ_under_a_kernel_are_computed(closed):
+    torch.manual_seed(0)
+    model = prifu.wrap(Places(), bias=True).eval()
+    unit = prifu.filters(model)["norm"]
+    unit.bias.data.normal_()
+    unit.weight.data[:closed] = 0.0
+    prifu.prune(model, torch.zeros(2, 3, 4, 4))

@@ -252,13 +252,29 @@ def channels(y):
     return y
 
 
+def made_of_sizes(y):
+    shifted = y.new_zeros(y.shape)
+    shifted[:, :, 1:] = y[:, :, :-1]
+    shifted[..., ::2] = 1.5
+    shifted[0] = y[:1]
+    shifted[:] = shifted + y
+    return shifted + y
+
+
+def reads_another_chunk(y):
+    left, right = y.chunk(2, 1)
+    pair = y.chunk(2, 1)
+    pair[0][:, 0] = 1.0
+    return torch.cat([pair[0], pair[1], left[:, :0], right[:, :0]], 1)
+
+
 def reads_an_old_view(y):
     old = y[:, 2:]
     y[:, :, 1:] = 1.0
     return y + old.mean()
 
 
-@pytest.mark.parametrize("body", [rows_and_columns, channels])
+@pytest.mark.parametrize("body", [rows_and_columns, channels, made_of_sizes])
 def test_assignments_become_nodes(body):
     torch.manual_seed(0)
     model = prifu.wrap(Assigns(body)).eval()
@@ -266,12 +282,14 @@ def test_assignments_become_nodes(body):
     x = torch.randn(3, 3, 10, 7)
     pruned = prifu.prune(model, x[:2])
     assert max(c.difference for c in prifu.report(pruned).checks) < 1e-6
-    assert pruned.get_submodule("stem.0").out_channels == 4
+    assert pruned.get_submodule("stem.0").out_channels == (8 if body is made_of_sizes else 4)
     torch.testing.assert_close(pruned(x), model(x))
 
 
-def test_a_view_of_what_was_overwritten_is_not_followed():
-    model = prifu.wrap(Assigns(reads_an_old_view)).eval()
+@torch.no_grad()
+@pytest.mark.parametrize("body", [reads_an_old_view, reads_another_chunk])
+def test_a_view_of_what_was_overwritten_is_not_followed(body):
+    model = prifu.wrap(Assigns(body)).eval()
     prifu.filters(model)["stem.1"].weight.data[::2] = 0.0
     x = torch.randn(3, 3, 8, 8)
     pruned = prifu.prune(model, x)

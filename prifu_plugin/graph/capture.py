@@ -46,9 +46,12 @@ class ModelTracer(fx.Tracer):
 
     Args:
         opaque: whether to stop at what timm registers.
+        buffers: whether what is computed from buffers of floats stays in the graph, where any
+            precision can compute it, rather than be computed now.
     """
 
-    def __init__(self, *, opaque: bool = True) -> None:
+    def __init__(self, *, opaque: bool = True, buffers: bool = False) -> None:
+        self._buffers = buffers
         modules, functions = _timm_leaves() if opaque else ([], [])
         self._opaque = tuple(modules)
         super().__init__(autowrap_functions=tuple(functions))
@@ -66,9 +69,9 @@ class ModelTracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Keep what is computed from a buffer in the graph, where any precision can compute it."""
+        """Return the value of an attribute, or its proxy."""
         stored = isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter)
-        if not stored or not attr_val.is_floating_point():
+        if not self._buffers or not stored or not attr_val.is_floating_point():
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         return self.proxy(cast(fx.Node, self.create_arg(attr_val)))
 
@@ -120,7 +123,23 @@ def capture(model: nn.Module, given: int | None = None) -> Captured:
         ['input_1', '_0', 'output']
     """
     with undisturbed(model, keep=CONSTANT):
-        return traced(model, lambda _: ModelTracer(), given)
+        found = traced(model, lambda _: ModelTracer(), given)
+        if not _has_computed(found):
+            return found
+        try:
+            return traced(model, lambda _: ModelTracer(buffers=True), given)
+        except CaptureError:  # its forward decides on the values of buffers
+            return found
+
+
+def _has_computed(captured: Captured) -> bool:
+    """Whether a graph holds floats that the forward made while it was traced."""
+    found = [
+        getattr(captured.root, str(node.target), None)
+        for node in captured.graph.nodes
+        if node.op == "get_attr" and str(node.target).startswith(CONSTANT)
+    ]
+    return any(isinstance(value, Tensor) and value.is_floating_point() for value in found)
 
 
 def traced(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from prifu_plugin.errors import ConfigError, OrderError, PrifuWarning
 from prifu_plugin.filter import PriFU
@@ -88,10 +89,14 @@ _WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "Optimi
 def _is_copy(one: nn.Module, other: nn.Module) -> bool:
     if type(one) is not type(other):
         return False
-    left, right = one.state_dict(), other.state_dict()
-    same = left.keys() == right.keys()
-    first = next(iter(left), None)
-    return same and first is not None and torch.equal(left[first], right[first])
+    left = dict(one.named_parameters(remove_duplicate=False))
+    right = dict(other.named_parameters(remove_duplicate=False))
+    if not left or left.keys() != right.keys():
+        return False
+    first, second = next(iter(left.values())), next(iter(right.values()))
+    if any(isinstance(p, UninitializedParameter) or p.is_meta for p in (first, second)):
+        return False
+    return torch.equal(first.detach().cpu(), second.detach().cpu())
 
 
 def probe_cut(

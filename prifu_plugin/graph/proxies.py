@@ -53,8 +53,11 @@ class SizedProxy(fx.Proxy):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Write into a constant made of sizes alone, or stand for the changed tensor."""
-        if "sizes" not in self.__dict__ or self.node.users:
+        tensor = isinstance(value, SizedProxy) and isinstance(value.value, Tensor)
+        if "sizes" not in self.__dict__ or self.node.users or tensor:
             written = written_to(self, key, value)
+            if tensor and written.node is value.node:
+                written = written.clone()
             self.tracer.overwrites(self.node, self.value)
             self.__dict__.update(node=written.node, value=written.value)
             return
@@ -138,13 +141,21 @@ def written_to(x: Any, key: Any, value: Any) -> Any:
         TraceError: for any other key.
     """
     keys = key if isinstance(key, tuple) else (key,)
+    rank = x.value.ndim
+    if any(part is Ellipsis for part in keys):
+        at = next(at for at, part in enumerate(keys) if part is Ellipsis)
+        keys = (*keys[:at], *[slice(None)] * (rank - len(keys) + 1), *keys[at + 1 :])
     create = x.tracer.create_proxy
     for dim, part in enumerate(keys):
         if isinstance(part, slice) and part == slice(None):
             continue
-        if isinstance(part, slice) and part.step in (None, 1):
+        if isinstance(part, slice):
             chosen, rest = x[(slice(None),) * dim + (part,)], _rest(dim, slice(None), keys)
-            where: tuple[Any, ...] = (dim, plain(part.start), plain(part.stop))
+            where: tuple[Any, ...] = (
+                dim,
+                *map(plain, (part.start, part.stop)),
+                plain(part.step) or 1,
+            )
             inner = written_to(chosen, rest, value)
             return create("call_function", torch.slice_scatter, (x, inner, *where), {})
         if isinstance(plain(part), int) and not isinstance(part, bool):
@@ -154,6 +165,8 @@ def written_to(x: Any, key: Any, value: Any) -> Any:
         raise TraceError(f"'{x.node.name}' is written to at {key}.")
     if not isinstance(value_of(value), Tensor):
         return create("call_function", torch.full_like, (x, value), {})
+    while value_of(value).ndim > rank and value_of(value).shape[0] == 1:
+        value = value.squeeze(0)
     same = value_of(value).shape == x.value.shape
     value = value if value_of(value).dtype == x.value.dtype else value.type_as(x)
     return value if same else value.expand_as(x)

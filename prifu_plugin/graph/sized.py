@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
+from torch.utils import _pytree as pytree
 
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import (
@@ -159,7 +160,7 @@ class SizedTracer(ModelTracer):
         self._leaves = leaves
         self._computing = False
         self._guarded: set[tuple[fx.Node, Any]] = set()
-        self._storage: dict[fx.Node, int] = {}
+        self._storage: dict[fx.Node, set[int]] = {}
         self._overwritten: set[fx.Node] = set()
         self.entered: list[str] = []
 
@@ -214,14 +215,14 @@ class SizedTracer(ModelTracer):
         if kind == "call_method" and target in _MADE:
             proxy.__dict__["sizes"] = (args[1:], kwargs)
         value = self._compute(kind, target, *values)
-        if isinstance(value, Tensor):
-            self._storage[proxy.node] = value.untyped_storage().data_ptr()
+        tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        self._storage[proxy.node] = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
         return proxy.carrying(value, of_values)
 
     def overwrites(self, node: fx.Node, value: Tensor) -> None:
         """Note that a tensor was written to: it, and views of it, are not to be read any more."""
         place = value.untyped_storage().data_ptr()
-        views = {other for other, storage in self._storage.items() if storage == place} | {node}
+        views = {other for other, places in self._storage.items() if place in places} | {node}
         if any(view.op in ("get_attr", "placeholder") for view in views):
             raise TraceError(f"'{node.name}' is written to, which outlives the forward.")
         self._overwritten |= views

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prifu_plugin.errors import ConfigError
+from prifu_plugin.errors import ConfigError, PrifuWarning, VerificationError
+from prifu_plugin.graph.state import copied
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.run import prune
 
@@ -78,36 +80,39 @@ def fastest(
         >>> sorted(found.ratios)
         [(1, 0.0), (4, 0.0)]
     """
-    if not ways or rounds < 1:
+    ways = [tuple(way) if isinstance(way, list | tuple) else (way,) for way in ways]  # type: ignore[misc]
+    if not ways or rounds < 1 or any(len(way) != 2 for way in ways):
         raise ConfigError("fastest needs at least one pair of round_to and move_cost, and a round.")
     drawn = Inputs.for_model(model, example_inputs).draw(model, seed)
     device = next(model.parameters()).device
     build = build or _in_torch([x.to(device) for x in drawn])
-    runs: dict[Way | None, Callable[[], Any]] = {None: build(model)}
+    runs: dict[Way | None, Callable[[], Any]] = {None: build(copied(model).eval())}
     for round_to, move_cost in tqdm(ways, desc="pruning", leave=False, disable=None):
         small = prune(
             model, example_inputs, round_to=round_to, move_cost=move_cost, verify=False, seed=seed
         )
         runs[round_to, move_cost] = build(small)
     ratios = _ratios(runs, rounds)
-    round_to, move_cost = min(ratios, key=lambda way: ratios[way])
-    best = prune(model, example_inputs, round_to=round_to, move_cost=move_cost, seed=seed)
-    return Fastest(best, round_to, move_cost, ratios)
+    *quick, last = sorted(ratios, key=lambda way: ratios[way])
+    for round_to, move_cost in quick:
+        try:
+            best = prune(model, example_inputs, round_to=round_to, move_cost=move_cost, seed=seed)
+        except VerificationError as error:
+            warnings.warn(f"Left out, as it is not exact: {error}", PrifuWarning, stacklevel=2)
+            continue
+        return Fastest(best, round_to, move_cost, ratios)
+    best = prune(model, example_inputs, round_to=last[0], move_cost=last[1], seed=seed)
+    return Fastest(best, *last, ratios)
 
 
 def _in_torch(inputs: list[Tensor]) -> Build:
     def build(model: nn.Module) -> Callable[[], Any]:
         @torch.inference_mode()
         def run() -> Any:
-            was_training = model.training
-            model.eval()
-            try:
-                result = model(*inputs)
-                if inputs[0].is_cuda:
-                    torch.cuda.synchronize(inputs[0].device)
-                return result
-            finally:
-                model.train(was_training)
+            result = model(*inputs)
+            if inputs[0].is_cuda:
+                torch.cuda.synchronize(inputs[0].device)
+            return result
 
         return run
 

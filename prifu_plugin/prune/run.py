@@ -48,7 +48,8 @@ def prune(
         model: a wrapped model; it is not changed.
         example_inputs: a batch, (N, ...). Without it the shape of the last forward pass is
             used, or that of timm's pretrained_cfg.
-        round_to: widths become multiples of it, with dead channels that stay (8 suits GPUs).
+        round_to: widths become multiples of it, with dead channels that stay (8 suits GPUs); not
+            those of layers that are called several times.
         move_cost: multiply-accumulates that moving one value is taken to cost. Where dropping
             channels needs a copy that costs more than it saves, they stay; 0 removes all that
             can go, inf what goes without a copy. `fastest` measures which is best.
@@ -74,9 +75,9 @@ def prune(
         2
     """
     state = wrap_state(model)
-    if round_to < 1:
+    if not isinstance(round_to, int) or round_to < 1:
         raise ConfigError(f"round_to={round_to} is not a positive number of channels.")
-    if not move_cost >= 0:
+    if not isinstance(move_cost, int | float) or not move_cost >= 0:
         raise ConfigError(f"move_cost={move_cost} is not 0 or more multiply-accumulates.")
     for unit in filters(model).values():
         unit.check_finite()

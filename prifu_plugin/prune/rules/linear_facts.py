@@ -68,7 +68,11 @@ class LinearFacts(Rule, ABC):
         depthwise = linear.inputs == linear.outputs == 1 and extra.shape == fact.const.shape
         if analysis.move_cost and depthwise:
             return {self.source: extra}
-        want = torch.zeros(analysis.fact(self.source).summary_shape(), dtype=torch.bool)
+        source = analysis.fact(self.source)
+        if linear.spans and set(source.axes) - {linear.dim}:
+            # Constants that differ from place to place are no constant to a kernel over places.
+            return {self.source: any_over(fact.live & ~source.live, source)}
+        want = torch.zeros(source.summary_shape(), dtype=torch.bool)
         if not linear.padded or want.shape[linear.dim] == 1 or self.adds_border(analysis):
             return {}
         asked = self._line_any(analysis.wants.get(self.source, want))

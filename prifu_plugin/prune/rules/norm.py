@@ -170,7 +170,10 @@ class StatisticsRule(Rule):
 
     def spare(self, analysis: Analysis, keep: Tensor) -> Tensor:
         """Keep closed channels, which come out anyway, if leaving them out is dearer."""
-        return spared(analysis, self.node, keep, torch.ones_like(keep))
+        dim = self.sliced_dim(analysis)
+        line = keep.movedim(dim, 0).flatten(1).any(1)
+        comes = along(self._by_group(line), keep.ndim, dim) if len(line) > 1 else line.any()
+        return spared(analysis, self.node, keep, comes.expand_as(keep))
 
     def work(self, analysis: Analysis) -> float:
         """Return nothing: closed channels come out anyway."""

@@ -220,8 +220,9 @@ class PointwiseRule(Rule):
             ordered[dim] = tuple(first + [i for i in indices if i not in there])
         facts = {s: planner.analysis.fact(s) for s in sources}
         moving = [s for s in sources if not facts[s].static]
-        if not moving:
-            return ordered
+        finite = self.node.target in SUMS or self.node.target in PRODUCTS
+        if not moving or not (finite or len(moving) == 1):
+            return ordered  # what is not needed and filled with 0 might be divided by
         largest = max(moving, key=lambda s: _size(facts[s]))
         return planner.as_it_comes(largest, ordered, rank - len(facts[largest].shape))
 
