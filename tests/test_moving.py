@@ -29,8 +29,17 @@ def copies(model):
     return sum(node.target in moves for node in model.graph.nodes)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_035", "test_vit", "convnext_atto"])
-@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("test_resnet", 0.3),
+        ("mobilenetv2_035", 0.1),
+        ("test_vit", 0.1),
+        pytest.param("resnet18", 0.5, marks=pytest.mark.slow),
+        pytest.param("convnext_atto", 0.1, marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", 0.1, marks=pytest.mark.slow),
+    ],
+)
 def test_every_way_is_exact_and_dear_copies_are_saved(name, share):
     size = zoo.image_size(name)
     wrapped = filtered(name, share)
@@ -45,7 +54,7 @@ def test_every_way_is_exact_and_dear_copies_are_saved(name, share):
 
 
 def test_no_copy_is_left_where_all_layers_can_take_their_channels():
-    pruned = prifu.prune(filtered("resnet18", 0.3), torch.zeros(1, 3, 64, 64), move_cost=1e9)
+    pruned = prifu.prune(filtered("test_resnet", 0.3), torch.zeros(1, 3, 64, 64), move_cost=1e9)
     assert copies(pruned) == 0
     report = prifu.report(pruned)
     assert report.macs[1] < 0.75 * report.macs[0]

@@ -80,8 +80,9 @@ def fastest(
         >>> sorted(found.ratios)
         [(1, 0.0), (4, 0.0)]
     """
-    ways = [tuple(way) if isinstance(way, list | tuple) else (way,) for way in ways]  # type: ignore[misc]
-    if not ways or rounds < 1 or any(len(way) != 2 for way in ways):
+    ways = list(ways)
+    pairs = all(isinstance(way, tuple) and len(way) == 2 for way in ways)
+    if not ways or rounds < 1 or not pairs:
         raise ConfigError("fastest needs at least one pair of round_to and move_cost, and a round.")
     drawn = Inputs.for_model(model, example_inputs).draw(model, seed)
     device = next(model.parameters()).device
