@@ -108,7 +108,7 @@ def test_a_rebuilt_model_shares_them_too():
     assert again.get_submodule("body.0").weight.numel() < 8 * 8 * 9
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(0, 10**6), st.sampled_from(sorted(BODIES)), st.integers(1, 4))
 def test_any_masks_are_exact(seed, body, times):
     torch.manual_seed(seed)
