@@ -38,6 +38,7 @@ class PriFU(nn.Module):
         num_features: number of channels C.
         config: threshold, decay and form; the default is the paper's bare filter.
         dim: channel dimension of the input.
+        image_dim: that of an input of four dimensions, where it is another.
 
     Attributes:
         weight: W, (C,), fp32 or better whatever the model's dtype.
@@ -59,7 +60,12 @@ class PriFU(nn.Module):
     filtered: Tensor
 
     def __init__(
-        self, num_features: int, config: FilterConfig | None = None, *, dim: int = 1
+        self,
+        num_features: int,
+        config: FilterConfig | None = None,
+        *,
+        dim: int = 1,
+        image_dim: int | None = None,
     ) -> None:
         super().__init__()
         config = config or FilterConfig(preserve=False)
@@ -68,6 +74,7 @@ class PriFU(nn.Module):
         self.decay = config.decay
         self.gain = config.gain
         self.dim = dim
+        self.image_dim = image_dim
         self.path = ""
         self.dose = 0.0
         self.holds_scale = False
@@ -99,11 +106,16 @@ class PriFU(nn.Module):
         self._beta = replace(_DEFAULT, beta=value).beta
 
     def forward(self, x: Tensor) -> Tensor:
-        """Filter x along `dim`; the result has the dtype of x."""
-        y = x * along(self.scale().to(x.dtype), x.ndim, self.dim)
+        """Filter x along its channels; the result has the dtype of x."""
+        dim = self.dim_at(x.ndim)
+        y = x * along(self.scale().to(x.dtype), x.ndim, dim)
         if self.bias is not None:
-            y = y + along(self.bias.to(x.dtype), x.ndim, self.dim)
+            y = y + along(self.bias.to(x.dtype), x.ndim, dim)
         return y
+
+    def dim_at(self, ndim: int) -> int:
+        """Return the channel dimension of an input of `ndim` dimensions."""
+        return self.dim if self.image_dim is None or ndim != 4 else self.image_dim
 
     def scale(self) -> Tensor:
         """Return gain * RIW, (C,), differentiable in W (Eq. 4 and 5)."""

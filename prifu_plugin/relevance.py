@@ -207,7 +207,7 @@ def _watch(module: nn.Module, unit: PriFU, meter: _Meter) -> Any:
 
     def note(y: Tensor) -> None:
         if y.requires_grad:
-            y.register_hook(lambda gradient: meter.add(gradient, unit.dim))
+            y.register_hook(lambda gradient: meter.add(gradient, unit.dim_at(y.ndim)))
 
     inner = [module._modules.get(name) for name in ("drop", "act")]
     fused = next((part for part in inner if isinstance(part, nn.Module)), None)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *TRANSPOSED)
 
 
 def least_share(model, shape, batch=4, seed=0):
@@ -75,7 +76,8 @@ def _saved(module, x, out):
     needed = (_needed(out, dim) & _varies(out.detach(), dim)).double().reshape(groups, -1)
     pairs = (varies.sum(1) * needed.sum(1)).sum()
     taps = module.weight[0, 0].numel()
-    places = out.numel() // out.shape[dim]
+    counted = x if isinstance(module, TRANSPOSED) else out  # each input place meets every tap
+    places = counted.numel() // counted.shape[dim]
     every = groups * varies.shape[1] * needed.shape[1]
     return float(places * taps * (every - pairs))
 

@@ -71,6 +71,17 @@ class RandomNet(nn.Module):
         width = self.widths[x]
         self._block(x, width, width * self.draw.choice([1, 1, 2]), width)
 
+    def _grow_transposed(self):
+        x = self._pick()
+        width_in = self.widths[x]
+        groups = self.draw.choice([g for g in (1, 2, width_in) if width_in % g == 0])
+        kernel, stride, padding = self.draw.choice([(3, 1, 1), (1, 1, 0), (5, 1, 2)])
+        width = groups * self.draw.choice([1, 2, 3])
+        conv = nn.ConvTranspose2d(width_in, width, kernel, stride, padding, groups=groups,
+                                  bias=self.draw.random() < 0.5)  # fmt: skip
+        part = nn.Sequential(conv, self._norm(width), self.draw.choice(ACTIVATIONS)())
+        self._step(lambda m, a: m(a), [x], width, part)
+
     def _grow_add(self):
         x, y = self._pick(), self._pick()
         if self.widths[x] != self.widths[y]:

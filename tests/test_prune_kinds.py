@@ -296,6 +296,54 @@ def test_a_norm_that_permutes_is_filtered_along_its_channels():
     check(net, (2, 3, 9, 14))
 
 
+class SettledNorm(nn.LayerNorm):
+    """Channels come first or last, as a setting says."""
+
+    def __init__(self, width, first):
+        super().__init__(width)
+        self.first = first
+
+    def forward(self, x):
+        if not self.first:
+            return super().forward(x)
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class TokensOrImagesNorm(nn.LayerNorm):
+    """Tokens have their channels last, images first."""
+
+    def forward(self, x):
+        if x.ndim != 4:
+            return super().forward(x)
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda first: SettledNorm(8, first), lambda first: TokensOrImagesNorm(8)],
+    ids=["a setting", "the number of dimensions"],
+)
+def test_one_class_of_norms_may_have_channels_first_and_last(make):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), make(True), nn.Conv2d(8, 8, 1), nn.Flatten(2), Swap(1, 2),
+        nn.Linear(8, 8), make(False), nn.Linear(8, 4),
+    )  # fmt: skip
+    wrapped = prifu.wrap(net, preserve=False)
+    x = torch.randn(2, 3, 10, 10)
+    assert difference(prifu.filters(wrapped)["1"](net[1](net[0](x))), wrapped[:2](x)) <= 1e-6
+    check(net, (2, 3, 10, 10))
+    check(net, (2, 3, 9, 10))
+
+
+class Swap(nn.Module):
+    def __init__(self, *dims):
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x):
+        return x.transpose(*self.dims)
+
+
 @pytest.mark.parametrize(
     ("net", "shape", "cut", "dim"),
     [

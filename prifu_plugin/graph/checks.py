@@ -128,9 +128,8 @@ def probe_cut(
     made_by: list[tuple[int, int]] = []
     handles = []
     for module in model.modules() if cut is not None else ():
-        made = _layer_channels(module)
-        if made is not None:
-            handles.append(module.register_forward_hook(_noting(made_by, made, seen)))
+        if _layer_channels(module, 4) is not None:
+            handles.append(module.register_forward_hook(_noting(made_by, seen)))
     if cut is not None:
         handles.append(known[cut].register_forward_hook(lambda m, i, o: seen.append(o)))
     try:
@@ -164,9 +163,10 @@ def probe_cut(
     return dim, uploaded.shape[dim]
 
 
-def _noting(made_by: list[tuple[int, int]], made: tuple[int, int], seen: list[Any]) -> Any:
-    def note(*_: Any) -> None:
-        if not seen:
+def _noting(made_by: list[tuple[int, int]], seen: list[Any]) -> Any:
+    def note(layer: nn.Module, _: Any, out: Any) -> None:
+        made = _layer_channels(layer, out.ndim) if isinstance(out, Tensor) else None
+        if made is not None and not seen:
             made_by.append(made)
 
     return note
@@ -204,12 +204,12 @@ def channel_dim(
     )
 
 
-def _layer_channels(layer: nn.Module) -> tuple[int, int] | None:
+def _layer_channels(layer: nn.Module, ndim: int) -> tuple[int, int] | None:
     """Return channel dimension and width of what a layer puts out, None for other modules."""
     spec = norm_spec(layer)
     if spec is not None:
         width = num_channels(layer)
-        return None if width is None else (spec.dim, width)
+        return None if width is None else (spec.dim_at(ndim), width)
     if isinstance(layer, nn.Linear):
         return -1, layer.out_features
     if isinstance(layer, nn.modules.conv._ConvNd):

@@ -233,7 +233,7 @@ def _apply(model: nn.Module, state: WrapState, origin: nn.Parameter | None = Non
         channels = num_channels(host)
         assert spec is not None
         assert channels is not None
-        unit = PriFU(channels, state.config, dim=spec.dim)
+        unit = PriFU(channels, state.config, dim=spec.dim, image_dim=spec.image_dim)
         _place(unit, path, host, first, origin)
         attach(host, unit)
         if _may_be_bypassed(model.get_submodule(path.rpartition(".")[0])):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,14 +27,21 @@ class NormSpec:
         running: with running statistics in eval mode, each channel is an affine map of its own.
         fused: an activation follows inside the module.
         channels: name of the attribute that tells how many channels there are; "" for the usual.
+        image_dim: channel dimension of an output of four dimensions, where it is another: some
+            norms take tokens (N, L, C) and images (N, C, H, W).
     """
 
     dim: int
+    image_dim: int | None = None
     folds: bool = True
     folds_bias: bool = True
     running: bool = False
     fused: bool = False
     channels: str = ""
+
+    def dim_at(self, ndim: int) -> int:
+        """Return the channel dimension of an output of `ndim` dimensions."""
+        return self.dim if self.image_dim is None or ndim != 4 else self.image_dim
 
 
 _BATCH = NormSpec(dim=1, running=True)
@@ -181,7 +189,8 @@ def norm_spec(module: nn.Module) -> NormSpec | None:
         if spec is None:
             continue
         if getattr(ancestor, "forward", None) is not cls.forward:
-            return NormSpec(dim=_dim_by_trial(module, spec.dim), folds=False)
+            dim, image_dim = _dims_by_trial(module, spec.dim)
+            return NormSpec(dim=dim, image_dim=image_dim, folds=False)
         return _for_instance(module, spec)
     return None
 
@@ -213,27 +222,35 @@ def num_channels(module: nn.Module) -> int | None:
     return int(weight.numel()) if isinstance(weight, torch.Tensor) else None
 
 
-_TRIED: dict[tuple[type[nn.Module], int], int] = {}
+_TRIED: weakref.WeakKeyDictionary[nn.Module, tuple[int, int | None]] = weakref.WeakKeyDictionary()
 
 
-def _dim_by_trial(module: nn.Module, default: int) -> int:
-    """Find the channel dimension of a subclass with a forward of its own, by what it takes.
+def _dims_by_trial(module: nn.Module, default: int) -> tuple[int, int | None]:
+    """Find the channel dimensions of a subclass with a forward of its own, by what it takes.
 
-    A LayerNorm that permutes takes (N, C, H, W), and not (N, H, W, C); many exist.
+    A LayerNorm that permutes takes (N, C, H, W), and not (N, H, W, C); many exist, and some have a
+    setting for it, or permute inputs of four dimensions only.
     """
     channels = num_channels(module)
     if channels is None:
-        return default
-    key = (base_class(module), channels)
-    if key not in _TRIED:
+        return default, None
+    if module not in _TRIED:
         others = [size for size in (5, 7, 11) if size != channels]
-        taken = [dim for dim in (1, -1) if _keeps_shape(module, channels, others, dim)]
-        _TRIED[key] = taken[0] if len(taken) == 1 else default
-    return _TRIED[key]
+        tokens = _dim_taken(module, channels, others[:1])
+        images = _dim_taken(module, channels, others[:2])
+        first = next((dim for dim in (tokens, images) if dim is not None), default)
+        _TRIED[module] = (first, None if images in (None, first) else images)
+    return _TRIED[module]
+
+
+def _dim_taken(module: nn.Module, channels: int, others: list[int]) -> int | None:
+    """Return which dimension must be the channels for a module to take a tensor, if one must."""
+    taken = [dim for dim in (1, -1) if _keeps_shape(module, channels, others, dim)]
+    return taken[0] if len(taken) == 1 else None
 
 
 def _keeps_shape(module: nn.Module, channels: int, others: list[int], dim: int) -> bool:
-    shape = [2, *others[:2], channels] if dim == -1 else [2, channels, *others[:2]]
+    shape = [2, *others, channels] if dim == -1 else [2, channels, *others]
     twin: Any = copy.deepcopy(module).eval()
     twin.__class__ = base_class(module)
     twin._modules.pop("prifu", None)

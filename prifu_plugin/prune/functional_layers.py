@@ -10,13 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prifu_plugin.graph.capture import Captured
+from prifu_plugin.prune.transposed import TRANSPOSED
 
-_LAYERS: dict[Any, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+_LAYERS: dict[Any, type[nn.modules.conv._ConvNd]] = {
     F.conv1d: nn.Conv1d,
     F.conv2d: nn.Conv2d,
     F.conv3d: nn.Conv3d,
+    F.conv_transpose1d: nn.ConvTranspose1d,
+    F.conv_transpose2d: nn.ConvTranspose2d,
+    F.conv_transpose3d: nn.ConvTranspose3d,
 }
-_SETTINGS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TENSORS = ("input", "weight", "bias")
+_NUMBERS = ("stride", "padding", "dilation", "groups")
+_NUMBERS_OF_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
 
 
 def make_layers(captured: Captured) -> bool:
@@ -53,14 +59,20 @@ def make_layers(captured: Captured) -> bool:
 
 
 def _settings(node: fx.Node) -> dict[str, Any] | None:
-    given = {**dict(zip(_SETTINGS, node.args, strict=False)), **node.kwargs}
-    numbers = [given.get(name) for name in _SETTINGS[3:]]
+    names = (*_TENSORS, *_numbers(node))
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    numbers = [given.get(name) for name in _numbers(node)]
     if any(isinstance(value, fx.Node) for value in torch.utils._pytree.tree_leaves(numbers)):
         return None
     tensors = [given.get("weight"), given.get("bias")]
     if not all(value is None or _can_be_taken_over(value, node) for value in tensors):
         return None
     return given
+
+
+def _numbers(node: fx.Node) -> tuple[str, ...]:
+    """Return the names of the arguments that are no tensors, in the order of the function."""
+    return _NUMBERS_OF_TRANSPOSED if _LAYERS[node.target] in TRANSPOSED else _NUMBERS
 
 
 def _can_be_taken_over(value: Any, reader: fx.Node) -> bool:
@@ -91,18 +103,16 @@ def _layer(node: fx.Node, given: dict[str, Any]) -> nn.Module:
     weight: Tensor = given["weight"].meta["static"]
     bias = given.get("bias")
     groups = given.get("groups", 1)
-    numbers = {name: given[name] for name in _SETTINGS[3:] if name in given}
+    numbers = {name: given[name] for name in _numbers(node) if name in given}
+    cls: Any = _LAYERS[node.target]
+    inputs, outputs = weight.shape[1] * groups, weight.shape[0]
+    if cls in TRANSPOSED:
+        inputs, outputs = outputs, inputs
     with torch.device("meta"):
-        layer = _LAYERS[node.target](
-            weight.shape[1] * groups, weight.shape[0], _size(weight), bias=False, **numbers
-        )
+        layer: nn.Module = cls(inputs, outputs, tuple(weight.shape[2:]), bias=False, **numbers)
     layer.weight = _parameter(given["weight"])
     layer.bias = None if bias is None else _parameter(bias)
     return layer.eval()
-
-
-def _size(weight: Tensor) -> Any:
-    return tuple(weight.shape[2:])
 
 
 def _parameter(value: fx.Node) -> nn.Parameter:

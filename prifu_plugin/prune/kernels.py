@@ -14,6 +14,7 @@ from prifu_plugin.graph.host import CHILD, detach, filter_of, folded_parameters,
 from prifu_plugin.graph.norms import norm_spec
 from prifu_plugin.prune.layout import FILL
 from prifu_plugin.prune.plan import SliceLinear
+from prifu_plugin.prune.transposed import TRANSPOSED, rows_of_outputs, turned
 
 
 def selected(value: Tensor, select: tuple[tuple[int, tuple[int, ...]], ...]) -> Tensor:
@@ -27,7 +28,7 @@ def slice_linear(
     module: Any, kernel: SliceLinear, bias: Tensor | None, delta: Tensor | None
 ) -> Any:
     """Return a copy of a linear map with the rows and columns of a kernel."""
-    weight = module.weight.detach()
+    weight = rows_of_outputs(module)
     per_group = len(kernel.rows) // kernel.groups
     blocks = []
     for group, columns in enumerate(kernel.columns):
@@ -38,6 +39,8 @@ def slice_linear(
         sliced[list(kernel.zero_rows)] = 0.0
     if delta is not None:
         sliced = sliced + delta.reshape(sliced.shape)
+    if isinstance(module, TRANSPOSED):
+        sliced = turned(sliced, kernel.groups)
     twin = _shell(module)
     twin.weight = nn.Parameter(sliced.to(weight.dtype), module.weight.requires_grad)
     if bias is not None:
@@ -122,8 +125,8 @@ def pure_copy(module: nn.Module) -> nn.Module:
 def _filter_built_in(host: nn.Module) -> nn.Module:
     """Return a layer with its filter in the affine parameters, or as a product behind it."""
     unit, spec = host._modules[CHILD], norm_spec(host)
-    if not isinstance(unit, PriFU) or spec is None:
-        return host
+    if not isinstance(unit, PriFU) or spec is None or unit.image_dim is not None:
+        return host  # with an image_dim, only a call tells where the channels are
     layer, scale, shift = slice_norm(host, None, folds(spec, unit))
     if folds(spec, unit):
         return layer

@@ -112,7 +112,7 @@ class PruneReport:
         """
         if axes is None:
             axes = new_figure(9, 3.5).subplots()
-        layers = [fate for fate in self.layers if fate.type in ("Linear", "Conv1d", "Conv2d")]
+        layers = [f for f in self.layers if "linear" in f.type.lower() or "Conv" in f.type]
         places = list(range(len(layers)))
         kept = [fate.channels - fate.removed for fate in layers]
         axes.bar(places, [fate.channels for fate in layers], color="#d8dee9", label="before")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from prifu_plugin.prune.plan import SliceLinear
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis
 from prifu_plugin.prune.rules.linear_facts import LinearFacts
+from prifu_plugin.prune.transposed import rows_of_outputs
 
 GATHER = 64
 """Multiply-accumulates that take as long as moving one value."""
@@ -223,7 +223,7 @@ class LinearRule(LinearFacts):
         groups: Sequence[int] = (0,),
     ) -> str:
         """Return the kernel from ones to what missing constants contribute, sum of c_k * W_k."""
-        weight = _weight(planner.analysis.module(self.node))
+        weight = rows_of_outputs(planner.analysis.module(self.node)).double()
         known, per_in = self._line(self._fact(planner.analysis).known), self.map.inputs
         kernel = torch.zeros(len(rows), 1, *weight.shape[2:], dtype=torch.float64)
         for at, (group, border) in enumerate(zip(groups, borders, strict=True)):
@@ -262,7 +262,7 @@ class LinearRule(LinearFacts):
         groups: Sequence[int] = (0,),
     ) -> str:
         """Return what a carrier's weight takes over, sum of (c_k / c_j) * W_k: exact at borders."""
-        weight = _weight(planner.analysis.module(self.node))
+        weight = rows_of_outputs(planner.analysis.module(self.node)).double()
         known, per_in = self._line(self._fact(planner.analysis).known), self.map.inputs
         delta = torch.zeros(len(rows), len(columns[0]), *weight.shape[2:], dtype=torch.float64)
         for at, (group, local, border) in enumerate(zip(groups, columns, borders, strict=True)):
@@ -275,11 +275,6 @@ class LinearRule(LinearFacts):
             places, taps = _rows_of(rows, at, len(groups), weight, border)
             delta[places, carrier] += torch.einsum("i,ri...->r...", ratios, taps)
         return planner.constant(f"{self._name(planner.analysis)}__delta", delta)
-
-
-def _weight(module: Any) -> Tensor:
-    weight: Tensor = module.weight.detach().double()
-    return weight
 
 
 def _rows_of(

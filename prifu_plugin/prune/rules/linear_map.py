@@ -1,8 +1,9 @@
-"""Recognize linear maps: Linear, convolutions of any dimension and grouping, F.linear."""
+"""Recognize linear maps: Linear, convolutions and their transposes, grouped or not, F.linear."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.rules.base import Analysis
+from prifu_plugin.prune.transposed import TRANSPOSED, rows_of_outputs
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class LinearMap:
         connected: whether any tap is not 0, same shape.
         bias: (out,), zeros if there is none.
         dim: the dimension it maps, in the input's shape.
-        padded: zeros are padded around the input, so that a constant is cut off at the border.
+        padded: a constant does not become a constant: zeros are padded around the input, or taps
+            fall on some places and not on others.
         mappable: a two-dimensional convolution whose padding is given in numbers.
         spans: it reads several places, or leaves some out.
     """
@@ -64,6 +67,8 @@ def _module_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
     fact = analysis.input_fact(node)
     if fact is None:
         return None
+    if isinstance(module, TRANSPOSED):
+        return _transposed_map(node, module, fact)
     forward = type(module).forward
     if isinstance(module, nn.Linear) and _is_linear(module):
         return _flat(module.weight, module.bias, len(fact.shape) - 1)
@@ -91,7 +96,25 @@ def _module_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
     )
 
 
-def _is_pointwise(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+def _transposed_map(node: fx.Node, module: nn.Module, fact: Fact) -> LinearMap | None:
+    assert isinstance(module, TRANSPOSED)
+    sized = len(node.args) + len(node.kwargs) > 1  # forward(x, output_size)
+    own = all(type(module).forward is not cls.forward for cls in TRANSPOSED)
+    if sized or own or len(fact.shape) != module.weight.ndim:
+        return None
+    taps = rows_of_outputs(module).double().flatten(2)
+    groups, outputs = module.groups, module.out_channels // module.groups
+    return LinearMap(
+        taps.sum(2).unflatten(0, (groups, outputs)),
+        (taps != 0).any(2).unflatten(0, (groups, outputs)),
+        _bias_or_zeros(module.bias, module.out_channels),
+        1,
+        not _is_pointwise(module),
+        spans=not _is_pointwise(module),
+    )
+
+
+def _is_pointwise(module: Any) -> bool:
     """Whether a convolution is a linear map at each place by itself."""
     ones = {*module.kernel_size, *module.stride}
     return ones == {1} and not isinstance(module.padding, str) and not any(module.padding)

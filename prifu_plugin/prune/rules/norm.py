@@ -215,10 +215,12 @@ class StatisticsRule(Rule):
 def norm_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     """Return the rule for a normalization layer or filter, or None for another module."""
     module: Any = analysis.module(node)
-    if analysis.input_fact(node) is None or len(node.all_input_nodes) != 1:
+    fact = analysis.input_fact(node)
+    if fact is None or len(node.all_input_nodes) != 1:
         return None
+    rank = len(fact.shape)
     if isinstance(module, PriFU):
-        return ChannelAffineRule(node, module, module.dim, module.scale().detach())
+        return ChannelAffineRule(node, module, module.dim_at(rank), module.scale().detach())
     if isinstance(module, CutFilter):
         return ChannelAffineRule(node, module, module.dim, module.affine()[0].detach())
     spec = norm_spec(module)
@@ -239,8 +241,8 @@ def norm_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
         if scale is None:
             scale = torch.ones_like(module.running_mean)
         return ChannelAffineRule(node, module, spec.dim, scale.detach())
-    dim = filter_of(module).dim if is_host(module) else spec.dim
-    rank = len(analysis.fact(first_input(node)).shape)
+    host = filter_of(module) if is_host(module) else None
+    dim = host.dim_at(rank) if isinstance(host, PriFU) else spec.dim_at(rank)
     groups = independent_groups(module, dim, rank) if spec.folds else 1
     return StatisticsRule(node, module, dim, closed, groups)
 
