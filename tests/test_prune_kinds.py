@@ -1,6 +1,8 @@
 """Kinds of layers, inputs, types and names that a rewrite must get right."""
 
+import collections
 import dataclasses
+import functools
 import io
 
 import pytest
@@ -214,14 +216,60 @@ def test_integer_inputs():
 
 
 class Starred(Net):
-    def forward(self, *xs):
-        return self.o(self.n(self.n0(xs[0])))
+    def forward(self, *xs, scale=2.0, **settings):
+        return self.o(self.n(self.n0(xs[0] + scale * xs[-1]))) if not settings else None
+
+
+@dataclasses.dataclass
+class Reply(collections.OrderedDict):
+    """What transformers return: fields, and a dictionary of those that are not None."""
+
+    logits: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self.update({k: v for k, v in vars(self).items() if v is not None})
+
+
+def decorated(forward):
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Answering(Net):
+    @decorated
+    def forward(self, x=None, labels=None, **settings):
+        if x is None or settings:
+            raise ValueError("no input")
+        return Reply(self.o(self.n(self.n0(x))), labels)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_any_number_of_inputs(count):
+    model = half_off(prifu.wrap(Starred()))
+    x = [torch.randn(2, 5, 8) for _ in range(count)]
+    pruned = prifu.prune(model, tuple(x))
+    assert difference(model(*x), pruned(*x)) <= 1e-6
+    assert prifu.report(pruned).parameters[1] < prifu.report(pruned).parameters[0]
+    with pytest.raises(TypeError):
+        pruned(*x, x[0])
+
+
+def test_outputs_that_are_dictionaries_of_a_class():
+    model = half_off(prifu.wrap(Answering()))
+    x = torch.randn(3, 5, 8)
+    pruned = prifu.prune(model, x)
+    found = pruned(x)
+    assert type(found) is Reply and list(found) == ["logits"]
+    assert difference(model(x).logits, found.logits) <= 1e-6
 
 
 @pytest.mark.parametrize(
     ("net", "inputs", "error"),
     [
-        (Starred(), torch.zeros(2, 5, 8), CaptureError),
         (TwoInputs(), {"x": torch.zeros(2, 5, 8)}, ConfigError),
         (TwoInputs(), (), ConfigError),
         (TwoInputs(), torch.zeros(2, 5, 7), ConfigError),

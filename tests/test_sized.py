@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_prune_kinds import half_off
 from torch import nn
 
 import prifu_plugin as prifu
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.sized import GUARD, capture_sized, is_guard
+from prifu_plugin.prune.verify import difference
 
 
 class Windows(nn.Module):
@@ -295,3 +297,28 @@ def test_a_view_of_what_was_overwritten_is_not_followed(body):
     pruned = prifu.prune(model, x)
     assert "overwritten through a view" in str(prifu.report(pruned).notes)
     torch.testing.assert_close(pruned(x), model(x))
+
+
+class Clamping(nn.Module):
+    """Swin's way: a window that is larger than the input is made smaller, for good."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 4, 1)
+        self.window = 48
+
+    def forward(self, x):
+        self.window = min(self.window, x.shape[-1])
+        y = self.norm(self.first(x))
+        return self.last(y.roll(self.window // 4, 3)) * self.window
+
+
+@pytest.mark.parametrize("size", [64, 40, 8])
+def test_what_another_size_leaves_behind_is_not_kept(size):
+    model = half_off(prifu.wrap(Clamping()))
+    x = torch.randn(2, 3, size, size)
+    before = dict(vars(model))
+    pruned = prifu.prune(model, (torch.zeros(1, 3, size, size),))
+    assert vars(model)["window"] == before["window"] == 48
+    assert difference(model(x), pruned(x)) <= 1e-5

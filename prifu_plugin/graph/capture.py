@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, cast
 from unittest import mock
 
@@ -45,12 +44,16 @@ class ModelTracer(fx.Tracer):
     (traced through, a BatchNorm would lose its count of batches) and filters.
 
     Args:
+        given: how many positional inputs the model is given; None for those without a default.
         opaque: whether to stop at what timm registers.
         buffers: whether what is computed from buffers of floats stays in the graph, where any
             precision can compute it, rather than be computed now.
     """
 
-    def __init__(self, *, opaque: bool = True, buffers: bool = False) -> None:
+    def __init__(
+        self, given: int | None = None, *, opaque: bool = True, buffers: bool = False
+    ) -> None:
+        self._inputs = given
         self._buffers = buffers
         modules, functions = _timm_leaves() if opaque else ([], [])
         self._opaque = tuple(modules)
@@ -67,6 +70,24 @@ class ModelTracer(fx.Tracer):
         if any(is_norm(child) for child in m.modules()):
             return False  # nn.TransformerEncoderLayer and kin: torch's own, with norms inside
         return super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Return the outermost forward and what to call it with: the inputs that are given.
+
+        All others keep their defaults, so that "x is None" is decided now.
+        """
+        names = _input_names(root_fn, self._inputs)
+        inputs = [self.create_proxy("placeholder", name, (), {}) for name in names]
+        return lambda *args: root_fn(*args), [self.root, *inputs]
+
+    def create_arg(self, a: Any) -> Any:
+        """Record an argument; a dictionary with a class of its own is made by that class."""
+        if isinstance(a, dict) and is_dataclass(a):
+            items = {key: self.create_arg(value) for key, value in a.items()}
+            return self.create_node("call_function", type(a), (), items)
+        return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return the value of an attribute, or its proxy."""
@@ -123,11 +144,11 @@ def capture(model: nn.Module, given: int | None = None) -> Captured:
         ['input_1', '_0', 'output']
     """
     with undisturbed(model, keep=CONSTANT):
-        found = traced(model, lambda _: ModelTracer(), given)
+        found = traced(model, ModelTracer(given))
         if not _has_computed(found):
             return found
         try:
-            return traced(model, lambda _: ModelTracer(buffers=True), given)
+            return traced(model, ModelTracer(given, buffers=True))
         except CaptureError:  # its forward decides on the values of buffers
             return found
 
@@ -142,26 +163,17 @@ def _has_computed(captured: Captured) -> bool:
     return any(isinstance(value, Tensor) and value.is_floating_point() for value in found)
 
 
-def traced(
-    model: nn.Module, tracer: Callable[[dict[str, Any]], fx.Tracer], given: int | None = None
-) -> Captured:
-    """Trace with a tracer made for the arguments that keep their defaults; see `capture`."""
-    defaults = {
-        name: parameter.default
-        for at, (name, parameter) in enumerate(inspect.signature(model.forward).parameters.items())
-        if parameter.default is not inspect.Parameter.empty and (given is None or at >= given)
-    }
+def traced(model: nn.Module, tracer: fx.Tracer) -> Captured:
+    """Trace with a tracer; see `capture`."""
     try:
         with _traceable_torch():
-            graph = tracer(defaults).trace(model, concrete_args=defaults or None)
+            return Captured(model, tracer.trace(model))
     except Exception as error:
-        why = str(error).rstrip(".")
+        why = str(error).rstrip(".") or type(error).__name__
         raise CaptureError(
             f"{type(model).__name__} cannot be traced: {why}. Its forward branches on the value "
             "of a tensor, or uses an operation torch.fx does not know."
         ) from error
-    _drop_defaults(graph, defaults)
-    return Captured(model, graph)
 
 
 def calls(captured: Captured) -> set[str]:
@@ -173,17 +185,17 @@ CONSTANT = "_tensor_constant"
 """Prefix of the attributes in which torch.fx leaves tensors that a forward makes."""
 
 
-def _drop_defaults(graph: fx.Graph, defaults: dict[str, Any]) -> None:
-    """Remove the inputs that were decided, and the assertions that they are what they are."""
-    for node in list(graph.nodes):
-        name = re.sub(r"_\d+$", "", str(node.target))
-        if node.op != "placeholder" or node.target in defaults or name not in defaults:
-            continue
-        for user in list(node.users):
-            for last in list(user.users):
-                graph.erase_node(last)
-            graph.erase_node(user)
-        graph.erase_node(node)
+def _input_names(forward: Callable[..., Any], given: int | None) -> list[str]:
+    """Return names for the positional inputs of a forward, the surplus ones from its *args."""
+    _, *parameters = inspect.signature(forward).parameters.values()
+    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if given is None:
+        return [p.name for p in by_position if p.default is p.empty]
+    names = [p.name for p in by_position][:given]
+    surplus = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    if surplus is None:
+        return names
+    return names + [f"{surplus}_{at}" for at in range(given - len(names))]
 
 
 # Subclasses elsewhere than in torch.nn are layers too (weight standardization, same padding).

@@ -9,7 +9,6 @@ values of tensors stays refused.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
@@ -75,21 +74,14 @@ def capture_sized(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
     """
     leaves: set[str] = set()
     while True:
-        tracer: SizedTracer | None = None
-
-        def make(defaults: dict[str, Any]) -> SizedTracer:
-            nonlocal tracer
-            tracer = SizedTracer([x.clone() for x in inputs], defaults, leaves)
-            return tracer
-
+        tracer = SizedTracer([x.clone() for x in inputs], leaves)
         try:
             with undisturbed(model, keep=CONSTANT), _open():
-                return traced(model, make, len(inputs))
+                return traced(model, tracer)
         except CaptureError:
-            entered = tracer.entered if tracer is not None else []
-            if not entered or entered[-1] in leaves:
+            if not tracer.entered or tracer.entered[-1] in leaves:
                 raise
-            leaves.add(entered[-1])
+            leaves.add(tracer.entered[-1])
 
 
 @contextmanager
@@ -122,7 +114,7 @@ def looks_into(root: nn.Module, node: fx.Node) -> bool:
     """Whether a call in a plain graph is one that this tracer would look into."""
     if node.op == "call_module":
         path = str(node.target)
-        return not SizedTracer([], {}, set()).is_leaf_module(root.get_submodule(path), path)
+        return not SizedTracer([], set()).is_leaf_module(root.get_submodule(path), path)
     home = str(getattr(node.target, "__module__", ""))
     return isinstance(node.target, FunctionType) and not home.startswith(
         ("torch.", "prifu_plugin.")
@@ -143,7 +135,6 @@ class SizedTracer(ModelTracer):
 
     Args:
         inputs: one example for each input.
-        defaults: arguments of forward that keep their defaults.
         leaves: paths of modules that stay one call.
 
     Attributes:
@@ -151,12 +142,9 @@ class SizedTracer(ModelTracer):
             error, those in which it was raised.
     """
 
-    def __init__(
-        self, inputs: Sequence[Tensor], defaults: dict[str, Any], leaves: set[str]
-    ) -> None:
-        super().__init__(opaque=False)
+    def __init__(self, inputs: Sequence[Tensor], leaves: set[str]) -> None:
+        super().__init__(len(inputs), opaque=False)
         self._given = iter(inputs)
-        self._defaults = defaults
         self._leaves = leaves
         self._computing = False
         self._guarded: set[tuple[fx.Node, Any]] = set()
@@ -245,9 +233,7 @@ class SizedTracer(ModelTracer):
 
     def _compute(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "placeholder":
-            name = re.sub(r"_\d+$", "", target)
-            decided = target not in self._defaults and name in self._defaults
-            return self._defaults[name] if decided else next(self._given)
+            return next(self._given)
         if target is torch._assert:
             return None
         self._computing = True

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from prifu_plugin.graph.undisturbed import undisturbed
+
 
 class _Recorder(fx.Interpreter):
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
@@ -68,8 +70,11 @@ def record_examples(
             they give is recorded as "other".
     """
     with torch.no_grad():
-        _Recorder(root, graph).run(*inputs)
-        if others is not None:
+        with undisturbed(root):
+            _Recorder(root, graph).run(*inputs)
+        if others is None:
+            return
+        with undisturbed(root):
             _SecondRecorder(root, graph).run(*others)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.graph.state import input_shapes
+from prifu_plugin.graph.undisturbed import run_undisturbed
 
 FLOAT = "float"
 """Kind of an input in the model's own floating-point type."""
@@ -126,8 +127,7 @@ def takes(model: nn.Module, inputs: Inputs) -> bool:
 def refusal(model: nn.Module, inputs: Inputs) -> str | None:
     """Return why a model refuses inputs like these, None if it takes them."""
     try:
-        with torch.no_grad():
-            model(*inputs.draw(model, 0))
+        run_undisturbed(model, inputs.draw(model, 0))
     except Exception as error:  # noqa: BLE001 - any refusal is an answer
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None

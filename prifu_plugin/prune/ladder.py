@@ -99,8 +99,8 @@ def _is_closed_somewhere(captured: Captured) -> bool:
 def _check_inputs(captured: Captured, runs: Runs) -> None:
     taken = [str(node.target) for node in captured.graph.nodes if node.op == "placeholder"]
     given = len(runs[0].shapes)
-    if len(taken) != given or any(name.startswith("*") for name in taken):
+    if len(taken) != given:
         raise CaptureError(
-            f"The forward of {type(captured.root).__name__} takes {', '.join(taken)}, and "
-            f"example_inputs are {given} tensors: prune needs one named argument for each."
+            f"The forward of {type(captured.root).__name__} takes {', '.join(taken)} by position, "
+            f"and example_inputs are {given} tensors: prune needs one argument for each."
         )

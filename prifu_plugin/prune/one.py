@@ -53,6 +53,7 @@ def prune_graph(
     move_cost: float,
     verify: bool,
     seed: int,
+    original: nn.Module | None = None,
 ) -> Pruned:
     """Prune a model with filters that can be captured as one graph.
 
@@ -64,6 +65,8 @@ def prune_graph(
         move_cost: multiply-accumulates that moving one value is taken to cost.
         verify: compare with the filtered model.
         seed: of the inputs it is compared on.
+        original: what `filtered` is a copy of, which nothing has been done to; the result is
+            compared with it too.
 
     Raises:
         CaptureError: if it cannot be traced or analysed.
@@ -79,7 +82,9 @@ def prune_graph(
         twin = rewrite(exact, plan) if verify else pruned
     checks: tuple[Check, ...] = ()
     if verify:
-        checks = _certify(analysis, captured, exact, plan, (pruned, twin), runs, seed)
+        original = captured.root if original is None else original
+        both = (pruned, twin)
+        checks = _certify(analysis, original, captured, exact, plan, both, runs, seed)
     return Pruned(pruned, twin, plan, checks, fates(analysis, plan))
 
 
@@ -132,6 +137,7 @@ def fingerprint(captured: Captured) -> str:
 
 def _certify(
     analysis: Analysis,
+    original: nn.Module,
     captured: Captured,
     exact: Captured,
     plan: Plan,
@@ -147,7 +153,7 @@ def _certify(
     checks = [
         compare(filtered, twin, single, seed),
         compare(filtered, twin, runs[-1], seed + 1),
-        compare(captured.root, pruned, own, seed + 2, filtered),
+        compare(original, pruned, own, seed + 2, filtered),
     ]
     for check, used in zip(checks, (single, runs[-1], own), strict=True):
         if check.holds:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from prifu_plugin.errors import CaptureError, PrifuError, VerificationError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.host import is_host
+from prifu_plugin.graph.undisturbed import run_undisturbed
 from prifu_plugin.prune.inputs import Inputs, refusal, takes
 from prifu_plugin.prune.kernels import pure_copy
 from prifu_plugin.prune.one import Pruned, prune_graph, runs_of
@@ -149,8 +149,7 @@ def _calls(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
         if path
     ]
     try:
-        with torch.no_grad():
-            model(*inputs.draw(model, 0))
+        run_undisturbed(model, inputs.draw(model, 0))
     finally:
         for handle in handles:
             handle.remove()

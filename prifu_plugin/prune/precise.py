@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.insert import filters
+from prifu_plugin.graph.undisturbed import run_undisturbed
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = {"float": "double", "half": "double", "bfloat16": "double"}
@@ -95,8 +96,8 @@ def reference(captured: Captured, inputs: list[Tensor]) -> nn.Module:
     """Return the model in fp64 as Python runs it, or by its graph where Python casts."""
     lowest = LowestPrecision()
     try:
-        with torch.no_grad(), lowest:
-            captured.root(*(x.clone() for x in inputs))
+        with lowest:
+            run_undisturbed(captured.root, inputs)
     except Exception:  # noqa: BLE001 - a cast meets weights in fp64
         return fx.GraphModule(captured.root, captured.graph)
     return fx.GraphModule(captured.root, captured.graph) if lowest.lower else captured.root

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prifu_plugin.figures import new_figure
+from prifu_plugin.graph.undisturbed import run_undisturbed
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.plan import Plan
@@ -178,8 +179,8 @@ def _count_macs(model: nn.Module, inputs: Inputs) -> int:
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(*inputs.draw(model, 0))
+        with FlopCounterMode(display=False) as counter:
+            run_undisturbed(model, inputs.draw(model, 0))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for parameter in trained:

@@ -93,7 +93,8 @@ def prune(
         }
         pruned: nn.Module
         try:
-            whole = prune_graph(filtered, runs, state.recipe(), **settings)
+            original = copied(model).cpu().eval() if verify else None
+            whole = prune_graph(filtered, runs, state.recipe(), original=original, **settings)
         except CaptureError as error:
             parts = prune_parts(filtered, runs[0], error, **settings)
             pruned, plan, checks, layers, notes = parts.model, None, *parts.said

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.graph.capture import Captured
+from prifu_plugin.graph.undisturbed import run_undisturbed, undisturbed
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.layout import restrict
 from prifu_plugin.prune.plan import Plan
@@ -70,15 +71,14 @@ def compare(
     dtype = next(p.dtype for p in filtered.parameters() if p.is_floating_point())
     drawn = inputs.draw(filtered, seed)
     rounding, lowest = 0.0, LowestPrecision()
-    with torch.no_grad(), Quiet(filtered), Quiet(pruned):
-        # Copies, since a model may overwrite its input.
+    with Quiet(filtered), Quiet(pruned):
         with lowest:
-            expected = filtered(*(x.clone() for x in drawn))
-        found = pruned(*(x.clone() for x in drawn))
+            expected = run_undisturbed(filtered, drawn)
+        found = run_undisturbed(pruned, drawn)
         if precise is not None:
             with Quiet(precise):
                 raised = [x.double() if x.is_floating_point() else x for x in drawn]
-                rounding = difference(precise(*raised), expected)
+                rounding = difference(run_undisturbed(precise, raised), expected)
     gap = difference(expected, found)
     if dtype == torch.float64 and lowest.lower and gap > TOLERANCES[dtype]:
         dtype = torch.float32  # a layer casts inside: that is as exact as it gets
@@ -219,6 +219,6 @@ def _values(root: nn.Module, graph: fx.Graph, inputs: list[Tensor]) -> dict[str,
             found[n.meta.get("original", n.name)] = kept
             return result
 
-    with torch.no_grad(), Quiet(root):
+    with undisturbed(root), torch.no_grad(), Quiet(root):
         Recorder(root, graph=graph).run(*inputs)
     return found
