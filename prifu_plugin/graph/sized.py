@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any
 from unittest import mock
@@ -43,6 +43,8 @@ SIZES = {
     *("is_cuda", "requires_grad", "is_floating_point", "layout", "stride", "is_contiguous"),
 }
 """What may be asked of a tensor for Python to decide on."""
+
+_FILLED = ("empty", "zeros", "ones", "full")
 
 _MADE = ("new_zeros", "new_ones", "new_full")
 
@@ -86,11 +88,13 @@ def capture_sized(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
 
 @contextmanager
 def _open() -> Iterator[None]:
-    """Let sizes into torch.tensor, and tracing into functions that libraries keep from torch.fx."""
-    with (
-        mock.patch.object(torch, "tensor", _tensor),
-        mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True),
-    ):
+    """Let sizes into torch.tensor and kin, and tracing into what libraries keep from torch.fx."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "tensor", _tensor))
+        for name in _FILLED:  # nodes, so that another batch size is no other decision
+            recorded = _symbolic_trace._create_wrapped_func(getattr(torch, name))
+            stack.enter_context(mock.patch.object(torch, name, recorded))
+        stack.enter_context(mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True))
         yield
 
 

@@ -43,6 +43,7 @@ class LinearRule(LinearFacts):
         missing = [i for i in range(linear.inputs) if i not in there]
         if not self._uniform(fact, missing):
             columns, missing = tuple(range(linear.inputs)), []
+        self._note_sharing(analysis, columns)
         zero_rows = self._constant_rows(analysis, rows)
         name = self._name(analysis)
         bias = delta = border_map = ""
@@ -113,6 +114,17 @@ class LinearRule(LinearFacts):
         conform = planner.conform(self.source, self.node, {**others, linear.dim: feed})
         layout = {**others, linear.dim: tuple(padded_rows[p] for p in pick)}
         planner.emit(self.node, kernel, {self.source: conform}, layout)
+
+    def _note_sharing(self, analysis: Analysis, columns: Sequence[int]) -> None:
+        """Say once in the report what one slice for several calls costs, from a tenth on."""
+        calls = self._calls(analysis)
+        if len(calls) == 1 or calls[0].node is not self.node or not columns:
+            return
+        read = [int(rule._line(rule._fact(analysis).live)[list(columns)].sum()) for rule in calls]
+        share = 1 - sum(read) / (len(calls) * len(columns))
+        if share > 0.1:
+            note = f"one slice serves {len(calls)} calls: {100 * share:.0f} % of what it reads"
+            analysis.notes.append((self.node.name, f"{note} is constant in the call at hand"))
 
     def _note_padding(
         self,
