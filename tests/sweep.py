@@ -13,6 +13,7 @@ import collections
 import json
 import re
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -227,6 +228,7 @@ def untrained(wrapped, x):
 
 def child(name):
     resource.setrlimit(resource.RLIMIT_DATA, (GIGABYTES << 30, GIGABYTES << 30))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     torch.set_num_threads(1)
     try:
         row = run_one(name)
@@ -244,10 +246,12 @@ def run(pattern=""):
     for name in tqdm(todo, disable=None):
         command = [sys.executable, "-W", "ignore", __file__, "one", name]
         try:
-            done = subprocess.run(command, timeout=SECONDS, capture_output=True, text=True)
+            done = subprocess.run(command, timeout=4 * SECONDS, capture_output=True, text=True)
             why = f"killed ({done.returncode}): {done.stderr[-300:]}"
-        except subprocess.TimeoutExpired:
-            why = f"more than {SECONDS} s"
+            if done.returncode == -signal.SIGXCPU:
+                why = f"more than {SECONDS} s of a core"
+        except subprocess.TimeoutExpired:  # other work beside may have taken the cores
+            why = f"more than {4 * SECONDS} s"
         if not (OUT / f"{name}.json").exists():
             row = {"name": name, "outcome": "not finished", "why": why}
             (OUT / f"{name}.json").write_text(json.dumps(row))
