@@ -229,5 +229,18 @@ def _relation(
         line = torch.arange(labels.shape[axis])
         shaped = line.reshape([-1 if d == axis else 1 for d in range(labels.ndim)])
         place = place * labels.shape[axis] + shaped
-    pairs: Tensor = torch.unique(place * (count + 1) + origin)
-    return pairs
+    return _sorted_values(place * (count + 1) + origin, (count + 1) * _product(labels, axes))
+
+
+def _product(labels: Tensor, axes: tuple[int, ...]) -> int:
+    return math.prod(labels.shape[axis] for axis in axes)
+
+
+def _sorted_values(numbers: Tensor, end: int) -> Tensor:
+    """Return the different values of integers below an end; without sorting where that is dear."""
+    if end > 4 * numbers.numel():
+        values: Tensor = torch.unique(numbers)
+        return values
+    seen = torch.zeros(end, dtype=torch.bool)
+    seen[numbers.flatten()] = True
+    return seen.nonzero().flatten()
