@@ -178,6 +178,17 @@ def test_keyed_noise_is_asked_again():
     assert row.winner.startswith("mean of repeated queries")
 
 
+@pytest.mark.slow
+def test_the_full_suite_decodes_the_mean_of_repeated_queries():
+    chosen = {"attributes": ["private"], "reconstruct": ["squared error"]}
+    report = run(Edge(noise=1.5), suite="full", **chosen)
+    single, mean = report.reconstruction.decoders.values()
+    assert list(report.reconstruction.decoders)[1] == "squared error, mean of repeated queries"
+    assert mean.psnr > single.psnr + 0.2
+    assert "reconstruction from repeated queries" not in report.not_tested
+    assert "mean of repeated queries" in report.to_html()
+
+
 def test_nothing_of_the_users_is_changed():
     edge = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     channel = Channel(Noise(0.1, key=b"k" * 32)).train()

@@ -55,6 +55,17 @@ def test_a_planted_leak_is_read(kind):
         assert min(weak.values()) < 0.7  # what a naive attacker would have reported
 
 
+def test_the_full_suite_trains_every_attacker_on_every_preparation():
+    z, bit = planted("none")
+    found = infer(prepare(*parts(z), "full"), parts(bit), 2)
+    names = {tuple(name.rsplit(" ", 1)) for name in found.validation}
+    preparations = {"raw", "standardized", "whitened", "ranked"}
+    attackers = {"ridge", "logistic", "mlp", "neighbours", "boosting"}
+    assert names == {(p, a) for p in preparations for a in attackers}
+    maps = {p.name for p, *_ in prepare(*parts(z.reshape(-1, 5, 2, 2)), "full").parts}
+    assert {"raw", "ranked"} <= {name.removesuffix(" values") for name in maps}
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-13])
 def test_a_hidden_leak_among_many_values(scale):
     z, bit = planted("hidden", width=400)

@@ -69,6 +69,16 @@ def test_cost():
         assert "resnet18" in run(EXAMPLES / "benchmarks" / f"{name}.py", "--smoke")
 
 
+def test_prune_time():
+    table = run(EXAMPLES / "benchmarks" / "prune_time.py", "--models", "test_resnet")
+    assert "| test_resnet |" in table
+
+
+def test_suites():
+    table = run(EXAMPLES / "benchmarks" / "suites.py", "--smoke")
+    assert "| plain | pooled | 0 | colour |" in table
+
+
 def test_insertion_table():
     table = run(EXAMPLES / "benchmarks" / "insertion.py").splitlines()
     assert all(row.split("|")[-2].strip() == "yes" for row in table[2:])

@@ -27,27 +27,31 @@ def segmentation(architecture, encoder, **settings):
     return make(encoder, encoder_weights=None, classes=3, **settings)
 
 
-VIT = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
-WIDTHS = dict(hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 2, 1])
+VIT = {
+    **{"hidden_size": 64, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "intermediate_size": 128},
+}
+WIDTHS = {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1]}
 SETTINGS = {
-    "ViTForImageClassification": VIT | dict(image_size=64, patch_size=16),
-    "DeiTForImageClassification": VIT | dict(image_size=64, patch_size=16),
-    "Dinov2ForImageClassification": VIT | dict(image_size=56, patch_size=14),
-    "BeitForImageClassification": VIT | dict(image_size=64, patch_size=16),
-    "SwinForImageClassification": dict(
-        image_size=64, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4
-    ),
-    "Swinv2ForImageClassification": dict(
-        image_size=64, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4
-    ),
-    "ConvNextForImageClassification": WIDTHS | dict(image_size=64),
-    "ConvNextV2ForImageClassification": WIDTHS | dict(image_size=64),
-    "ResNetForImageClassification": WIDTHS | dict(embedding_size=16),
-    "MobileViTForImageClassification": dict(
-        image_size=64, hidden_sizes=[24, 32, 40], neck_hidden_sizes=[8, 16, 24, 32, 40, 48, 64]
-    ),
-    "SegformerForSemanticSegmentation": WIDTHS | dict(decoder_hidden_size=64, num_labels=5),
-    "UperNetForSemanticSegmentation": dict(hidden_size=32, auxiliary_in_channels=64),
+    "ViTForImageClassification": VIT | {"image_size": 64, "patch_size": 16},
+    "DeiTForImageClassification": VIT | {"image_size": 64, "patch_size": 16},
+    "Dinov2ForImageClassification": VIT | {"image_size": 56, "patch_size": 14},
+    "BeitForImageClassification": VIT | {"image_size": 64, "patch_size": 16},
+    "SwinForImageClassification": {
+        "image_size": 64, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4
+    },
+    "Swinv2ForImageClassification": {
+        "image_size": 64, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4
+    },
+    "ConvNextForImageClassification": WIDTHS | {"image_size": 64},
+    "ConvNextV2ForImageClassification": WIDTHS | {"image_size": 64},
+    "ResNetForImageClassification": WIDTHS | {"embedding_size": 16},
+    "MobileViTForImageClassification": {
+        **{"image_size": 64, "hidden_sizes": [24, 32, 40]},
+        "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 64],
+    },
+    "SegformerForSemanticSegmentation": WIDTHS | {"decoder_hidden_size": 64, "num_labels": 5},
+    "UperNetForSemanticSegmentation": {"hidden_size": 32, "auxiliary_in_channels": 64},
 }
 """Small settings of one model of each kind."""
 
@@ -60,7 +64,7 @@ def transformer(name):
         backbone = models.ConvNextConfig(
             **WIDTHS, out_features=["stage1", "stage2", "stage3", "stage4"]
         )
-        settings = settings | dict(backbone_config=backbone)
+        settings = settings | {"backbone_config": backbone}
     return model(model.config_class(**settings)), SETTINGS[name].get("image_size", 64)
 
 

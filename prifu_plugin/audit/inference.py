@@ -33,7 +33,7 @@ PreparedPart = tuple[Preparation, Tensor, Tensor, Tensor]
 MANY = 512
 """Values above which logistic regression and trees are left out, since they cost minutes."""
 
-SUITES = ("standard", "quick")
+SUITES = ("standard", "quick", "full")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Prepared:
     """Uploads of training, validation and test data under every preparation of a suite.
 
     Attributes:
-        suite: "standard" or "quick".
+        suite: one of SUITES.
         parts: (preparation, training, validation, test uploads).
         tail: the task's layers behind the cut and the uploads as they take them, if it has several.
     """
@@ -87,8 +87,8 @@ def prepare(
         train: uploads that attackers are trained on.
         validation: uploads that they are chosen on.
         test: uploads that they are judged on.
-        suite: "standard" or "quick".
-        cloud: what takes the uploads in the task, which the standard suite repurposes.
+        suite: one of SUITES.
+        cloud: what takes the uploads in the task, which all but the quick suite repurpose.
 
     Raises:
         ConfigError: for an unknown suite.
@@ -99,7 +99,7 @@ def prepare(
         return Prepared(suite, ())
     found = vectors(train, _names(train, suite))
     spatial = train.ndim == 4 and min(train.shape[2:]) > 1
-    if suite == "standard" and (spatial or train.ndim == 3):
+    if suite != "quick" and (spatial or train.ndim == 3):
         found += maps(train)
     parts = [(p, p.transform(train), p.transform(validation), p.transform(test)) for p in found]
     usable = tuple(part for part in parts if part[1].shape[1] > 0)
@@ -182,7 +182,7 @@ def _names(z: Tensor, suite: str) -> tuple[str, ...]:
     if suite == "quick":
         return ("standardized", "whitened", "whitened fully")
     known = ("standardized", "whitened", "whitened fully")
-    return ("raw", *known, "ranked") if z.ndim == 2 else known
+    return ("raw", *known, "ranked") if z.ndim == 2 or suite == "full" else known
 
 
 def _attackers(preparation: Preparation, suite: str, width: int) -> list[Attacker]:
@@ -190,6 +190,8 @@ def _attackers(preparation: Preparation, suite: str, width: int) -> list[Attacke
         return [convnet]
     if suite == "quick":
         return [ridge, mlp]
+    if suite == "full":
+        return [ridge, mlp, neighbours, boosting, *([logistic] if width <= MANY else [])]
     if width > MANY:
         return [ridge, mlp, neighbours]
     if preparation.name.endswith("standardized"):

@@ -33,7 +33,7 @@ class Reconstruction:
     """The best of the decoders by each measure, with floors.
 
     Attributes:
-        decoders: by loss.
+        decoders: by loss, and on what if not on single uploads.
         search: optimization against the edge, on the first images; None if not run.
         mean_image: the floor of who uploads nothing.
         task_mean: the floor of who knows the task's answer alone.
@@ -109,6 +109,7 @@ def reconstruct(
     seed: int = 0,
     steps: int = 400,
     losses: Sequence[str] = tuple(LOSSES),
+    repeated: Sequence[Tensor] | None = None,
 ) -> Reconstruction:
     """Attack with decoders trained on defended uploads, and by search against the edge.
 
@@ -121,17 +122,25 @@ def reconstruct(
         seed: of the decoders.
         steps: of each decoder's training.
         losses: which decoders to train, by names in `LOSSES`.
+        repeated: means of the uploads of repeated queries, for `train`, `choose` and `test`; the
+            first loss also trains a decoder on them.
     """
     z, images = train
     z_test, images_test = test
     mean = images.mean(0, keepdim=True)
     found = {}
     best, highest = images_test, -math.inf
-    for name in tqdm(losses, desc="decoders", leave=False, disable=None):
-        decode = _decoder_of(z, images, LOSSES[name], seed, steps)
-        decoded = decode(z_test)
-        found[name] = similarity(decoded, images_test)
-        known = similarity(decode(choose[0]), choose[1]).psnr
+    attacks = [(name, name, (z, choose[0], z_test)) for name in losses]
+    if repeated is not None:
+        means = (repeated[0], repeated[1], repeated[2])
+        attacks.append((f"{losses[0]}, mean of repeated queries", losses[0], means))
+    for label, name, (seen, seen_choosing, seen_test) in tqdm(
+        attacks, desc="decoders", leave=False, disable=None
+    ):
+        decode = _decoder_of(seen, images, LOSSES[name], seed, steps)
+        decoded = decode(seen_test)
+        found[label] = similarity(decoded, images_test)
+        known = similarity(decode(seen_choosing), choose[1]).psnr
         if known > highest:
             best, highest = decoded, known
     search = None

@@ -126,10 +126,11 @@ def probe_cut(
         )
     seen: list[Any] = []
     made_by: list[tuple[int, int]] = []
-    handles = []
-    for module in model.modules() if cut is not None else ():
-        if _layer_channels(module, 4) is not None:
-            handles.append(module.register_forward_hook(_noting(made_by, seen)))
+    handles = [
+        module.register_forward_hook(_noting(made_by, seen))
+        for module in (model.modules() if cut is not None else ())
+        if _layer_channels(module, 4) is not None
+    ]
     if cut is not None:
         handles.append(known[cut].register_forward_hook(lambda m, i, o: seen.append(o)))
     try:

@@ -109,10 +109,11 @@ def _layer(node: fx.Node, given: dict[str, Any]) -> nn.Module:
     if cls in TRANSPOSED:
         inputs, outputs = outputs, inputs
     with torch.device("meta"):
-        layer: nn.Module = cls(inputs, outputs, tuple(weight.shape[2:]), bias=False, **numbers)
+        layer = cls(inputs, outputs, tuple(weight.shape[2:]), bias=False, **numbers)
     layer.weight = _parameter(given["weight"])
     layer.bias = None if bias is None else _parameter(bias)
-    return layer.eval()
+    made: nn.Module = layer.eval()
+    return made
 
 
 def _parameter(value: fx.Node) -> nn.Parameter:

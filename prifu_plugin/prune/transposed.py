@@ -23,11 +23,13 @@ def turned(weight: Tensor, groups: int) -> Tensor:
         >>> turned(layer.weight, 2).shape
         torch.Size([6, 2, 3])
     """
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    rows: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return rows
 
 
 def rows_of_outputs(layer: nn.Module) -> Tensor:
     """Return the kernel of a linear layer, (outputs, inputs per group, ...)."""
-    weight = layer.weight.detach()
+    weight = layer.weight
     assert isinstance(weight, Tensor)
+    weight = weight.detach()
     return turned(weight, layer.groups) if isinstance(layer, TRANSPOSED) else weight
