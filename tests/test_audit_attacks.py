@@ -78,6 +78,7 @@ def test_where_nothing_is_nothing_is_read():
     assert abs(sum(rights) / 3 - 0.5) < 0.05
 
 
+@pytest.mark.slow
 def test_maps_are_attacked_as_maps():
     generator = torch.Generator().manual_seed(0)
     count = sum(SIZES)

@@ -33,7 +33,7 @@ def copies(model):
     ("name", "share"),
     [
         ("test_resnet", 0.3),
-        ("mobilenetv2_035", 0.1),
+        pytest.param("mobilenetv2_035", 0.1, marks=pytest.mark.slow),
         ("test_vit", 0.1),
         pytest.param("resnet18", 0.5, marks=pytest.mark.slow),
         pytest.param("convnext_atto", 0.1, marks=pytest.mark.slow),

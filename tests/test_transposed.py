@@ -32,8 +32,7 @@ NORMS = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
 LAYERS = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
 
 
-@settings(max_examples=25, deadline=None)
-@given(
+SETTINGS = given(
     dims=st.sampled_from([1, 2, 2, 3]),
     groups=st.sampled_from([1, 1, 2, 4]),
     per=st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -43,7 +42,9 @@ LAYERS = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
     padded=st.booleans(),
     bias=st.booleans(),
 )
-def test_every_setting(dims, groups, per, kernel, stride, dilation, padded, bias):
+
+
+def exact(dims, groups, per, kernel, stride, dilation, padded, bias):
     torch.manual_seed(0)
     layer = LAYERS[dims - 1](
         groups * per[0], groups * per[1], kernel, stride, int(padded and kernel == 3),
@@ -51,6 +52,10 @@ def test_every_setting(dims, groups, per, kernel, stride, dilation, padded, bias
     )  # fmt: skip
     make = lambda: Decoder(layer, NORMS[dims - 1])  # noqa: E731
     check(make(), (2, 3, *[4] * dims))
+
+
+test_some_settings = settings(max_examples=8, deadline=None)(SETTINGS(exact))
+test_many_settings = pytest.mark.slow(settings(max_examples=80, deadline=None)(SETTINGS(exact)))
 
 
 @pytest.mark.parametrize("groups", [1, 8], ids=["dense", "depthwise"])
