@@ -14,7 +14,8 @@ from torch import nn
 
 import prifu_plugin as prifu
 from prifu_plugin.errors import CaptureError
-from prifu_plugin.graph.sized import GUARD, capture_sized, is_guard
+from prifu_plugin.graph.guards import GUARD, is_guard
+from prifu_plugin.graph.sized import capture_sized
 from prifu_plugin.prune.verify import difference
 
 
@@ -322,3 +323,41 @@ def test_what_another_size_leaves_behind_is_not_kept(size):
     pruned = prifu.prune(model, (torch.zeros(1, 3, size, size),))
     assert vars(model)["window"] == before["window"] == 48
     assert difference(model(x), pruned(x)) <= 1e-5
+
+
+class Parts(nn.Module):
+    """Loops over parts of a batch; how many there are shows at larger batches only."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.norm(self.first(x))
+        return torch.cat([self.last(part) for part in self.how(y)])
+
+
+@pytest.mark.parametrize("how", ["split", "chunk", "unbind", "length"])
+def test_the_number_of_parts_is_guarded(how):
+    loops = {
+        "split": lambda y: y.split(4),
+        "chunk": lambda y: torch.chunk(y, 3),
+        "unbind": lambda y: [part[None] for part in y.unbind()],
+        "length": lambda y: [y * len(y.split(4))],
+    }
+    model = half_off(prifu.wrap(Parts(loops[how])))
+    if how in ("chunk", "unbind"):  # another course at any two batch sizes
+        with pytest.raises(CaptureError, match="for each batch size"):
+            prifu.prune(model, torch.zeros(2, 3, 8, 8))
+        return
+    pruned = prifu.prune(model, torch.zeros(2, 3, 8, 8))
+    for batch in (1, 2, 3, 4, 5, 9):
+        x = torch.randn(batch, 3, 8, 8)
+        try:
+            found = pruned(x)
+        except AssertionError as error:
+            assert str(error) == GUARD
+            assert batch > 4
+            continue
+        assert difference(model(x), found) <= 1e-6

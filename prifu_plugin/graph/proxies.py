@@ -39,16 +39,9 @@ class SizedProxy(fx.Proxy):
         return _SizedAttribute(self, k)
 
     def __iter__(self) -> Iterator[Any]:
-        value, tracer = self.value, self.tracer
-        count = len(value)
-        if isinstance(value, Tensor):
-            first = tracer.create_proxy("call_method", "size", (self, 0), {})
-            tracer.decided(first, int)
+        create = self.tracer.create_proxy
         return iter(
-            [
-                tracer.create_proxy("call_function", operator.getitem, (self, at), {})
-                for at in range(count)
-            ]
+            [create("call_function", operator.getitem, (self, at), {}) for at in range(len(self))]
         )
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -70,9 +63,11 @@ class SizedProxy(fx.Proxy):
         self.value[key] = value
 
     def __len__(self) -> int:
-        if isinstance(self.value, tuple | list):
-            return len(self.value)
-        return len(list(iter(self)))
+        if isinstance(self.value, Tensor):
+            self.tracer.decided(self.size(0), int)
+        elif "parted" in self.__dict__:
+            self.tracer.decided(number_of_parts(*self.__dict__["parted"]), int)
+        return len(self.value)
 
     def __index__(self) -> int:
         return int(self._decided(operator.index))
@@ -127,6 +122,20 @@ class _SizedAttribute(SizedProxy):
             made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
             self.__dict__["_proxy"] = made
         return self._proxy
+
+
+def number_of_parts(how: str, args: Any, kwargs: Any) -> Any:
+    """Return in how many parts split, chunk or unbind take a tensor, as a proxy or a number."""
+    x, *rest = args
+    if how == "unbind":
+        return x.size(rest[0] if rest else kwargs.get("dim", 0))
+    names = ("split_size_or_sections", "split_size", "chunks")
+    by = rest[0] if rest else next(kwargs[name] for name in names if name in kwargs)
+    if isinstance(value_of(by), tuple | list):
+        return len(by)
+    size = x.size(rest[1] if len(rest) > 1 else kwargs.get("dim", 0))
+    step = -(-size // by) if how == "chunk" else by
+    return -(-size // step)
 
 
 def written_to(x: Any, key: Any, value: Any) -> Any:

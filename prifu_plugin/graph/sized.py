@@ -29,14 +29,10 @@ from prifu_plugin.graph.capture import (
     ModelTracer,
     traced,
 )
+from prifu_plugin.graph.guards import GUARD
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.proxies import SizedProxy, plain, reads_tensors, value_of
 from prifu_plugin.graph.undisturbed import undisturbed
-
-GUARD = (
-    "This model was made for other input sizes: its forward decides on sizes, and for this input "
-    "it would decide differently. Prune again with example_inputs= of this size."
-)
 
 SIZES = {
     *("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "dtype", "device"),
@@ -47,6 +43,8 @@ SIZES = {
 _FILLED = ("empty", "zeros", "ones", "full")
 
 _MADE = ("new_zeros", "new_ones", "new_full")
+
+_PARTED = ("split", "chunk", "unbind")
 
 _PLAIN = (bool, int, float, str, torch.Size, torch.dtype, torch.device, type(None))
 
@@ -70,6 +68,7 @@ def capture_sized(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
         >>> class Halves(nn.Module):
         ...     def forward(self, x):
         ...         return x[:, : x.shape[1] // 2] if x.shape[1] % 2 == 0 else x
+        >>> from prifu_plugin.graph.guards import is_guard
         >>> graph = capture_sized(Halves(), [torch.zeros(1, 4)]).graph
         >>> sum(is_guard(node) for node in graph.nodes)
         1
@@ -96,22 +95,6 @@ def _open() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch, name, recorded))
         stack.enter_context(mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True))
         yield
-
-
-def is_guard(node: fx.Node) -> bool:
-    """Whether a node refuses inputs that a graph was not made for."""
-    return node.target is torch._assert and bool(node.args[1:] == (GUARD,))
-
-
-def fix_sizes(graph: fx.Graph, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Let a graph refuse inputs whose sizes differ from these in more than the batch."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_before(inputs[-1].next):
-        for node, shape in zip(inputs, shapes, strict=True):
-            for dim, size in enumerate(shape[1:], 1):
-                asked = graph.call_method("size", (node, dim))
-                same = graph.call_function(operator.eq, (asked, size))
-                graph.call_function(torch._assert, (same, GUARD))
 
 
 def looks_into(root: nn.Module, node: fx.Node) -> bool:
@@ -206,6 +189,8 @@ class SizedTracer(ModelTracer):
         of_values = kind != "get_attr" and asked not in SIZES and reads_tensors((args, kwargs))
         if kind == "call_method" and target in _MADE:
             proxy.__dict__["sizes"] = (args[1:], kwargs)
+        if getattr(target, "__name__", target) in _PARTED:
+            proxy.__dict__["parted"] = (getattr(target, "__name__", target), args, kwargs)
         value = self._compute(kind, target, *values)
         tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
         self._storage[proxy.node] = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
@@ -219,8 +204,10 @@ class SizedTracer(ModelTracer):
             raise TraceError(f"'{node.name}' is written to, which outlives the forward.")
         self._overwritten |= views
 
-    def decided(self, proxy: SizedProxy, how: Callable[[Any], Any]) -> Any:
+    def decided(self, proxy: Any, how: Callable[[Any], Any]) -> Any:
         """Return what Python makes of a size, and guard it."""
+        if not isinstance(proxy, SizedProxy):
+            return how(proxy)
         value = proxy.value
         if proxy.of_values or not isinstance(value, _PLAIN):
             raise TraceError(f"'{proxy.node.name}' is no size: Python decides on values.")

@@ -6,7 +6,8 @@ from torch import nn
 
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import Captured
-from prifu_plugin.graph.sized import GUARD, fix_sizes, looks_into
+from prifu_plugin.graph.guards import GUARD, drop_settled, fix_sizes
+from prifu_plugin.graph.sized import looks_into
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.functional_layers import make_layers
 from prifu_plugin.prune.inputs import Inputs, takes
@@ -47,13 +48,12 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
         except AssertionError as error:  # a guard: decided differently at the other size
             if str(error) != GUARD:
                 raise
-    raise (
-        later
-        or failed
-        or CaptureError(
-            f"{type(model).__name__} decides differently for each input: prune cannot follow."
+    if sized is not None:
+        raise CaptureError(
+            f"{type(model).__name__} decides differently for each batch size, as a loop over the "
+            "images of a batch does: prune cannot follow. Compute the batch as one tensor."
         )
-    )
+    raise later or failed or CaptureError(f"{type(model).__name__} cannot be followed.")
 
 
 def _attempt(
@@ -88,6 +88,9 @@ def _record(captured: Captured, runs: Runs) -> Captured:
     if make_layers(captured):
         drop_unused(captured.graph)
         record_examples(captured.root, captured.graph, *examples)
+    if runs[0].batch(1) != runs[-1].batch(1):  # of another size: what is the same does not depend
+        drop_settled(captured.graph)
+        drop_unused(captured.graph)
     return captured
 
 

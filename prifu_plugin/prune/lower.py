@@ -16,7 +16,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import Captured, capture
-from prifu_plugin.graph.sized import capture_sized, is_guard
+from prifu_plugin.graph.guards import is_guard
+from prifu_plugin.graph.sized import capture_sized
 from prifu_plugin.prune.spell_out import spell_out
 
 

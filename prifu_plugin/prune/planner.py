@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from prifu_plugin.graph.sized import is_guard
+from prifu_plugin.graph.guards import is_guard
 from prifu_plugin.prune.agreement import Agreement, until_agreed
 from prifu_plugin.prune.facts import Fact, first_channel, tensor_inputs
 from prifu_plugin.prune.layout import FILL, Conform, Layout, box, physical, restrict, simplify
