@@ -205,7 +205,8 @@ def answer(model, x):
         with torch.no_grad():
             return model(x.clone())
     except AssertionError as error:
-        assert str(error) == GUARD
+        if str(error) != GUARD:
+            raise
         return None
 
 
@@ -216,8 +217,7 @@ def exact_or_refused(names, ends, bias, seed):
         model = closed_at_random(prifu.wrap(net, bias=bias), seed)
         pruned = prifu.prune(model, torch.zeros(2, 3, 8, 8))
     except PrifuError as error:
-        assert len(str(error)) > 40
-        return "refused"
+        return f"refused: {error}"
     refusals = 0
     for shape in [(2, 3, 8, 8), (5, 3, 8, 8), (1, 3, 8, 8), (2, 3, 9, 12), (3, 3, 6, 7)]:
         for sign in (-1.0, 1.0):
