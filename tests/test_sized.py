@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ladder import answer
 from test_prune_kinds import half_off
 from torch import nn
 
@@ -356,4 +355,4 @@ def test_the_number_of_parts_is_guarded(how):
     for batch in (1, 2, 3, 4, 5, 9):
         x = torch.randn(batch, 3, 8, 8)
         found = answer(pruned, x)
-        assert (found is None and batch > 4) or difference(model(x), found) <= 1e-6
+        assert (isinstance(found, str) and batch > 4) or difference(model(x), found) <= 1e-6
