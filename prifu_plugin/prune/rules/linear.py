@@ -183,7 +183,8 @@ class LinearRule(LinearFacts):
             first = planner.physical(self.source, self.map.dim)
         calls = self._calls(planner.analysis)
         if len(calls) == 1:
-            return self._worth_computing(planner, first)
+            columns = self._worth_computing(planner, first)
+            return (*columns, *sorted(self._differing(planner.analysis).difference(columns)))
         agreed = self._existing(planner)
         in_order = [i for i in first if i in agreed]
         return (*in_order, *sorted(agreed.difference(in_order)))
@@ -193,7 +194,8 @@ class LinearRule(LinearFacts):
         analysis, calls = planner.analysis, self._calls(planner.analysis)
         if len(calls) == 1:
             there = planner.exists(self.source)
-            return frozenset(planner.physical(self.source, self.map.dim) if there else ())
+            found = planner.physical(self.source, self.map.dim) if there else ()
+            return self._differing(analysis).union(found)
         total = self.map.groups * self.map.inputs
         asked = torch.zeros(total, dtype=torch.bool)
         known = [rule._line(rule._fact(analysis).known) for rule in calls]
@@ -203,6 +205,16 @@ class LinearRule(LinearFacts):
             if border or not rule._uniform(rule._fact(analysis), range(total)):
                 asked = asked | (line != 0)
         return frozenset(asked.nonzero().flatten().tolist())
+
+    def _differing(self, analysis: Analysis) -> frozenset[int]:
+        """Return the inputs that are constant at each place, but not the same everywhere.
+
+        A kernel that spans places reads them all; where they do not exist, they are filled in.
+        """
+        if not self.map.spans or analysis.fact(self.source).axes == (self.map.dim,):
+            return frozenset()
+        live = self._line(self._fact(analysis).live)
+        return frozenset(live.nonzero().flatten().tolist())
 
     def _worth_computing(self, planner: Planner, columns: tuple[int, ...]) -> tuple[int, ...]:
         """Leave out constants that the source has kept, where that saves more than a gather costs.

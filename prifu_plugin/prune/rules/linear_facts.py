@@ -70,8 +70,7 @@ class LinearFacts(Rule, ABC):
             return {self.source: extra}
         source = analysis.fact(self.source)
         if linear.spans and set(source.axes) - {linear.dim}:
-            # Constants that differ from place to place are no constant to a kernel over places.
-            return {self.source: any_over(fact.live & ~source.live, source)}
+            return {}  # filled in where they are read: they may differ from place to place
         want = torch.zeros(source.summary_shape(), dtype=torch.bool)
         if not linear.padded or want.shape[linear.dim] == 1 or self.adds_border(analysis):
             return {}
