@@ -199,7 +199,11 @@ def run_one(name):
     row["kept"] = sorted({reason for _, reason in report.notes})
     row["saved"], row["possible"] = report.saved, None
     if row["parameters"] < 60e6 and images and isinstance(plain, torch.Tensor):
-        row["possible"] = 1 - probe.least_share(wrapped.double(), tuple(x[0].shape[1:]))
+        wrapped.double()
+        for count in (4, 16, 64):  # what a few images leave off by chance, more of them do not
+            row["possible"] = 1 - probe.least_share(wrapped, tuple(x[0].shape[1:]), count)
+            if row["saved"] >= 0.95 * row["possible"] or row["parameters"] > 30e6:
+                break
     return row | {"outcome": "exact"}
 
 

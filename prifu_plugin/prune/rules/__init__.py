@@ -18,6 +18,8 @@ from prifu_plugin.prune.rules.norm import norm_rule
 from prifu_plugin.prune.rules.opaque import InputRule, OpaqueRule, ScalarRule, StaticRule
 from prifu_plugin.prune.rules.pointwise import pointwise_rule
 
+_LAYERS = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+
 _RECOGNIZED = (pointwise_rule, channelwise_rule, concat_rule, contraction_rule, along_rule)
 
 
@@ -26,6 +28,9 @@ def find_rule(analysis: Analysis, node: fx.Node) -> Rule:
     if node.op == "placeholder":
         return InputRule(node) if node.meta["shape"] else ScalarRule(node)
     if "static" in node.meta:
+        if node.op == "call_module" and isinstance(analysis.module(node), _LAYERS):
+            note = "it gives the same for every input; it stays, so that it can be trained"
+            analysis.notes.append((node.name, note))
         return StaticRule(node)
     if "varies" in node.meta:
         return OpaqueRule(node, "a parameter cut to the size of the input")
