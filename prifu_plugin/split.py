@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from prifu_plugin.cut import CutFilter
-from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
-from prifu_plugin.graph.capture import Captured, capture
+from prifu_plugin.cuts import captured_at, find, is_free, on_edge, points, suggestion, with_sizes
+from prifu_plugin.errors import CaptureError, ConfigError
 from prifu_plugin.graph.undisturbed import undisturbed
-from prifu_plugin.prune.examples import record_examples
-from prifu_plugin.prune.inputs import Inputs, takes
+from prifu_plugin.prune.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -113,17 +111,15 @@ def split(
         True
     """
     inputs = Inputs.for_model(model, example_inputs)
-    with undisturbed(model, keep="_tensor_constant"):
-        captured = capture(model.eval(), len(inputs.shapes))
-        _record(captured, model, inputs)
-    node = _find(captured, model, at)
-    before = _before(node)
+    captured = captured_at(model, inputs)
+    node = find(captured, model, at)
     graph = captured.graph
-    known = _with_sizes(graph, before)
+    computed = on_edge(graph, node)
+    known = with_sizes(graph, computed)
     crossing = [
         n
         for n in graph.nodes
-        if n in known and any(user not in known for user in n.users) and not _is_free(n)
+        if n in known and any(user not in known for user in n.users) and not is_free(n)
     ]
     tensors = [n for n in crossing if n.meta["shape"]]
     sizes = [n for n in crossing if not n.meta["shape"]]
@@ -131,11 +127,11 @@ def split(
         others = [n.name for n in tensors if n is not node]
         raise ConfigError(
             f"The cut at '{at}' lets {', '.join(others)} past '{node.name}': a residual stream or "
-            f"branch goes around it. Cut at {_suggestion(graph)}, or pass several=True to upload "
+            f"branch goes around it. Cut at {suggestion(graph)}, or pass several=True to upload "
             "all of them."
         )
     edge, cloud = fx.Graph(), fx.Graph()
-    _copy_edge(graph, before, edge, tensors)
+    _copy_edge(graph, computed, edge, tensors)
     _copy_cloud(graph, known, cloud, tensors, sizes)
     parts = []
     with undisturbed(model):  # building a GraphModule sets modes
@@ -156,103 +152,15 @@ def cut_points(model: nn.Module, example_inputs: Any = None) -> list[str]:
         ['_0']
     """
     inputs = Inputs.for_model(model, example_inputs)
-    with undisturbed(model, keep="_tensor_constant"):
-        captured = capture(model.eval(), len(inputs.shapes))
-        _record(captured, model, inputs)
-    return _points(captured.graph)
-
-
-def _record(captured: Captured, model: nn.Module, inputs: Inputs) -> None:
-    first = inputs.batch(2)
-    if not takes(model, first):
-        raise ConfigError(f"{type(model).__name__} refuses inputs of shape {list(first.shapes)}.")
-    others = [*inputs.batch(3).sized(), inputs.batch(3)]
-    other = next((one for one in others if takes(model, one)), first)
-    like = [run.draw(model, 0) for run in (first, other)]
-    device = next(model.parameters()).device
-    record_examples(model, captured.graph, *([x.to(device) for x in run] for run in like))
-
-
-def _find(captured: Captured, model: nn.Module, at: str) -> fx.Node:
-    """Return the node of a place: the last one that a module computes."""
-    features = getattr(model, "feature_info", None)
-    names = {}
-    for info in getattr(features, "info", features) or []:
-        if isinstance(info, dict) and "module" in info:
-            names[info["module"].rsplit(".", 1)[-1]] = info["module"]
-    path = at if at in dict(model.named_modules()) else names.get(at, at)
-    found: fx.Node | None = None
-    for node in captured.graph.nodes:
-        stack = node.meta.get("nn_module_stack") or {}
-        inside = {str(entry[0]) for entry in stack.values()}
-        called = node.op == "call_module" and node.target == path
-        if node.name == at or called or (path and path in inside and node.meta["shape"]):
-            found = node
-    if found is None or found.op in ("placeholder", "output", "get_attr"):
-        known = [p for p, _ in model.named_modules() if p] + _points(captured.graph)
-        close = difflib.get_close_matches(at, known, n=3, cutoff=0.3)
-        raise NoSiteError(
-            f"{type(model).__name__} computes nothing at '{at}'. Closest: "
-            f"{', '.join(close) or 'none'}; prifu_plugin.cut_points(model) lists the graph's nodes."
-        )
-    return found
-
-
-def _before(node: fx.Node) -> set[fx.Node]:
-    """Return a node and everything it is computed from."""
-    found, open_nodes = {node}, [node]
-    while open_nodes:
-        for source in open_nodes.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                open_nodes.append(source)
-    return found
-
-
-def _with_sizes(graph: fx.Graph, before: set[fx.Node]) -> set[fx.Node]:
-    """Add the sizes of what the edge computes, which the cloud may ask for."""
-    known = set(before)
-    for node in graph.nodes:
-        asks = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
-        asks = asks and not node.meta["shape"] and not node.meta["nested"]
-        if asks and all(source in known for source in node.all_input_nodes):
-            known.add(node)
-    return known
-
-
-def _is_free(node: fx.Node) -> bool:
-    """Whether the cloud can compute a value by itself, from parameters."""
-    return node.op == "get_attr" or "static" in node.meta
-
-
-def _points(graph: fx.Graph) -> list[str]:
-    points = []
-    for node in graph.nodes:
-        if node.op in ("placeholder", "output", "get_attr") or not node.meta["shape"]:
-            continue
-        known = _with_sizes(graph, _before(node))
-        crossing = [
-            n
-            for n in known
-            if n.meta["shape"] and not _is_free(n) and any(u not in known for u in n.users)
-        ]
-        last = any(user.op == "output" for user in node.users)
-        if crossing == [node] and not last:
-            points.append(node.name)
-    return points
-
-
-def _suggestion(graph: fx.Graph) -> str:
-    points = _points(graph)
-    return " or ".join(f"'{name}'" for name in points[-3:]) or "another place"
+    return points(captured_at(model, inputs).graph)
 
 
 def _copy_edge(
-    graph: fx.Graph, before: set[fx.Node], edge: fx.Graph, tensors: list[fx.Node]
+    graph: fx.Graph, computed: set[fx.Node], edge: fx.Graph, tensors: list[fx.Node]
 ) -> None:
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node in before or node.op == "placeholder":
+        if node in computed or node.op == "placeholder":
             copies[node] = edge.node_copy(node, lambda n: copies[n])
     results = tuple(copies[n] for n in tensors)
     edge.output(results[0] if len(results) == 1 else results)
@@ -300,7 +208,7 @@ def _copy_cloud(
 def _free_before(node: fx.Node) -> set[fx.Node]:
     """Return the parameters, and what is made of them alone, that a node reads."""
     found: set[fx.Node] = set()
-    open_nodes = [s for s in node.all_input_nodes if _is_free(s)]
+    open_nodes = [s for s in node.all_input_nodes if is_free(s)]
     while open_nodes:
         at = open_nodes.pop()
         found.add(at)

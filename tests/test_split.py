@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import timm
 import torch
@@ -37,8 +39,7 @@ def test_parts_compose(name, size, at):
     for model in (plain, wrapped, pruned):
         if model is None:
             continue
-        place = at if model is not pruned else prifu.cut_points(model, x)[-3]
-        parts = prifu.split(model, place, x)
+        parts = prifu.split(model, at, x)
         edge, cloud = parts
         assert isinstance(parts, Split)
         assert torch.equal(cloud(edge(x)), model(x))
@@ -175,3 +176,67 @@ def test_a_wrong_place():
         prifu.split(nn.Sequential(nn.Linear(2, 2)), "0")
     with pytest.raises(ConfigError, match="refuses"):
         prifu.split(model, "layer2", torch.zeros(2, 5, 8, 8))
+
+
+class Deciding(nn.Module):
+    """Branches on sizes, throws something away, and returns a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.body = Padding()
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x, **settings):
+        return {"out": self.head(self.body(self.stem(x)))}
+
+
+class Padding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        if x.shape[-1] % 4:
+            x = nn.functional.pad(x, (0, 4 - x.shape[-1] % 4))
+        y = x + self.norm(self.conv(x))
+        y.mean().exp()  # nobody reads it
+        return y
+
+
+def test_a_model_that_decides_on_sizes_is_cut_under_guards():
+    torch.manual_seed(0)
+    plain = Deciding().eval()
+    wrapped = prifu.wrap(plain)
+    for unit in prifu.filters(wrapped).values():
+        unit.weight.data[::2] = 0.0
+    x = torch.randn(2, 3, 6, 6)
+    for model in (plain, wrapped, prifu.prune(wrapped, x)):
+        parts = prifu.split(model, "body", x)
+        for batch in (1, 2, 5):
+            x = torch.randn(batch, 3, 6, 6)
+            z = parts.edge(x)
+            assert z.shape[-1] == 8
+            torch.testing.assert_close(parts.cloud(z)["out"], model(x)["out"], rtol=0, atol=0)
+        with pytest.raises(AssertionError, match="made for other input sizes"):
+            parts.edge(torch.randn(2, 3, 6, 9))
+
+
+@pytest.mark.parametrize("how", ["as it is", "copied", "rebuilt"])
+def test_a_pruned_model_is_cut_where_its_modules_ended(how):
+    wrapped = prifu.wrap(timm.create_model("test_resnet")).eval()
+    for unit in prifu.filters(wrapped).values():
+        unit.weight.data[1::2] = 0.0
+    x = torch.randn(2, 3, 64, 64)
+    pruned = prifu.prune(wrapped, x)
+    if how == "copied":
+        pruned = copy.deepcopy(pruned)
+    if how == "rebuilt":
+        fresh, weights = timm.create_model("test_resnet"), pruned.state_dict()
+        pruned = prifu.rebuild(fresh, prifu.plan(pruned), weights)
+    for at in ("layer2", "layer3.0", "bn1"):
+        edge, cloud = prifu.split(pruned, at, x)
+        z, whole = edge(x), prifu.split(wrapped, at, x).edge(x)
+        torch.testing.assert_close(cloud(z), pruned(x), rtol=0, atol=0)
+        apart = (z[:, :, None] - whole[:, None]).abs().amax((0, 3, 4)).amin(1)
+        assert apart.max() <= 1e-5  # each channel is one of the original's

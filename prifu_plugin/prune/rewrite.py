@@ -21,6 +21,7 @@ from prifu_plugin.prune.kernels import (
 from prifu_plugin.prune.layout import FILL, Conform
 from prifu_plugin.prune.lower import drop_unused
 from prifu_plugin.prune.members import Members, like, value_at
+from prifu_plugin.prune.places import PLACES, places
 from prifu_plugin.prune.plan import (
     Alias,
     Concat,
@@ -77,6 +78,7 @@ class _Rewriter:
                     self.values[node].meta.setdefault("original", node.name)
         drop_unused(self.new)
         module = fx.GraphModule(self.members.read(), self.new, class_name=type(self.root).__name__)
+        module.meta[PLACES] = places(self.old, self.new, self.values)
         return module.eval()
 
     def _is_taken_over(self, node: fx.Node) -> bool:

@@ -1,0 +1,156 @@
+"""Where a model can be cut: its graph, the node at a place, and what crosses a cut."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+
+from torch import fx, nn
+
+from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
+from prifu_plugin.graph.capture import CONSTANT, Captured, capture
+from prifu_plugin.graph.guards import GUARD, fix_sizes, is_guard
+from prifu_plugin.graph.sized import capture_sized
+from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.prune.examples import record_examples
+from prifu_plugin.prune.inputs import Inputs, takes
+from prifu_plugin.prune.places import PLACES, place
+
+
+def captured_at(model: nn.Module, inputs: Inputs) -> Captured:
+    """Capture a model in eval mode and record on its nodes what two runs give.
+
+    Where torch.fx stops, the sizes of the example decide, under guards.
+
+    Args:
+        model: plain, wrapped or pruned; it is not changed.
+        inputs: what it takes.
+
+    Raises:
+        ConfigError: if it does not take them.
+        CaptureError: if it cannot be traced.
+    """
+    with undisturbed(model, keep=CONSTANT):
+        model.eval()
+        first, other = _runs(model, inputs)
+        if isinstance(model, fx.GraphModule) and PLACES in model.meta:
+            return _recorded(Captured(model, copy.deepcopy(model.graph)), first, other)
+        try:
+            return _recorded(capture(model, len(inputs.shapes)), first, other)
+        except CaptureError:
+            captured = capture_sized(model, first.draw(model, 0))
+        try:
+            return _recorded(captured, first, other)
+        except AssertionError as error:  # it decides otherwise at the other size
+            if str(error) != GUARD:
+                raise
+        fix_sizes(captured.graph, first.shapes)
+        return _recorded(captured, first, first.batch(3))
+
+
+def _runs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, Inputs]:
+    first = inputs.batch(2)
+    if not takes(model, first):
+        raise ConfigError(f"{type(model).__name__} refuses inputs of shape {list(first.shapes)}.")
+    others = [*inputs.batch(3).sized(), inputs.batch(3)]
+    return first, next((one for one in others if takes(model, one)), first)
+
+
+def _recorded(captured: Captured, first: Inputs, other: Inputs) -> Captured:
+    device = next(captured.root.parameters()).device
+    drawn = [[x.to(device) for x in run.draw(captured.root, 0)] for run in (first, other)]
+    record_examples(captured.root, captured.graph, *drawn)
+    return captured
+
+
+def find(captured: Captured, model: nn.Module, at: str) -> fx.Node:
+    """Return the node of a place: the last one that a module computes.
+
+    Raises:
+        NoSiteError: if there is none; the message names the closest.
+    """
+    features = getattr(model, "feature_info", None)
+    names = {}
+    for info in getattr(features, "info", features) or []:
+        if isinstance(info, dict) and "module" in info:
+            names[info["module"].rsplit(".", 1)[-1]] = info["module"]
+    kept: dict[str, list[object]] = getattr(model, "meta", {}).get(PLACES, {})
+    path = at if at in dict(model.named_modules()) or at in kept else names.get(at, at)
+    found = place(captured.graph, kept, path)
+    used = _ancestors(next(iter(reversed(captured.graph.nodes))))
+    for node in captured.graph.nodes if found is None else ():
+        stack = node.meta.get("nn_module_stack") or {}
+        inside = {str(entry[0]) for entry in stack.values()}
+        called = node.op == "call_module" and node.target == path
+        ends = path and path in inside and node.meta["shape"] and node in used
+        if node.name == at or called or ends:
+            found = node
+    if found is None or found.op in ("placeholder", "output", "get_attr"):
+        known = [p for p, _ in model.named_modules() if p and p != at] + points(captured.graph)
+        close = difflib.get_close_matches(at, known, n=3, cutoff=0.3)
+        raise NoSiteError(
+            f"{type(model).__name__} computes nothing at '{at}'. Closest: "
+            f"{', '.join(close) or 'none'}; prifu_plugin.cut_points(model) lists the graph's nodes."
+        )
+    return found
+
+
+def on_edge(graph: fx.Graph, node: fx.Node) -> set[fx.Node]:
+    """Return what the edge computes: a node, all it is made of, and the guards of that."""
+    found = _ancestors(node)
+    for guard in graph.nodes:
+        if is_guard(guard):
+            asked = _ancestors(guard)
+            if all(n in found or n.op == "placeholder" or not n.meta["shape"] for n in asked):
+                found |= asked
+    return found
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """Return a node and everything it is computed from."""
+    found, open_nodes = {node}, [node]
+    while open_nodes:
+        for source in open_nodes.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                open_nodes.append(source)
+    return found
+
+
+def with_sizes(graph: fx.Graph, computed: set[fx.Node]) -> set[fx.Node]:
+    """Add the sizes of what the edge computes, which the cloud may ask for."""
+    known = set(computed)
+    for node in graph.nodes:
+        asks = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
+        asks = asks and not node.meta["shape"] and not node.meta["nested"]
+        if asks and all(source in known for source in node.all_input_nodes):
+            known.add(node)
+    return known
+
+
+def is_free(node: fx.Node) -> bool:
+    """Whether the cloud can compute a value by itself, from parameters."""
+    return node.op == "get_attr" or "static" in node.meta
+
+
+def points(graph: fx.Graph) -> list[str]:
+    """Return the names of the nodes at which one tensor is all that crosses."""
+    found = []
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr") or not node.meta["shape"]:
+            continue
+        known = with_sizes(graph, on_edge(graph, node))
+        crossing = [
+            n
+            for n in known
+            if n.meta["shape"] and not is_free(n) and any(u not in known for u in n.users)
+        ]
+        last = any(user.op == "output" for user in node.users)
+        if crossing == [node] and not last:
+            found.append(node.name)
+    return found
+
+
+def suggestion(graph: fx.Graph) -> str:
+    """Name up to three places for a cut, close to the output."""
+    return " or ".join(f"'{name}'" for name in points(graph)[-3:]) or "another place"
