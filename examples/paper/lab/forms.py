@@ -1,7 +1,9 @@
 """Forms of the filter: how W and a norm's own scale share the work, and how both change."""
 
+import collections
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import prifu_plugin as prifu
@@ -22,7 +24,10 @@ def filtered(
         settings: "form" is the paper's (no affine norm, a bias, W from 0.1) or preserved; "affine"
             is what becomes of the norms' scale in the preserved form: free, frozen, or absorbed
             (W starts as its magnitude, it as its sign, and the shift goes behind the filter);
-            "dose", "alpha", "init" and "noise" are those of `prifu_plugin.wrap`.
+            "over" the "positions", the filter on the upload has a weight for each value of a map
+            rather than for each channel; "rotated", a learned map, at first the identity, precedes
+            it, so that the rank of the upload is learned with the filter; "dose", "alpha", "init"
+            and "noise" are those of `prifu_plugin.wrap`.
         count: images to train on.
         scale: what all share.
     """
@@ -33,6 +38,7 @@ def filtered(
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.affine, module.weight, module.bias = False, None, None
+    sent = _prepared(model, at, first, settings)
     wrapped = prifu.wrap(
         model,
         alpha=settings.get("alpha", scale["filter"]["alpha"]),
@@ -40,13 +46,39 @@ def filtered(
         init=settings.get("init", scale["filter"]["init"]),
         bias=bare or settings.get("affine") == "absorbed",
         preserve=not bare,
-        cut=at if settings.get("cut_filter") else None,
+        cut=sent if settings.get("cut_filter") else None,
         noise=settings.get("noise", 0.0),
         example_inputs=first,
     )
     if not bare:
         _share_scale(wrapped, settings.get("affine", "free"))
     return wrapped
+
+
+def _prepared(model: nn.Module, at: str, first: Tensor, settings: dict[str, Any]) -> str:
+    """Put what a form wants in front of the filter on the upload, in place; return its path."""
+    if not settings.get("rotated") and settings.get("over") != "positions":
+        return at
+    own, seen = model.get_submodule(at), []
+    handle = own.register_forward_hook(lambda _, __, z: seen.append(z.shape[1:]))
+    with torch.no_grad():
+        model.eval()(first)
+    handle.remove()
+    channels, *space = seen[0]
+    parts: dict[str, nn.Module] = {"own": own}
+    if settings.get("rotated"):
+        rotation = nn.Conv2d(channels, channels, 1) if space else nn.Linear(channels, channels)
+        nn.init.zeros_(rotation.bias)
+        with torch.no_grad():
+            rotation.weight.copy_(torch.eye(channels).reshape(rotation.weight.shape))
+        parts["rotation"] = rotation
+    if settings.get("over") == "positions":
+        parts["flat"] = nn.Flatten()
+    parts["sent"] = nn.Identity()
+    if settings.get("over") == "positions":
+        parts["back"] = nn.Unflatten(1, seen[0])
+    model.set_submodule(at, nn.Sequential(collections.OrderedDict(parts)))
+    return f"{at}.sent"
 
 
 class Scheduled(baselines.TaskOnly):

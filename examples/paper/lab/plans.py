@@ -32,6 +32,7 @@ def comparison(scale: Scale, cut: str, data: str = "") -> list[Run]:
         filtered = {"cut_filter": True, "projection": True}
         methods += [("PriFU", {**filtered, "noise": noise}) for noise in (0.1, 0.3)]
         methods += [("noise", {"noise": noise, "projection": True}) for noise in (1.0, 3.0)]
+    methods += [("PriFU", {"cut_filter": True, **form}) for form in _beyond(cut)]
     if scale.name == "smoke":  # one setting a method shows that it runs
         methods = list(dict(reversed(methods)).items())
     return [
@@ -39,6 +40,16 @@ def comparison(scale: Scale, cut: str, data: str = "") -> list[Run]:
         for seed in scale["seeds"]
         for name, settings in methods
     ]
+
+
+def _beyond(cut: str) -> list[dict]:
+    """Filters on the upload that act on space too, or on directions that are learned with them."""
+    if cut == "pooled":
+        return [{"rotated": True, "noise": noise} for noise in (0.1, 0.3)]
+    forms: list[dict] = [{"noise": 1.0}]
+    forms += [{"rotated": True, "noise": noise} for noise in (0.3, 1.0)]
+    forms += [{"over": "positions", "noise": noise} for noise in (0.1, 0.3)]
+    return [{**form, "ramped": True} for form in forms]  # from the start, noise 1 drowns the task
 
 
 def ablation(scale: Scale) -> list[Run]:
