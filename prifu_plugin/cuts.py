@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 
+import torch
 from torch import fx, nn
 
 from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
@@ -15,6 +16,9 @@ from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.inputs import Inputs, takes
 from prifu_plugin.prune.places import PLACES, place
+
+OTHER = 5
+"""Batch size of the second run: a number that sizes behind strides seldom grow to from 2."""
 
 
 def captured_at(model: nn.Module, inputs: Inputs) -> Captured:
@@ -45,19 +49,27 @@ def captured_at(model: nn.Module, inputs: Inputs) -> Captured:
             if str(error) != GUARD:
                 raise
         fix_sizes(captured.graph, first.shapes)
-        return _recorded(captured, first, first.batch(3))
+        try:
+            return _recorded(captured, first, first.batch(OTHER))
+        except AssertionError as error:
+            if str(error) != GUARD:
+                raise
+            raise CaptureError(
+                f"{type(model).__name__} decides differently for each batch size, as a loop over "
+                "the images of a batch does: it cannot be cut."
+            ) from None
 
 
 def _runs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, Inputs]:
     first = inputs.batch(2)
     if not takes(model, first):
         raise ConfigError(f"{type(model).__name__} refuses inputs of shape {list(first.shapes)}.")
-    others = [*inputs.batch(3).sized(), inputs.batch(3)]
+    others = [*inputs.batch(OTHER).sized(), inputs.batch(OTHER)]
     return first, next((one for one in others if takes(model, one)), first)
 
 
 def _recorded(captured: Captured, first: Inputs, other: Inputs) -> Captured:
-    device = next(captured.root.parameters()).device
+    device = next((p.device for p in captured.root.parameters()), torch.device("cpu"))
     drawn = [[x.to(device) for x in run.draw(captured.root, 0)] for run in (first, other)]
     record_examples(captured.root, captured.graph, *drawn)
     return captured
@@ -77,7 +89,7 @@ def find(captured: Captured, model: nn.Module, at: str) -> fx.Node:
     kept: dict[str, list[object]] = getattr(model, "meta", {}).get(PLACES, {})
     path = at if at in dict(model.named_modules()) or at in kept else names.get(at, at)
     found = place(captured.graph, kept, path)
-    used = _ancestors(next(iter(reversed(captured.graph.nodes))))
+    used = ancestors(next(iter(reversed(captured.graph.nodes))))
     for node in captured.graph.nodes if found is None else ():
         stack = node.meta.get("nn_module_stack") or {}
         inside = {str(entry[0]) for entry in stack.values()}
@@ -97,16 +109,16 @@ def find(captured: Captured, model: nn.Module, at: str) -> fx.Node:
 
 def on_edge(graph: fx.Graph, node: fx.Node) -> set[fx.Node]:
     """Return what the edge computes: a node, all it is made of, and the guards of that."""
-    found = _ancestors(node)
+    found = ancestors(node)
     for guard in graph.nodes:
         if is_guard(guard):
-            asked = _ancestors(guard)
+            asked = ancestors(guard)
             if all(n in found or n.op == "placeholder" or not n.meta["shape"] for n in asked):
                 found |= asked
     return found
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
+def ancestors(node: fx.Node) -> set[fx.Node]:
     """Return a node and everything it is computed from."""
     found, open_nodes = {node}, [node]
     while open_nodes:
@@ -129,8 +141,10 @@ def with_sizes(graph: fx.Graph, computed: set[fx.Node]) -> set[fx.Node]:
 
 
 def is_free(node: fx.Node) -> bool:
-    """Whether the cloud can compute a value by itself, from parameters."""
-    return node.op == "get_attr" or "static" in node.meta
+    """Whether the cloud can compute a value by itself, from parameters alone."""
+    return node.op == "get_attr" or (
+        "static" in node.meta and all(map(is_free, node.all_input_nodes))
+    )
 
 
 def points(graph: fx.Graph) -> list[str]:

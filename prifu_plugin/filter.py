@@ -38,7 +38,7 @@ class PriFU(nn.Module):
         num_features: number of channels C.
         config: threshold, decay and form; the default is the paper's bare filter.
         dim: channel dimension of the input.
-        image_dim: that of an input of four dimensions, where it is another.
+        image_dim: that of an input of four dimensions or more, where it is another.
 
     Attributes:
         weight: W, (C,), fp32 or better whatever the model's dtype.
@@ -115,7 +115,7 @@ class PriFU(nn.Module):
 
     def dim_at(self, ndim: int) -> int:
         """Return the channel dimension of an input of `ndim` dimensions."""
-        return self.dim if self.image_dim is None or ndim != 4 else self.image_dim
+        return self.dim if self.image_dim is None or ndim < 4 else self.image_dim
 
     def scale(self) -> Tensor:
         """Return gain * RIW, (C,), differentiable in W (Eq. 4 and 5)."""

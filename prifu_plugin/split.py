@@ -10,8 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from prifu_plugin.claims import claim_of, guard, shown
 from prifu_plugin.cut import CutFilter
-from prifu_plugin.cuts import captured_at, find, is_free, on_edge, points, suggestion, with_sizes
+from prifu_plugin.cuts import (
+    ancestors,
+    captured_at,
+    find,
+    is_free,
+    on_edge,
+    points,
+    suggestion,
+    with_sizes,
+)
 from prifu_plugin.errors import CaptureError, ConfigError
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.prune.inputs import Inputs
@@ -131,8 +141,8 @@ def split(
             "all of them."
         )
     edge, cloud = fx.Graph(), fx.Graph()
-    _copy_edge(graph, computed, edge, tensors)
-    _copy_cloud(graph, known, cloud, tensors, sizes)
+    claims = _copy_cloud(graph, known, cloud, tensors, sizes)
+    _copy_edge(graph, computed, edge, tensors, claims)
     parts = []
     with undisturbed(model):  # building a GraphModule sets modes
         for part, name in ((edge, "Edge"), (cloud, "Cloud")):
@@ -156,12 +166,20 @@ def cut_points(model: nn.Module, example_inputs: Any = None) -> list[str]:
 
 
 def _copy_edge(
-    graph: fx.Graph, computed: set[fx.Node], edge: fx.Graph, tensors: list[fx.Node]
+    graph: fx.Graph,
+    computed: set[fx.Node],
+    edge: fx.Graph,
+    tensors: list[fx.Node],
+    claims: dict[fx.Node, Any],
 ) -> None:
+    """Copy what the edge computes; it refuses inputs for which the cloud would take other sizes."""
+    computed = computed.union(*(ancestors(node) for node in claims))
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node in computed or node.op == "placeholder":
             copies[node] = edge.node_copy(node, lambda n: copies[n])
+    for node, claim in claims.items():
+        guard(edge, copies[node], claim, copies)
     results = tuple(copies[n] for n in tensors)
     edge.output(results[0] if len(results) == 1 else results)
 
@@ -172,7 +190,9 @@ def _copy_cloud(
     cloud: fx.Graph,
     tensors: list[fx.Node],
     sizes: list[fx.Node],
-) -> None:
+) -> dict[fx.Node, Any]:
+    """Copy the rest; return what it takes sizes for that the edge knew."""
+    claims: dict[fx.Node, Any] = {}
     late = [n for n in graph.nodes if n.op == "placeholder" and n not in known and n.users]
     if late:
         raise ConfigError(
@@ -189,7 +209,7 @@ def _copy_cloud(
         for place, node in enumerate(tensors):
             copies[node] = cloud.call_function(operator.getitem, (upload, place))
     for node in sizes:
-        copies[node] = _size(cloud, node, copies)
+        copies[node] = _size(cloud, node, copies, claims)
     needed = {n for n in graph.nodes if n not in known}
     needed |= {source for n in list(needed) for source in _free_before(n)}
     for node in graph.nodes:
@@ -203,6 +223,7 @@ def _copy_cloud(
             node.name,
         )
         copies[node] = copied
+    return claims
 
 
 def _free_before(node: fx.Node) -> set[fx.Node]:
@@ -216,15 +237,18 @@ def _free_before(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _size(cloud: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
+def _size(
+    cloud: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any], claims: dict[fx.Node, Any]
+) -> Any:
     """Give the cloud a size that the edge knew: always the same, the upload's, or made of such."""
     tensors = [n for n in copies if n.meta["shape"]]
-    found = _shown(cloud, node.meta["example"], node.meta["other"][1], tensors, copies)
-    if found is not None:
-        return found
+    claim = claim_of(node.meta["example"], node.meta["other"][1], tensors)
+    if claim is not None:
+        claims[node] = claim
+        return shown(cloud, claim, copies)
     sources = node.all_input_nodes
     if sources and all(not source.meta["shape"] for source in sources):
-        made = {source: _size(cloud, source, copies) for source in sources}
+        made = {source: _size(cloud, source, copies, claims) for source in sources}
         args = fx.node.map_arg(node.args, lambda n: made[n])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: made[n])
         return cloud.create_node(node.op, node.target, args, kwargs)
@@ -232,23 +256,6 @@ def _size(cloud: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
         f"Behind the cut the model uses '{node.name}', a size that the upload does not show. Cut "
         "elsewhere, or pass example inputs of a fixed size."
     )
-
-
-def _shown(
-    cloud: fx.Graph, here: Any, there: Any, tensors: list[fx.Node], copies: dict[fx.Node, Any]
-) -> Any:
-    """Return a size that is the same in both runs, or that an uploaded tensor has in both."""
-    if isinstance(here, tuple | list) and isinstance(there, tuple | list):
-        parts = [_shown(cloud, a, b, tensors, copies) for a, b in zip(here, there, strict=True)]
-        return None if any(part is None for part in parts) else tuple(parts)
-    if here == there:
-        return here
-    for tensor in tensors:
-        shapes = (tensor.meta["shape"], tensor.meta["other"][0])
-        for dim, (first, second) in enumerate(zip(*shapes, strict=True)):
-            if (first, second) == (here, there):
-                return cloud.call_method("size", (copies[tensor], dim))
-    return None
 
 
 def _members(model: nn.Module, graph: fx.Graph) -> dict[str, Any]:

@@ -384,6 +384,32 @@ def test_one_class_of_norms_may_have_channels_first_and_last(make):
     check(net, (2, 3, 9, 10))
 
 
+def test_volumes_have_channels_where_images_have():
+    net = nn.Sequential(nn.Conv3d(3, 6, 1), TokensOrImagesNorm(6))
+    wrapped = prifu.wrap(net).eval()
+    prifu.filters(wrapped)["1"].weight.data[2] = 0.0
+    assert wrapped(torch.randn(2, 3, 5, 5, 6))[:, 2].abs().max() == 0
+
+
+class Grows(nn.Module):
+    """Makes a layer when it is first called."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.extra = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), None
+
+    def forward(self, x):
+        if self.extra is None:
+            self.extra = nn.Conv2d(6, 4, 1)
+        return self.extra(self.norm(self.first(x)))
+
+
+def test_what_was_none_is_none_again():
+    net = Grows().eval()
+    wrapped = prifu.wrap(net)
+    assert wrapped(torch.randn(2, 3, 4, 4)).shape == (2, 4, 4, 4)
+
+
 class Swap(nn.Module):
     def __init__(self, *dims):
         super().__init__()

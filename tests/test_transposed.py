@@ -83,6 +83,11 @@ def test_functional_calls():
     assert not prifu.report(pruned).notes
 
 
+def test_padding_of_the_output_is_no_point():
+    layer = nn.ConvTranspose2d(8, 6, 1, dilation=2, output_padding=1)
+    check(Decoder(layer, nn.BatchNorm2d), (2, 3, 6, 6))
+
+
 def test_a_given_size_keeps_everything():
     class Net(Decoder):
         def forward(self, x):

@@ -28,25 +28,3 @@ def fix_sizes(graph: fx.Graph, shapes: Sequence[tuple[int, ...]]) -> None:
                 asked = graph.call_method("size", (node, dim))
                 same = graph.call_function(operator.eq, (asked, size))
                 graph.call_function(torch._assert, (same, GUARD))
-
-
-def drop_settled(graph: fx.Graph) -> None:
-    """Erase guards of sizes that are the same in both runs, as those of channels are.
-
-    Args:
-        graph: with recorded examples of two runs; nodes that only guards read may be left.
-    """
-    for node in list(graph.nodes):
-        if is_guard(node) and _is_settled(node.args[0]):
-            graph.erase_node(node)
-
-
-def _is_settled(value: object) -> bool:
-    if not isinstance(value, fx.Node):
-        return True
-    sources = value.all_input_nodes
-    asks = any(source.meta["shape"] or source.meta["nested"] for source in sources)
-    picks = value.target is operator.getitem  # of all sizes, one
-    if asks or picks or not sources:
-        return "other" in value.meta and bool(value.meta["example"] == value.meta["other"][1])
-    return all(_is_settled(source) for source in sources)

@@ -27,8 +27,8 @@ class NormSpec:
         running: with running statistics in eval mode, each channel is an affine map of its own.
         fused: an activation follows inside the module.
         channels: name of the attribute that tells how many channels there are; "" for the usual.
-        image_dim: channel dimension of an output of four dimensions, where it is another: some
-            norms take tokens (N, L, C) and images (N, C, H, W).
+        image_dim: channel dimension of an output of four dimensions or more, where it is another:
+            some norms take tokens (N, L, C) and images (N, C, H, W).
     """
 
     dim: int
@@ -41,7 +41,7 @@ class NormSpec:
 
     def dim_at(self, ndim: int) -> int:
         """Return the channel dimension of an output of `ndim` dimensions."""
-        return self.dim if self.image_dim is None or ndim != 4 else self.image_dim
+        return self.dim if self.image_dim is None or ndim < 4 else self.image_dim
 
 
 _BATCH = NormSpec(dim=1, running=True)

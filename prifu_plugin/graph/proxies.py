@@ -67,6 +67,9 @@ class SizedProxy(fx.Proxy):
             self.tracer.decided(self.size(0), int)
         elif "parted" in self.__dict__:
             self.tracer.decided(number_of_parts(*self.__dict__["parted"]), int)
+        elif not isinstance(self.value, torch.Size) and reads_tensors(self):
+            count = self.tracer.create_proxy("call_function", len, (self,), {})
+            self.tracer.decided(count.carrying(len(self.value)), int)
         return len(self.value)
 
     def __index__(self) -> int:
@@ -126,7 +129,7 @@ class _SizedAttribute(SizedProxy):
 
 def number_of_parts(how: str, args: Any, kwargs: Any) -> Any:
     """Return in how many parts split, chunk or unbind take a tensor, as a proxy or a number."""
-    x, *rest = args
+    x, *rest = args if args else (kwargs["input"],)
     if how == "unbind":
         return x.size(rest[0] if rest else kwargs.get("dim", 0))
     names = ("split_size_or_sections", "split_size", "chunks")

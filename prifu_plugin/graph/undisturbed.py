@@ -57,7 +57,7 @@ def _restore(now: dict[str, Any], before: dict[str, Any], keep: str | None) -> N
         if keep is None or not name.startswith(keep):
             del now[name]
     for name, value in before.items():
-        if now.get(name) is not value:
+        if name not in now or now[name] is not value:
             now[name] = value
 
 

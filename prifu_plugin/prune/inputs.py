@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,12 +110,15 @@ class Inputs:
     def sized(self) -> Iterator[Inputs]:
         """Yield the same at other sizes: what a model takes of them shows what it assumes.
 
-        Images grow by a multiple of 32 one way and shrink the other, or double; sequences grow.
-        A model that takes none has its size fixed.
+        Images grow one way and shrink the other, by an odd number first, since much is padded to
+        multiples; then by 32; or double. Sequences grow. A model that takes none has its size
+        fixed.
         """
-        for change in (_skewed, _grown, _doubled):
+        found = {self.shapes}
+        for change in (_odd((1, 1)), _odd((1, 0)), _odd((0, 1)), _skewed, _grown, _doubled):
             shapes = tuple(change(shape) for shape in self.shapes)
-            if shapes != self.shapes:
+            if shapes not in found:
+                found.add(shapes)
                 yield replace(self, shapes=shapes)
 
 
@@ -140,6 +143,18 @@ def _reference(model: nn.Module) -> Tensor:
 
 def _kind(x: Tensor) -> str:
     return FLOAT if x.is_floating_point() else str(x.dtype).removeprefix("torch.")
+
+
+def _odd(more: tuple[int, int]) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+    """Return how images are skewed, with so much more in height and width."""
+
+    def change(shape: tuple[int, ...]) -> tuple[int, ...]:
+        skewed = _skewed(shape)
+        if len(shape) != 4:
+            return skewed if len(shape) < 4 else (*shape[:2], *(size + 1 for size in skewed[2:]))
+        return *skewed[:2], skewed[2] + more[0], skewed[3] + more[1]
+
+    return change
 
 
 def _skewed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import Captured
-from prifu_plugin.graph.guards import GUARD, drop_settled, fix_sizes
+from prifu_plugin.graph.guards import GUARD, fix_sizes
 from prifu_plugin.graph.sized import looks_into
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.functional_layers import make_layers
@@ -41,7 +43,7 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
     sized, later = _attempt(model, runs, sized=True)
     for captured, chosen in _in_turn(model, plain, sized, runs):
         _check_inputs(captured, chosen)
-        if captured is sized and chosen is not runs:  # seen at one size: made for that size alone
+        if captured is sized and chosen[0].batch(1) == chosen[-1].batch(1):  # seen at one size
             fix_sizes(captured.graph, chosen[0].shapes)
         try:
             return _record(captured, chosen), chosen
@@ -68,16 +70,18 @@ def _attempt(
 
 def _in_turn(
     model: nn.Module, plain: Captured | None, sized: Captured | None, runs: Runs
-) -> list[tuple[Captured, Runs]]:
-    """Return what to try: looked into at both sizes, at one size, and not looked into."""
-    found: list[tuple[Captured, Runs]] = []
+) -> Iterator[tuple[Captured, Runs]]:
+    """Yield what to try: looked into at two sizes, at one size, and not looked into."""
     if sized is not None:
+        yield sized, runs
+        for other in runs[0].batch(3).sized():
+            if other != runs[-1] and takes(model, other):
+                yield sized, (runs[0], other)
         another = runs[0].batch(3)
-        found.append((sized, runs))
-        found.append((sized, (runs[0], another) if takes(model, another) else runs[:1]))
+        if another != runs[-1]:
+            yield sized, (runs[0], another) if takes(model, another) else runs[:1]
     if plain is not None:
-        found.append((plain, runs))
-    return found
+        yield plain, runs
 
 
 def _record(captured: Captured, runs: Runs) -> Captured:
@@ -88,9 +92,6 @@ def _record(captured: Captured, runs: Runs) -> Captured:
     if make_layers(captured):
         drop_unused(captured.graph)
         record_examples(captured.root, captured.graph, *examples)
-    if runs[0].batch(1) != runs[-1].batch(1):  # of another size: what is the same does not depend
-        drop_settled(captured.graph)
-        drop_unused(captured.graph)
     return captured
 
 

@@ -117,7 +117,8 @@ def _transposed_map(node: fx.Node, module: nn.Module, fact: Fact) -> LinearMap |
 def _is_pointwise(module: Any) -> bool:
     """Whether a convolution is a linear map at each place by itself."""
     ones = {*module.kernel_size, *module.stride}
-    return ones == {1} and not isinstance(module.padding, str) and not any(module.padding)
+    padded = isinstance(module.padding, str) or any((*module.padding, *module.output_padding))
+    return ones == {1} and not padded
 
 
 def _is_linear(module: nn.Linear) -> bool:

@@ -153,7 +153,12 @@ def _combined(runs: list[Tensor], fact: Fact, begin: tuple[Start, ...]) -> Moved
         [_channel(labels, start.shape, axis) for axis in fact.axes]
         for labels, start in zip(runs, begin, strict=True)
     ]
-    varying = {dim for indices in channels for index in indices for dim in _axes(index)}
+    varying = {
+        dim
+        for indices, labels in zip(channels, runs, strict=True)
+        for index in indices
+        for dim in _axes(index, labels == 0)
+    }
     axes = tuple(d for d in sorted(varying) if len({labels.shape[d] for labels in runs}) == 1)
     relations = [
         _relation(labels, indices, [start.shape[axis] for axis in fact.axes], axes)
@@ -198,12 +203,17 @@ def _are_labels(values: Tensor, size: int) -> bool:
     return values.ndim > 0 and values.numel() > 0 and bool(whole.all())
 
 
-def _axes(index: Tensor) -> set[int]:
-    """Find the dimensions of the result along which a channel index of the source varies."""
+def _axes(index: Tensor, padded: Tensor) -> set[int]:
+    """Find the dimensions of the result along which a channel index of the source varies.
+
+    Zeros that were padded have no channel: how many there are depends on the size of the input.
+    """
+    lowest = index.masked_fill(padded, torch.iinfo(index.dtype).max)
+    highest = index.masked_fill(padded, -1)
     return {
         dim
         for dim in range(index.ndim)
-        if index.shape[dim] > 1 and bool((index != index.narrow(dim, 0, 1)).any())
+        if index.shape[dim] > 1 and bool((highest.amax(dim) > lowest.amin(dim)).any())
     }
 
 
