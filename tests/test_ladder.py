@@ -250,7 +250,7 @@ def test_some_forwards(names, ends, bias, seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(**CASES)
 def test_many_forwards(names, ends, bias, seed):
     exact_or_refused(names, ends, bias, seed)
