@@ -6,7 +6,7 @@ from lab.scale import Scale
 
 
 def comparison(scale: Scale, cut: str, data: str = "") -> list[Run]:
-    """Every method by its settings, first seed first; a few settings each, the same effort."""
+    """Every method by its settings, first seed first: a few each, and more forms of the filter."""
     data = data or scale["data"]
     named = NAMED[data.split(":")[0]]
     methods: list[tuple[str, dict]] = [("plain", {}), ("PriFU", {})]
