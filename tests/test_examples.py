@@ -76,7 +76,7 @@ def test_prune_time():
 
 def test_suites():
     table = run(EXAMPLES / "benchmarks" / "suites.py", "--smoke")
-    assert "| plain | pooled | 0 | colour |" in table
+    assert "| plain | pooled | 0 | digit |" in table
 
 
 def test_insertion_table():

@@ -47,7 +47,7 @@ def _beyond(cut: str) -> list[dict]:
     if cut == "pooled":
         return [{"rotated": True, "noise": noise} for noise in (0.1, 0.3)]
     forms: list[dict] = [{"noise": 1.0}]
-    forms += [{"rotated": True, "noise": noise} for noise in (0.3, 1.0)]
+    forms += [{"rotated": True, "noise": noise} for noise in (0.3, 0.5, 1.0)]
     forms += [{"over": "positions", "noise": noise} for noise in (0.1, 0.3)]
     return [{**form, "ramped": True} for form in forms]  # from the start, noise 1 drowns the task
 
