@@ -66,7 +66,8 @@ def main():
     torch.set_num_threads(1)
     scale = Scale("smoke" if args.smoke else "cpu")
     seeds, cuts = range(args.seeds), args.cuts
-    todo = [(*method, cut, seed) for seed in seeds for cut in cuts for method in METHODS[: args.methods]]
+    methods = METHODS[: args.methods]
+    todo = [(*method, cut, seed) for seed in seeds for cut in cuts for method in methods]
     print("| method | cut | seed | attribute | standard | by | full | by | difference |")
     print("|---|---|---|---|---|---|---|---|---|")
     for method, settings, cut, seed in tqdm(todo[:1] if args.smoke else todo, disable=None):
