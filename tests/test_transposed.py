@@ -50,8 +50,7 @@ def exact(dims, groups, per, kernel, stride, dilation, padded, bias):
         groups * per[0], groups * per[1], kernel, stride, int(padded and kernel == 3),
         stride - 1, groups, bias, max(dilation, 1) if stride > 1 else 1,
     )  # fmt: skip
-    make = lambda: Decoder(layer, NORMS[dims - 1])  # noqa: E731
-    check(make(), (2, 3, *[4] * dims))
+    check(Decoder(layer, NORMS[dims - 1]), (2, 3, *[4] * dims))
 
 
 test_some_settings = settings(max_examples=8, deadline=None)(SETTINGS(exact))
