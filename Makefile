@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test lint docs zoo slow export loops others examples clean
+.PHONY: demo test lint docs zoo slow export loops device others examples clean
 demo: $(VENV)/stamp
 	$(RUN) examples/quickstart.py
 
@@ -35,6 +35,10 @@ export: $(VENV)/stamp
 loops: $(VENV)/stamp
 	$(RUN) -m pip install --quiet --editable '.[loops]'
 	$(RUN) -m pytest -m loops
+
+# On a device whose tensors may not meet the CPU's, as on a GPU.
+device: $(VENV)/stamp
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m device
 
 # Networks of other packages. Two of them ask for versions that are not needed.
 others: $(VENV)/stamp

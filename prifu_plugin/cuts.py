@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 
-import torch
 from torch import fx, nn
 
+from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
 from prifu_plugin.graph.capture import CONSTANT, Captured, capture
 from prifu_plugin.graph.guards import GUARD, fix_sizes, is_guard
@@ -69,7 +69,7 @@ def _runs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, Inputs]:
 
 
 def _recorded(captured: Captured, first: Inputs, other: Inputs) -> Captured:
-    device = next((p.device for p in captured.root.parameters()), torch.device("cpu"))
+    device = device_of(captured.root)
     drawn = [[x.to(device) for x in run.draw(captured.root, 0)] for run in (first, other)]
     record_examples(captured.root, captured.graph, *drawn)
     return captured

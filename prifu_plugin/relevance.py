@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prifu_plugin.cut import CutFilter
+from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.host import filter_of, is_folded, is_host
@@ -106,7 +107,7 @@ def relevance(
     """
     wrap_state(model)
     loss = loss or _cross_entropy
-    device = next(model.parameters()).device
+    device = device_of(model)
     meters = {path: _Meter(unit.weight.numel()) for path, unit in filters(model).items()}
     inputs: _Meter | None = None
     samples = 0

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from prifu_plugin.cut import CutFilter
+from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError, FilterError
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
@@ -179,7 +180,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     cuts = [module for module in model.modules() if isinstance(module, CutFilter)]
     modes = {module: module.training for module in model.modules()}
     stream = _counted(itertools.chain([first], remaining), cuts)
-    device = _device(model)
+    device = device_of(model)
     try:
         model.train()
         update_bn(stream, model, device=device)
@@ -221,8 +222,3 @@ def _dosed(
     if dose < 0 or total <= 0:
         raise ConfigError(f"dose={dose}: the rates times the course of beta sum to {total:g}.")
     return lambda share: dose / total * _at(beta, share, until)
-
-
-def _device(model: nn.Module) -> torch.device:
-    first: Tensor | None = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if first is None else first.device

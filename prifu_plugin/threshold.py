@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError, PrifuWarning
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
@@ -168,7 +169,7 @@ def _at(model: nn.Module, alpha: float) -> Iterator[None]:
 
 
 def _evaluate(model: nn.Module, data: Data, alpha: float, metric: Metric, macs: bool) -> Threshold:
-    device = next(model.parameters()).device
+    device = device_of(model)
     total, count = 0.0, 0
     with undisturbed(model), torch.no_grad():
         model.eval()

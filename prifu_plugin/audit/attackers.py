@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prifu_plugin.audit.statistics import area
 from prifu_plugin.audit.tail import repurposed
+from prifu_plugin.device import CPU
 
 Classifier = Callable[[Tensor], Tensor]
 """Prepared uploads -> logarithms of class probabilities, (N, K)."""
@@ -35,13 +36,14 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Sample:
-    """Prepared uploads and private labels, of training and of validation data."""
+    """Prepared uploads and private labels, of training and of validation data; networks' device."""
 
     x: Tensor
     y: Tensor
     x_validation: Tensor
     y_validation: Tensor
     classes: int
+    device: torch.device = CPU
 
     def score(self, classify: Classifier) -> float:
         """Return the accuracy on validation data, or the AUC where one class is most of them."""
@@ -203,7 +205,7 @@ def _train(make: Callable[[], nn.Module], sample: Sample, seed: int, epochs: int
     """Train with AdamW on a one-cycle schedule and keep the epoch best on validation data."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        net = make()
+        net = make().to(sample.device)
         size = min(64, max(8, len(sample.x) // 8))
         steps = epochs * max(1, len(sample.x) // size)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)
@@ -215,21 +217,23 @@ def _train(make: Callable[[], nn.Module], sample: Sample, seed: int, epochs: int
             order = torch.randperm(len(sample.x))
             for batch in order[: len(order) // size * size].split(size):
                 optimizer.zero_grad()
-                F.cross_entropy(net(sample.x[batch]), sample.y[batch]).backward()
+                x, y = sample.x[batch].to(sample.device), sample.y[batch].to(sample.device)
+                F.cross_entropy(net(x), y).backward()
                 optimizer.step()
                 schedule.step()
-            scores.append(sample.score(_network(net)))
+            scores.append(sample.score(_network(net, sample.device)))
             if scores[-1] >= max(scores):
                 best = {key: value.clone() for key, value in net.state_dict().items()}
         net.load_state_dict(best)
     late = max(scores[-(epochs // 5) :]) - max(scores[: -(epochs // 5)])
-    return Fitted(_network(net), converged=late < 0.02)
+    return Fitted(_network(net, sample.device), converged=late < 0.02)
 
 
-def _network(net: nn.Module) -> Classifier:
+def _network(net: nn.Module, device: torch.device) -> Classifier:
     def classify(x: Tensor) -> Tensor:
         net.eval()
         with torch.no_grad():
-            return torch.cat([F.log_softmax(net(part).double(), 1) for part in x.split(1024)])
+            logits = [net(part.to(device)).cpu() for part in x.split(1024)]
+            return F.log_softmax(torch.cat(logits).double(), 1)
 
     return classify

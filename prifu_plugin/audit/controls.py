@@ -69,7 +69,10 @@ def _permuted(prepared: Prepared, labels: tuple[Tensor, ...], classes: int, seed
     if not flat:
         return float(majority_guess(train, truth).mean())
     narrow = min(flat, key=lambda part: part[1].shape[1])
-    uploads, only = Prepared(prepared.suite, (narrow,)), f"{narrow[0].name} ridge"
+    uploads, only = (
+        Prepared(prepared.suite, (narrow,), device=prepared.device),
+        f"{narrow[0].name} ridge",
+    )
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(10):

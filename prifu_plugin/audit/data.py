@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError
 
 Labels = dict[str, Tensor]
@@ -87,13 +88,13 @@ def uploads(edge: nn.Module, images: Tensor, what: str, batch: int = 250) -> Ten
     Raises:
         ConfigError: if an upload is not one finite tensor.
     """
-    parameters = next(edge.parameters(), torch.zeros(()))
+    device = device_of(edge)
     found = []
     bar = tqdm(images.split(batch), desc=what, leave=False, disable=None)
     with torch.no_grad():
         for part in bar:
             # A copy, since an edge that begins in place would overwrite the caller's images.
-            z = edge(part.to(parameters.device, copy=True))
+            z = edge(part.to(device, copy=True))
             if not isinstance(z, Tensor):
                 raise ConfigError(
                     f"The edge returns {type(z).__name__}: audit one tensor at a time."

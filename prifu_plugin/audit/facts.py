@@ -9,6 +9,7 @@ from prifu_plugin.audit.data import uploads
 from prifu_plugin.audit.result import UploadFacts
 from prifu_plugin.channel import Channel, Quantizer, image_bytes
 from prifu_plugin.cut import CutFilter
+from prifu_plugin.device import device_of
 
 _IMAGES = 100
 """Images whose size as PNG and JPEG is averaged."""
@@ -38,7 +39,9 @@ def facts_of(
     sent = uploads(edge, images[:1], "one upload")
     return UploadFacts(
         tuple(z.shape[1:]),
-        sent[0].numel() * 4 if channel is None else channel.bytes_per_sample(sent),
+        sent[0].numel() * 4
+        if channel is None
+        else channel.bytes_per_sample(sent.to(device_of(channel))),
         flat.shape[1],
         int((~varying).sum()),
         rank,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from prifu_plugin.audit.attackers import (
@@ -21,6 +22,7 @@ from prifu_plugin.audit.attackers import (
 from prifu_plugin.audit.preparation import Preparation, as_they_are, maps, vectors
 from prifu_plugin.audit.statistics import calibrated
 from prifu_plugin.audit.tail import repurposed
+from prifu_plugin.device import CPU
 from prifu_plugin.errors import ConfigError
 
 Attacker = Callable[[Sample, int], Fitted]
@@ -63,23 +65,30 @@ class Prepared:
         suite: one of SUITES.
         parts: (preparation, training, validation, test uploads).
         tail: the task's layers behind the cut and the uploads as they take them, if it has several.
+        device: where attackers' networks train.
     """
 
     suite: str
     parts: tuple[PreparedPart, ...]
     tail: tuple[nn.Module, PreparedPart] | None = None
+    device: torch.device = CPU
 
     def first(self, count: int) -> Prepared:
         """Return the same with the first training uploads only."""
         parts = tuple((p, x[:count], v, t) for p, x, v, t in self.parts)
         if self.tail is None:
-            return Prepared(self.suite, parts)
+            return replace(self, parts=parts)
         cloud, (preparation, x, v, t) = self.tail
-        return Prepared(self.suite, parts, (cloud, (preparation, x[:count], v, t)))
+        return replace(self, parts=parts, tail=(cloud, (preparation, x[:count], v, t)))
 
 
 def prepare(
-    train: Tensor, validation: Tensor, test: Tensor, suite: str, cloud: nn.Module | None = None
+    train: Tensor,
+    validation: Tensor,
+    test: Tensor,
+    suite: str,
+    cloud: nn.Module | None = None,
+    device: torch.device = CPU,
 ) -> Prepared:
     """Fit a suite's preparations on training uploads and apply them; once for all attributes.
 
@@ -89,6 +98,7 @@ def prepare(
         test: uploads that they are judged on.
         suite: one of SUITES.
         cloud: what takes the uploads in the task, which all but the quick suite repurpose.
+        device: where attackers' networks train.
 
     Raises:
         ConfigError: for an unknown suite.
@@ -104,8 +114,9 @@ def prepare(
     parts = [(p, p.transform(train), p.transform(validation), p.transform(test)) for p in found]
     usable = tuple(part for part in parts if part[1].shape[1] > 0)
     if suite == "quick" or cloud is None or repurposed(cloud, train, 2) is None:
-        return Prepared(suite, usable)
-    return Prepared(suite, usable, (cloud, (as_they_are(), train, validation, test)))
+        return Prepared(suite, usable, device=device)
+    tail = (cloud, (as_they_are(), train, validation, test))
+    return Prepared(suite, usable, tail, device)
 
 
 def infer(
@@ -127,7 +138,6 @@ def infer(
         only: the one attacker to train, by the name in `Inference.winner`.
 
     Example:
-        >>> import torch
         >>> s = torch.arange(120) % 2
         >>> z = torch.randn(120, 3, generator=torch.Generator().manual_seed(0)) + 9 * s[:, None]
         >>> uploads = prepare(z[:60], z[60:90], z[90:], "quick")
@@ -148,7 +158,7 @@ def infer(
         name = f"{preparation.name} {attacker.__name__}"
         if only not in (None, name):
             continue
-        sample = Sample(x, train, x_validation, validation, classes)
+        sample = Sample(x, train, x_validation, validation, classes, uploads.device)
         fitted = attacker(sample, seed)
         scores[name] = sample.score(fitted.classify)
         if best is None or scores[name] > best[0]:

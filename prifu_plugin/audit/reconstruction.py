@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prifu_plugin.audit.preparation import WIDE, standardize, whiten
+from prifu_plugin.device import CPU
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def reconstruct(
     steps: int = 400,
     losses: Sequence[str] = tuple(LOSSES),
     repeated: Sequence[Tensor] | None = None,
+    device: torch.device = CPU,
 ) -> Reconstruction:
     """Attack with decoders trained on defended uploads, and by search against the edge.
 
@@ -124,6 +126,7 @@ def reconstruct(
         losses: which decoders to train, by names in `LOSSES`.
         repeated: means of the uploads of repeated queries, for `train`, `choose` and `test`; the
             first loss also trains a decoder on them.
+        device: where decoders train.
     """
     z, images = train
     z_test, images_test = test
@@ -137,7 +140,7 @@ def reconstruct(
     for label, name, (seen, seen_choosing, seen_test) in tqdm(
         attacks, desc="decoders", leave=False, disable=None
     ):
-        decode = _decoder_of(seen, images, LOSSES[name], seed, steps)
+        decode = _decoder_of(seen, images, LOSSES[name], seed, steps, device)
         decoded = decode(seen_test)
         found[label] = similarity(decoded, images_test)
         known = similarity(decode(seen_choosing), choose[1]).psnr
@@ -167,6 +170,7 @@ def _decoder_of(
     loss: Callable[[Tensor, Tensor], Tensor],
     seed: int,
     steps: int,
+    device: torch.device,
 ) -> Callable[[Tensor], Tensor]:
     """Train a decoder from whitened vectors or standardized maps to images."""
     prepare = _per_channel(z) if z.ndim == 4 and z.shape[-1] > 1 else _vectors(z)
@@ -175,21 +179,21 @@ def _decoder_of(
         return lambda asked: images.mean(0).expand(len(asked), -1, -1, -1)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        net = decoder(x.shape[1:], tuple(images.shape[1:]))
+        net = decoder(x.shape[1:], tuple(images.shape[1:])).to(device)
         size = min(64, len(x))
         optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
         for _ in range(steps):
             batch = torch.randperm(len(x))[:size]
             optimizer.zero_grad()
-            loss(net(x[batch]), images[batch]).backward()
+            loss(net(x[batch].to(device)), images[batch].to(device)).backward()
             optimizer.step()
             schedule.step()
     net.eval()
 
     def decode(asked: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.cat([net(part) for part in prepare(asked).split(250)])
+            return torch.cat([net(part.to(device)).cpu() for part in prepare(asked).split(250)])
 
     return decode
 

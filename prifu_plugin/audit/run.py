@@ -20,6 +20,7 @@ from prifu_plugin.audit.preparation import WIDE
 from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.audit.statistics import Interval, bootstrap
 from prifu_plugin.channel import Channel, Noise
+from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.graph.undisturbed import undisturbed
 
@@ -45,6 +46,7 @@ def audit(
 ) -> AuditReport:
     """Attack uploads with a suite, and report the strongest beside floors and ceilings.
 
+    Networks of the attacker train where the edge is, all else is computed on the CPU.
     The attacker has the edge, its masks, codec and noise, and labelled training data, and trains
     on the defended uploads (Algorithm 1 of the paper). Every statement is empirical: a stronger
     attacker may read more.
@@ -101,24 +103,25 @@ def audit(
     data = fingerprint(train, test)
     _check_same_data(references, data)
     fitting, choosing = split_off(train, 0.25, seed)
+    device = device_of(edge)
     parts = (fitting, choosing, test)
     sent = [_sent(edge, channel, part.images, name) for part in parts]
     stochastic = _is_stochastic(edge, channel, test.images[:8])
     noisy = channel is not None and any(isinstance(step, Noise) for step in channel.steps)
     answers = [_answers(cloud, z, part.labels[task]) for z, part in zip(sent, parts, strict=True)]
-    prepared = {"sent": prepare(sent[0], sent[1], sent[2], suite, cloud)}
+    prepared = {"sent": prepare(sent[0], sent[1], sent[2], suite, cloud, device)}
     means: list[Tensor] | None = None
     if queries > 1 and (stochastic or noisy):
         means = [_mean_of_queries(edge, channel, part.images, queries) for part in parts]
-        prepared["repeated"] = prepare(means[0], means[1], means[2], suite, cloud)
+        prepared["repeated"] = prepare(means[0], means[1], means[2], suite, cloud, device)
     reports = {k: v for k, v in references.items() if isinstance(v, AuditReport)}
     for label, other in references.items():
         if isinstance(other, nn.Module):
             zs = [_sent(other, None, part.images, label) for part in parts]
-            prepared[f"reference {label}"] = prepare(zs[0], zs[1], zs[2], suite)
+            prepared[f"reference {label}"] = prepare(zs[0], zs[1], zs[2], suite, device=device)
     if not any("input" in row.ceilings for r in reports.values() for row in r.attributes):
         images = [part.images.float() for part in parts]
-        prepared["reference input"] = prepare(images[0], images[1], images[2], suite)
+        prepared["reference input"] = prepare(images[0], images[1], images[2], suite, device=device)
     bar = tqdm(attributes, desc=f"attacking {name}", leave=False, disable=None)
     evidence = Evidence(parts, answers, prepared, reports, task, seeds, seed)
     rows = [judge(label, evidence) for label in bar]
@@ -145,8 +148,8 @@ def _sent(edge: nn.Module, channel: Channel | None, images: Tensor, what: str) -
     if channel is None:
         return z
     with undisturbed(channel), torch.no_grad():
-        arrived: Tensor = channel.eval()(z).detach().float()
-    return arrived
+        arrived: Tensor = channel.eval()(z.to(device_of(channel)))
+    return arrived.detach().float().cpu()
 
 
 def _is_stochastic(edge: nn.Module, channel: Channel | None, images: Tensor) -> bool:
@@ -170,7 +173,7 @@ def _answers(cloud: nn.Module | None, z: Tensor, labels: Tensor) -> Tensor:
     """Return the task's answer for each upload; without a cloud, the true one, a higher floor."""
     if cloud is None:
         return labels
-    device = next((p.device for p in cloud.parameters()), torch.device("cpu"))
+    device = device_of(cloud)
     with torch.no_grad():
         # Copies, since a cloud that begins in place would overwrite what is to be attacked.
         logits = torch.cat([cloud(part.clone().to(device)).cpu() for part in z.split(250)])
@@ -201,13 +204,13 @@ def _reconstruction(
     seed: int,
     losses: Sequence[str],
 ) -> decoding.Reconstruction:
-    device = next((p.device for p in edge.parameters()), torch.device("cpu"))
+    device = device_of(edge)
     quick = suite == "quick"
 
     def upload(x: Tensor) -> Tensor:
-        z: Tensor = edge(x.to(device)).cpu()
-        arrived: Tensor = z if channel is None else channel(z)
-        return arrived
+        z: Tensor = edge(x.to(device))
+        arrived: Tensor = z if channel is None else channel(z.to(device_of(channel)))
+        return arrived.cpu()
 
     with undisturbed(channel or nn.Identity()):
         if channel is not None:
@@ -223,6 +226,7 @@ def _reconstruction(
             steps=60 if quick else 250,
             losses=losses,
             repeated=means if suite == "full" else None,
+            device=device,
         )
 
 

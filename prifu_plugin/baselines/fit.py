@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prifu_plugin.baselines.base import Batch, Defence
+from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError
 
 
@@ -58,7 +59,7 @@ def fit(
     """Train a method; returns it in eval mode.
 
     Args:
-        defence: to train, in place.
+        defence: to train, in place, on the device of its edge.
         images: (N, C, H, W).
         task: (N,), the label the model serves.
         private: (N,), the label that is named; methods that need none ignore it.
@@ -74,12 +75,17 @@ def fit(
     if not rates:
         raise ConfigError(f"{len(images)} images are fewer than a batch of {schedule.batch}.")
     generator = torch.Generator().manual_seed(seed)
+    device = device_of(defence.edge)
+    defence.to(device)
 
     def draw() -> list[Batch]:
         order = torch.randperm(len(images), generator=generator)
         parts = order[: len(order) // schedule.batch * schedule.batch].split(schedule.batch)
         named = [None if private is None else private[part] for part in parts]
-        return [Batch(images[p], task[p], s) for p, s in zip(parts, named, strict=True)]
+        return [
+            Batch(images[p].to(device), task[p].to(device), None if s is None else s.to(device))
+            for p, s in zip(parts, named, strict=True)
+        ]
 
     optimizer = torch.optim.SGD(defence.defenders(), lr=schedule.rate)
     classes = 0 if private is None else int(private.max()) + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.filter import along
 
@@ -40,8 +41,8 @@ def keep_channels(edge: nn.Module, relevance: Tensor, count: int) -> nn.Module:
     """
     if not 0 < count <= len(relevance):
         raise ConfigError(f"count={count} of {len(relevance)} channels: keep at least one.")
-    mask = torch.zeros(len(relevance))
-    mask[relevance.argsort(descending=True)[:count]] = 1
+    mask = torch.zeros(len(relevance), device=device_of(edge))
+    mask[relevance.argsort(descending=True)[:count].to(mask.device)] = 1
     return nn.Sequential(edge, _Keep(mask)).eval()
 
 

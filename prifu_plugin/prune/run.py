@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
 from prifu_plugin.graph.insert import apply_recipe, filters
 from prifu_plugin.graph.state import copied, wrap_state
@@ -125,7 +126,7 @@ def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -
         state_dict: of the pruned model.
 
     Returns:
-        The pruned model.
+        The pruned model, on the device of `model`.
 
     Raises:
         NoSiteError: if the model is another architecture.
@@ -154,7 +155,7 @@ def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -
     pruned = rewrite(captured, plan)
     pruned.load_state_dict(state_dict)
     pruned.meta[META] = {"plan": plan.to_json()}
-    return pruned
+    return pruned.to(device_of(model))
 
 
 def report(pruned: nn.Module) -> PruneReport:
