@@ -152,7 +152,7 @@ def influence(model: nn.Module, x: Tensor, target: Tensor, loss: Loss | None = N
         loss: gives the loss of each sample, (N,); cross-entropy by default.
 
     Returns:
-        The absolute gradients, shape and dtype of x.
+        The absolute gradients, shape, dtype and device of x.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -161,9 +161,11 @@ def influence(model: nn.Module, x: Tensor, target: Tensor, loss: Loss | None = N
     """
     with undisturbed(model), torch.enable_grad():
         model.eval()
-        x = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad((loss or _cross_entropy)(model(x), target).sum(), x)
-    return gradient.abs()
+        device = device_of(model)
+        moved = x.to(device).detach().requires_grad_()
+        losses = (loss or _cross_entropy)(model(moved), target.to(device))
+        (gradient,) = torch.autograd.grad(losses.sum(), moved)
+    return gradient.abs().to(x.device)
 
 
 def _cross_entropy(output: Any, target: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Everything once on another device, whose tensors may not meet the CPU's."""
 
 import functools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import prifu_plugin as prifu
 from prifu_plugin import baselines
+from prifu_plugin.audit.data import uploads
 from prifu_plugin.channel import Channel, Noise, Projection, Quantizer
 
 pytestmark = pytest.mark.device
@@ -188,3 +191,27 @@ def test_what_is_removed_after_training_is_removed_there(keep):
     else:
         kept = baselines.keep_directions(edge, cloud, 2)
     assert torch.isfinite(kept(images())).all()
+
+
+@pytest.mark.parametrize(
+    ("cut", "method", "settings"),
+    [
+        ("early", "plain", {"keep": 0.25, "order": "avgri"}),
+        ("pooled", "plain", {"projection": True}),
+        ("early", "PriFU", {"cut_filter": True, "rotated": True, "noise": 0.3, "ramped": True}),
+        ("pooled", "DISCO", {"named": "colour", "strength": 0.3}),
+        ("early", "CFB", {"named": "colour", "strength": 0.001}),
+    ],
+)
+def test_the_papers_methods_are_deployed_there(cut, method, settings):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "paper"))
+    from lab.datasets import load
+    from lab.methods import deploy
+    from lab.runs import run_of
+    from lab.scale import Scale
+
+    scale = Scale("smoke", device=DEVICE)
+    study = load("digits", scale)
+    deployed = deploy(run_of(scale, method, 0, cut=cut, **settings), study, scale)
+    assert all_there(deployed.edge)
+    assert uploads(deployed.edge, study.test.images[:4], "a probe").device.type == "cpu"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import prifu_plugin as prifu
 from prifu_plugin import baselines, pictures
+from prifu_plugin.audit.data import uploads
 
 CHANNELS = ("red", "green", "blue", "constant", "uniform", "Gaussian")
 
@@ -59,12 +60,11 @@ def trained(scale: Scale, study: Study, seed: int, *, noisy: bool) -> tuple[prif
     """Return the relevance of the inputs of a filtered network, and its accuracy."""
     labels = study.defence.labels[study.task]
     images, test = (widened(p.images, noisy, seed) for p in (study.defence, study.test))
-    net = build(scale["network"], study.classes, seed, channels=images.shape[1])
-    net = filtered(net, "", images[:4], {}, len(images), scale)
+    net = build(scale["network"], study.classes, seed, channels=images.shape[1]).to(scale.device)
+    net = filtered(net, "", images[:4].to(scale.device), {}, len(images), scale)
     whole = baselines.TaskOnly(net, torch.nn.Identity())
     baselines.fit(whole, images, labels, schedule=scale.schedule, seed=seed)
-    with torch.no_grad():
-        right = net(test).argmax(1) == study.test.labels[study.task]
+    right = uploads(net, test, "answers").argmax(1) == study.test.labels[study.task]
     data = zip(images.split(200), labels.split(200), strict=True)
     return prifu.relevance(net, data), float(right.double().mean())
 

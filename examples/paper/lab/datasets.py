@@ -95,11 +95,12 @@ def _faces(name: str, scale: Scale, other: str = "", correlation: str = "0") -> 
 
 def _celeba(name: str, scale: Scale, other: str = "", correlation: str = "0") -> Study:
     private = (other,) if other else celeba.PRIVATE
-    names = ("train", "validation", "test")
+    names, attributes = ("train", "validation", "test"), (celeba.TASK, *private)
     parts = [
-        celeba.load_celeba(scale.folder, part, attributes=(celeba.TASK, *private)) for part in names
+        celeba.load_celeba(scale.folder, part, attributes=attributes, most=size or None)
+        for part, size in zip(names, scale["sizes"]["celeba"], strict=True)
     ]
-    return Study(name, celeba.TASK, private, *_limited(parts, scale["sizes"]["celeba"]))
+    return Study(name, celeba.TASK, private, *parts)
 
 
 def _lfw(name: str, scale: Scale) -> Study:

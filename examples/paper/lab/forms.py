@@ -71,7 +71,7 @@ def _prepared(model: nn.Module, at: str, first: Tensor, settings: dict[str, Any]
         nn.init.zeros_(rotation.bias)
         with torch.no_grad():
             rotation.weight.copy_(torch.eye(channels).reshape(rotation.weight.shape))
-        parts["rotation"] = rotation
+        parts["rotation"] = rotation.to(first.device)
     if settings.get("over") == "positions":
         parts["flat"] = nn.Flatten()
     parts["sent"] = nn.Identity()

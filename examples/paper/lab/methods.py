@@ -14,6 +14,7 @@ from lab.networks import CUTS, build
 from lab.pretrained import pretrained
 from lab.scale import Scale
 from prifu_plugin import baselines
+from prifu_plugin.audit.data import uploads
 from prifu_plugin.channel import Channel, Projection, Quantizer
 
 RIVALS = {
@@ -63,7 +64,7 @@ def deploy(run: dict[str, Any], study: Study, scale: Scale) -> Deployed:
         edge, cloud = _projected(edge, cloud)
     if "keep" in settings:
         ranked = _avgri(edge, cloud, study) if settings["order"] == "avgri" else None
-        size = edge(images[:2]).shape[1]
+        size = uploads(edge, images[:2], "a probe").shape[1]
         chance = torch.rand(size, generator=torch.Generator().manual_seed(run["seed"]))
         count = max(1, round(settings["keep"] * size))
         edge = baselines.keep_channels(edge, chance if ranked is None else ranked, count)
@@ -71,8 +72,8 @@ def deploy(run: dict[str, Any], study: Study, scale: Scale) -> Deployed:
         edge = baselines.keep_directions(edge, cloud, settings["directions"])
     channel = None
     if "bits" in settings:
-        with torch.no_grad():  # the codec's range comes from the defender's own images
-            sent = torch.cat([edge(part) for part in images[:1000].split(250)])
+        # The codec's range comes from the defender's own images.
+        sent = uploads(edge, images[:1000], "what a codec is fitted to")
         channel = Channel(Quantizer(settings["bits"]).fit(sent)).eval()
     return Deployed(edge.eval(), cloud.eval(), channel, model)
 
@@ -86,7 +87,8 @@ def _trained(key: tuple, study: Study, scale: Scale) -> tuple[nn.Module, nn.Modu
         model = pretrained(network, study.classes, seed, scale)
     else:
         model = build(network, study.classes, seed)
-    first = study.defence.images[:4]
+    model = model.to(scale.device)
+    first = study.defence.images[:4].to(scale.device)
     if method == "untrained":
         return (*prifu.split(model.eval(), at, first), model)
     if method == "PriFU":
@@ -120,12 +122,13 @@ def _projected(edge: nn.Module, cloud: nn.Module) -> tuple[nn.Module, nn.Module]
     head = next(m for m in cloud.modules() if isinstance(m, nn.Linear))
     if any(isinstance(m, nn.Conv2d) for m in cloud.modules()) or head.out_features != 2:
         raise ValueError("Only a cloud that is one linear head of two classes is projected.")
-    difference = nn.Linear(head.in_features, 1)
+    device = head.weight.device
+    difference = nn.Linear(head.in_features, 1).to(device)
     with torch.no_grad():
         difference.weight.copy_(head.weight[1:] - head.weight[:1])
         difference.bias.copy_(head.bias[1:] - head.bias[:1])
     projection = Projection(difference)
-    two = nn.Linear(1, 2)
+    two = nn.Linear(1, 2).to(device)
     with torch.no_grad():
         two.weight.copy_(torch.tensor([[-0.5], [0.5]]))
         two.bias.zero_()
@@ -136,7 +139,6 @@ def _projected(edge: nn.Module, cloud: nn.Module) -> tuple[nn.Module, nn.Module]
 def _avgri(edge: nn.Module, cloud: nn.Module, study: Study) -> Tensor:
     """Return the AvgRI (Eq. 2) of the upload's channels."""
     images, target = study.defence.images[:1000], study.defence.labels[study.task][:1000]
-    with torch.no_grad():
-        z = torch.cat([edge(part) for part in images.split(250)])
+    z = uploads(edge, images, "uploads")
     maps = prifu.influence(cloud, z, target)
     return maps.reshape(*maps.shape[:2], -1).mean((0, 2))

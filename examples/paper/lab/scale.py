@@ -23,10 +23,14 @@ class Scale:
         folder: of the data sets' official files.
         results: where tables and pictures are written.
         committed: the one file of stored runs.
+        device: where networks are trained and attacked.
     """
 
-    def __init__(self, name: str, folder: str = "data", out: str = "") -> None:
+    def __init__(
+        self, name: str, folder: str = "data", out: str = "", device: str | torch.device = "cpu"
+    ) -> None:
         self.name = name
+        self.device = torch.device(device)
         self.folder = Path(folder)
         kept = ROOT / "docs" / "results" / "paper"
         self.results = ROOT / "out" / "paper" / "smoke" if name == "smoke" else kept
@@ -74,6 +78,10 @@ def scale_from_command_line(description: str | None) -> tuple[Scale, bool]:
     parser.add_argument("--data", default="data", help="folder of the official files")
     parser.add_argument("--out", default="", help="folder of pages and pictures")
     parser.add_argument("--cached", action="store_true", help="draw from the committed runs")
+    parser.add_argument("--device", default="", help="cpu, cuda, ...; what there is by default")
     arguments = parser.parse_args()
     name = "smoke" if arguments.smoke else arguments.scale
-    return Scale(name, arguments.data, arguments.out), arguments.cached
+    fast = torch.accelerator.is_available() and name == "paper"
+    found = str(torch.accelerator.current_accelerator()) if fast else "cpu"
+    scale = Scale(name, arguments.data, arguments.out, arguments.device or found)
+    return scale, arguments.cached
