@@ -55,7 +55,8 @@ def test_correlations_in_a_chain():
     [
         {"size": 32},
         {"count": 0},
-        {"correlations": {("skin_tone", "smiling"): 0.5}},
+        {"correlations": {("skin_tone", "smiling"): 0.95}},
+        {"correlations": {("skin_colour", "smiling"): 0.5}},
         {"correlations": {("beard", "smiling"): 1.5}},
         {"correlations": {("beard", "hat"): 0.5, ("hat", "beard"): 0.5}},
         {"correlations": {("beard", "smiling"): 0.5, ("beard", "hat"): 0.1}},
