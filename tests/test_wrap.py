@@ -505,3 +505,30 @@ def test_what_is_no_norm_cannot_be_registered():
         prifu.register_norm(nn.Linear(2, 2), dim=1)
     with pytest.raises(ConfigError, match="batch"):
         prifu.register_norm(UnitNorm, dim=0)
+
+
+def lazy(norm):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+
+
+def test_weights_without_values_are_refused():
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(OrderError, match=r"'1\.weight' of Sequential is lazy.*one batch"):
+        prifu.wrap(lazy(nn.LazyBatchNorm2d()))
+    partly = prifu.wrap(lazy(nn.BatchNorm2d(4))).eval()
+    with pytest.raises(OrderError, match=r"'4\.weight' of Sequential is lazy"):
+        prifu.prune(partly, x)
+    partly(x)
+    prifu.prune(partly, x)
+    with torch.device("meta"):
+        absent = prifu.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    with pytest.raises(OrderError, match="meta device.*to_empty"):
+        prifu.prune(absent, x)
+
+
+def test_weights_made_in_inference_mode_are_refused_with_the_cure():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(OrderError, match="inference_mode.*deepcopy"):
+        prifu.wrap(model)
+    assert prifu.filters(prifu.wrap(copy.deepcopy(model)))

@@ -80,19 +80,19 @@ def peak(model, x):
     return device["Total"]
 
 
-def main(smoke=False, batch=32, compiled=False, models=tuple(MODELS)):
+def main(smoke=False, batch=32, compiled=False, models=tuple(MODELS), size=0):
     """Print one row a model."""
+    given = f"batch {batch}" + (f", {size} pixels" if size else "") + compiled * ", compiled"
     print(f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads, "
-          f"batch {batch}{', compiled' if compiled else ''}; median of wrapped / plain over pairs "
-          "[quartiles]")  # fmt: skip
+          f"{given}; median of wrapped / plain over pairs [quartiles]")  # fmt: skip
     print(f"{'model':22}  {'training step':22}  {'of a copy':22}  {'inference':22}  "
           f"{'of a copy':22}  peak memory")  # fmt: skip
     for name in tqdm(models[: 1 if smoke else None], disable=None):
-        size = MODELS[name]
+        pixels = size or MODELS[name]
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=10)
         forms = {"plain": model, "wrapped": prifu.wrap(model), "copy": copy.deepcopy(model)}
-        x = torch.randn(batch, 3, size, size)
+        x = torch.randn(batch, 3, pixels, pixels)
         memory = peak(forms["wrapped"], x) / peak(model, x)
         if compiled:
             forms = {label: torch.compile(one) for label, one in forms.items()}
@@ -111,4 +111,5 @@ if __name__ == "__main__":
     parser.add_argument("--compiled", action="store_true", help="with torch.compile")
     parser.add_argument("--models", nargs="+", default=tuple(MODELS), choices=MODELS)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--size", type=int, default=0, help="pixels a side, for all models")
     main(**vars(parser.parse_args()))

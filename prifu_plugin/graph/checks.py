@@ -16,10 +16,11 @@ from prifu_plugin.graph.norms import norm_spec, num_channels
 from prifu_plugin.graph.sites import no_match
 from prifu_plugin.graph.state import input_shapes
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.graph.values import check_trainable
 
 
 def check_wrappable(model: nn.Module) -> None:
-    """Raise OrderError if a model is scripted, inside a wrapper of another kind, or filtered."""
+    """Raise OrderError if a model is scripted, wrapped, filtered, or cannot be trained yet."""
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise OrderError(f"{name} is scripted: wrap the Python model, then script the pruned one.")
@@ -33,6 +34,7 @@ def check_wrappable(model: nn.Module) -> None:
                 f"{name} is a {words} wrapper around {type(inner).__name__}. Wrap the model "
                 f"inside first, prifu_plugin.wrap(model.{attribute}), then wrap it again."
             )
+    check_trainable(model)
     for path, module in model.named_modules():
         if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
             raise OrderError(

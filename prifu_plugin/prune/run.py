@@ -11,6 +11,7 @@ from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
 from prifu_plugin.graph.insert import apply_recipe, filters
 from prifu_plugin.graph.state import copied, wrap_state
+from prifu_plugin.graph.values import check_present
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.ladder import recorded
 from prifu_plugin.prune.lower import plain_layers
@@ -61,7 +62,7 @@ def prune(
         The pruned model, in eval mode, on the device of `model`.
 
     Raises:
-        OrderError: if the model is not wrapped.
+        OrderError: if the model is not wrapped, or its weights have no values yet.
         ConfigError: if the input shape is unknown, or the model refuses it.
         CaptureError: if neither the model nor any part of it can be traced.
         FilterError: if a weight is not finite.
@@ -80,6 +81,7 @@ def prune(
         raise ConfigError(f"round_to={round_to} is not a positive number of channels.")
     if not isinstance(move_cost, int | float) or not move_cost >= 0:
         raise ConfigError(f"move_cost={move_cost} is not 0 or more multiply-accumulates.")
+    check_present(model)
     for unit in filters(model).values():
         unit.check_finite()
     inputs = Inputs.for_model(model, example_inputs)
