@@ -6,7 +6,7 @@ import hashlib
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prifu_plugin.errors import ConfigError
 
@@ -33,6 +33,34 @@ def keyed_gaussian(batch: Tensor, key: bytes) -> Tensor:
     """
     drawn = [_draw(sample, key) for sample in batch.detach().float().cpu()]
     return torch.stack(drawn).to(batch)
+
+
+class KeyedNoise(nn.Module):
+    """Unit Gaussian noise for each upload: a function of it and the key, or anew without a key.
+
+    Args:
+        key: 16 to 64 secret bytes, or None. A pickle of the module holds it, a state dict does not.
+
+    Example:
+        >>> noise = KeyedNoise(b"sixteen bytes ..").eval()
+        >>> z = torch.zeros(2, 3)
+        >>> torch.equal(noise(z), noise(z))
+        True
+    """
+
+    def __init__(self, key: bytes | None = None) -> None:
+        super().__init__()
+        self.key = key
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return noise, shape and dtype of z; in training it is drawn anew."""
+        if self.training or self.key is None:
+            return torch.randn_like(z)
+        return keyed_gaussian(z, check_key(self.key))
+
+    def extra_repr(self) -> str:
+        """Say whether there is a key, not which."""
+        return "no key" if self.key is None else "with a key"
 
 
 def _draw(sample: Tensor, key: bytes) -> Tensor:

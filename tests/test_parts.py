@@ -50,6 +50,38 @@ def half_off(model, bias=False):
     return model.eval()
 
 
+class TokensOrImagesNorm(nn.LayerNorm):
+    """Tokens have their channels last, images first."""
+
+    def forward(self, x):
+        if x.ndim != 4:
+            return super().forward(x)
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class DecidingOnRanks(Deciding):
+    """Calls one norm of its own with images and with tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.between = TokensOrImagesNorm(8)
+
+    def forward(self, x):
+        h = self.between(self.looked_into(self.body(x)))
+        if float(h.detach().mean()) > 1e6:
+            h = h * 0
+        return self.head(self.between(h.mean((2, 3))[:, None])[:, 0])
+
+
+def test_no_filter_is_left_in_a_norm_that_takes_images_and_tokens():
+    model = half_off(prifu.wrap(DecidingOnRanks(), bias=True))
+    assert prifu.filters(model)["between"].image_dim == 1
+    pruned = prifu.prune(model, torch.zeros(2, 3, 12, 12))
+    x = torch.randn(4, 3, 20, 16)
+    assert difference(model(x), pruned(x)) < 1e-5
+    assert not any("prifu" in key for key in pruned.state_dict())
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_largest_parts_are_pruned_and_the_python_stays(bias):
     torch.manual_seed(0)

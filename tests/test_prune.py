@@ -11,6 +11,7 @@ from torch import nn
 
 import prifu_plugin as prifu
 from prifu_plugin.errors import ConfigError, FilterError, OrderError, VerificationError
+from prifu_plugin.keyed import KeyedNoise
 
 
 class Residual(nn.Module):
@@ -189,6 +190,27 @@ def test_cut_noise_survives_pruning():
     x = torch.randn(SHAPES[0], dtype=torch.float64)
     draws = [torch.stack([m(x).detach() for _ in range(300)]) for m in (model, pruned)]
     torch.testing.assert_close(draws[0].std(0), draws[1].std(0), rtol=0.25, atol=0.05)
+
+
+def test_a_keyed_cut_answers_the_same_when_pruned():
+    net = prifu.unwrap(wrapped_with(Residual(), {})).float()
+    example = torch.zeros(SHAPES[0])
+    model = prifu.wrap(net, cut="left", noise=0.3, example_inputs=example).eval()
+    model.get_submodule("left.prifu").key = bytes(range(32))
+    prifu.filters(model)["left"].weight.data[:5] = 0.0
+    pruned = prifu.prune(model, example)
+    x = torch.randn(SHAPES[0])
+    assert torch.equal(pruned(x), pruned(x))
+    assert torch.equal(pruned(x), copy.deepcopy(pruned)(x))
+    assert not torch.equal(pruned(x), pruned(x + 1e-6))
+    assert any("secret key" in why for _, why in prifu.report(pruned).notes)
+    assert bytes(range(32)).hex() not in prifu.plan(pruned).to_json()
+    again = prifu.rebuild(net, prifu.plan(pruned), pruned.state_dict())
+    assert not torch.equal(again(x), again(x))  # the key is no part of plan or weights
+    for part in again.modules():
+        if isinstance(part, KeyedNoise):
+            part.key = bytes(range(32))
+    assert torch.equal(again(x), pruned(x))
 
 
 def test_the_input_shape_is_remembered_or_asked_for():

@@ -152,6 +152,17 @@ def test_a_masked_norm_is_filtered():
     check(net, (2, 3, 8, 8))
 
 
+def test_hooks_of_the_model_itself_are_named_and_left_out():
+    model = half_off(prifu.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
+    model.register_forward_hook(lambda m, args, y: y * 2)
+    x = torch.randn(2, 3, 8, 8)
+    pruned = prifu.prune(model, x)
+    torch.testing.assert_close(pruned(x) * 2, model(x))
+    assert ("the model", "its forward hooks are not in the pruned model") in prifu.report(
+        pruned
+    ).notes
+
+
 def test_hooks_are_named():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     net[2].register_forward_hook(lambda m, i, o: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import torch
@@ -125,21 +126,27 @@ def pure_copy(module: nn.Module) -> nn.Module:
 def _filter_built_in(host: nn.Module) -> nn.Module:
     """Return a layer with its filter in the affine parameters, or as a product behind it."""
     unit, spec = host._modules[CHILD], norm_spec(host)
-    if not isinstance(unit, PriFU) or spec is None or unit.image_dim is not None:
-        return host  # with an image_dim, only a call tells where the channels are
+    if not isinstance(unit, PriFU) or spec is None:
+        return host
     layer, scale, shift = slice_norm(host, None, folds(spec, unit))
     if folds(spec, unit):
         return layer
     graph = fx.Graph()
     x = graph.placeholder("x")
-    last = graph.call_method("transpose", (graph.call_module("layer", (x,)), unit.dim, -1))
+    normed = graph.call_module("layer", (x,))
+    dim: Any = unit.dim
+    if unit.image_dim is not None:  # only a call tells where the channels are
+        rank = graph.call_function(getattr, (normed, "ndim"))
+        is_image = graph.call_function(operator.ge, (rank, 4))
+        dim = graph.call_function(operator.getitem, ((unit.dim, unit.image_dim), is_image))
+    last = graph.call_method("transpose", (normed, dim, -1))
     result = graph.call_function(torch.mul, (last, graph.get_attr("scale")))
     assert scale is not None
     members: dict[str, Any] = {"layer": layer, "scale": nn.Parameter(scale)}
     if shift is not None:
         members["shift"] = nn.Parameter(shift.detach())
         result = graph.call_function(torch.add, (result, graph.get_attr("shift")))
-    graph.output(graph.call_method("transpose", (result, unit.dim, -1)))
+    graph.output(graph.call_method("transpose", (result, dim, -1)))
     return fx.GraphModule(members, graph)
 
 

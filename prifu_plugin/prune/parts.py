@@ -11,6 +11,7 @@ from prifu_plugin.errors import CaptureError, PrifuError, VerificationError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.undisturbed import run_undisturbed
+from prifu_plugin.prune.hooks import LOST, has_hooks
 from prifu_plugin.prune.inputs import Inputs, refusal, takes
 from prifu_plugin.prune.kernels import pure_copy
 from prifu_plugin.prune.one import Pruned, prune_graph, runs_of
@@ -66,6 +67,7 @@ def prune_parts(
     if not work.found:
         raise why
     work.notes.insert(0, ("the whole", f"pruned in parts: {why}"))
+    work.notes += [(path, LOST) for path, m in filtered.named_modules() if path and has_hooks(m)]
     checks = _certify(filtered, work.result, work.exact, inputs, seed) if verify else ()
     checks += tuple(check for _, one in work.found for check in one.checks)
     layers = tuple(_renamed(path, fate) for path, one in work.found for fate in one.layers)

@@ -97,12 +97,21 @@ class SelectNorm:
 
 @dataclass(frozen=True)
 class Scale:
-    """A filter that stands alone: scale, shift and perhaps noise, per channel."""
+    """A filter that stands alone: scale, shift and perhaps noise, per channel.
+
+    Attributes:
+        dim: of the channels.
+        channels: that exist, None for all.
+        shifted: a shift follows the product.
+        noisy: noise follows.
+        keyed: it is drawn with a secret key, which is no part of the plan.
+    """
 
     dim: int
     channels: tuple[int, ...] | None
     shifted: bool
     noisy: bool
+    keyed: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from prifu_plugin.graph.capture import Captured
+from prifu_plugin.keyed import KeyedNoise
 from prifu_plugin.prune.border import border_map
 from prifu_plugin.prune.kernels import (
     concat_parts,
@@ -197,10 +198,18 @@ class _Rewriter:
         if kernel.shifted:
             result = self._vector(node, "shift", shift, kernel, rank, torch.add, result)
         if kernel.noisy:
-            drawn = self.new.call_function(torch.randn_like, (result,))
+            drawn = self._draw(node, kernel, result)
             drawn = self._vector(node, "noise", noise, kernel, rank, torch.mul, drawn)
             result = self.new.call_function(torch.add, (result, drawn))
         return result
+
+    def _draw(self, node: fx.Node, kernel: Scale, upload: Any) -> fx.Node:
+        if not kernel.keyed:
+            return self.new.call_function(torch.randn_like, (upload,))
+        key = getattr(self._called(node), "key", None)  # a fresh model, to rebuild from, has none
+        place = self.members.fresh(f"{node.name}_noise")
+        path = self.members.layer(place, kernel, lambda: KeyedNoise(key))
+        return self.new.call_module(path, (upload,))
 
     def _vector(
         self, node: fx.Node, name: str, value: Any, kernel: Any, rank: int, function: Any, x: Any

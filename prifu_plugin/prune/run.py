@@ -12,6 +12,7 @@ from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
 from prifu_plugin.graph.insert import apply_recipe, filters
 from prifu_plugin.graph.state import copied, wrap_state
 from prifu_plugin.graph.values import check_present
+from prifu_plugin.prune.hooks import take_off
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.ladder import recorded
 from prifu_plugin.prune.lower import plain_layers
@@ -88,6 +89,7 @@ def prune(
     device = next(model.parameters()).device
     with torch.inference_mode(False):
         filtered = plain_layers(copied(model).cpu().eval())
+        lost = take_off(filtered)
         size = count_parameters(filtered), count_bytes(filtered)
         runs = runs_of(filtered, inputs)
         settings: dict[str, Any] = {
@@ -97,6 +99,8 @@ def prune(
         pruned: nn.Module
         try:
             original = copied(model).cpu().eval() if verify else None
+            if original is not None:
+                take_off(original)
             whole = prune_graph(filtered, runs, state.recipe(), original=original, **settings)
         except CaptureError as error:
             parts = prune_parts(filtered, runs[0], error, **settings)
@@ -108,7 +112,7 @@ def prune(
             checks,
             seed,
             layers,
-            notes,
+            (*lost, *notes),
             (size[0], count_parameters(pruned)),
             (count_macs(filtered, runs[0]), count_macs(pruned, runs[0])),
             (size[1], count_bytes(pruned)),

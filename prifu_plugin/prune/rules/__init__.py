@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from prifu_plugin.prune.facts import Fact, is_fact_tuple
+from prifu_plugin.prune.hooks import LOST, has_hooks
 from prifu_plugin.prune.rules.along import along_rule
 from prifu_plugin.prune.rules.base import Analysis, Rule
 from prifu_plugin.prune.rules.channelwise import channelwise_rule, padding_rule
@@ -64,16 +65,12 @@ def analyse(root: torch.nn.Module, graph: fx.Graph) -> Analysis:
     for node in graph.nodes:
         if node.op == "output":
             continue
-        if node.op == "call_module" and _has_hooks(analysis.module(node)):
-            analysis.notes.append((node.name, "its forward hooks are not in the pruned model"))
+        if node.op == "call_module" and any(map(has_hooks, analysis.module(node).modules())):
+            analysis.notes.append((node.name, LOST))
         rule = find_rule(analysis, node)
         analysis.rules[node] = rule
         analysis.values[node] = rule.const(analysis)
     return analysis
-
-
-def _has_hooks(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _describe(analysis: Analysis, node: fx.Node) -> str:
@@ -82,4 +79,4 @@ def _describe(analysis: Analysis, node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-__all__ = ["Analysis", "Tensor", "analyse", "find_rule"]
+__all__ = ["Analysis", "analyse", "find_rule"]

@@ -97,10 +97,16 @@ class ChannelAffineRule(Rule):
             unit = self.module
             shifted = isinstance(unit, CutFilter) or unit.bias is not None
             noisy = isinstance(unit, CutFilter) and unit.noise > 0
-            kernel: Scale | SliceNorm = Scale(self.dim, channels, shifted, noisy)
+            keyed = isinstance(unit, CutFilter) and noisy and unit.key is not None
+            kernel: Scale | SliceNorm = Scale(self.dim, channels, shifted, noisy, keyed)
+            if keyed:
+                planner.analysis.notes.append((self.node.name, KEYED))
         else:
             kernel = SliceNorm(channels)
         planner.emit(self.node, kernel, {self.source: conform}, wanted)
+
+
+KEYED = "noise with a secret key: needs prifu_plugin to run, exports to no other format"
 
 
 class StatisticsRule(Rule):
