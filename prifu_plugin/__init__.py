@@ -1,11 +1,21 @@
 """PriFU as a plugin: filter what a task does not need, then prune it away exactly."""
 
+from importlib.metadata import version
+
 from prifu_plugin.audit.data import AuditData as AuditData
 from prifu_plugin.audit.result import AuditReport as AuditReport
 from prifu_plugin.audit.run import audit as audit
 from prifu_plugin.config import FilterConfig as FilterConfig
 from prifu_plugin.cut import CutFilter as CutFilter
 from prifu_plugin.decay import dose_to_beta as dose_to_beta
+from prifu_plugin.errors import CaptureError as CaptureError
+from prifu_plugin.errors import ConfigError as ConfigError
+from prifu_plugin.errors import FilterError as FilterError
+from prifu_plugin.errors import NoSiteError as NoSiteError
+from prifu_plugin.errors import OrderError as OrderError
+from prifu_plugin.errors import PrifuError as PrifuError
+from prifu_plugin.errors import PrifuWarning as PrifuWarning
+from prifu_plugin.errors import VerificationError as VerificationError
 from prifu_plugin.filter import PriFU as PriFU
 from prifu_plugin.graph.absorb import absorb as absorb
 from prifu_plugin.graph.capture import register_leaf as register_leaf
@@ -41,22 +51,33 @@ from prifu_plugin.threshold import Threshold as Threshold
 from prifu_plugin.threshold import fit_alpha as fit_alpha
 from prifu_plugin.threshold import sweep as sweep
 
+__version__ = version("prifu_plugin")
+
 __all__ = [
     "AuditData",
     "AuditReport",
+    "CaptureError",
+    "ConfigError",
     "CutFilter",
     "Fastest",
     "FilterConfig",
+    "FilterError",
     "FilterSchedule",
     "MaskHistory",
+    "NoSiteError",
+    "OrderError",
     "Plan",
     "PriFU",
+    "PrifuError",
+    "PrifuWarning",
     "PruneReport",
     "Relevance",
     "Site",
     "Split",
     "Summary",
     "Threshold",
+    "VerificationError",
+    "__version__",
     "absorb",
     "audit",
     "cut_points",

@@ -252,7 +252,7 @@ def image_bytes(images: Tensor) -> dict[str, float]:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("PNG and JPEG need Pillow: pip install pillow") from error
+        raise ImportError("PNG and JPEG need Pillow: pip install 'prifu_plugin[audit]'") from error
     import io
 
     def size(image: Tensor, **settings: Any) -> int:

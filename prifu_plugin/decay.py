@@ -48,6 +48,11 @@ def dose_to_beta(dose: float, learning_rates: Iterable[float]) -> float:
         >>> round(dose_to_beta(2.6, [0.1] * 100), 4)
         0.26
     """
+    if isinstance(learning_rates, int | float):
+        raise ConfigError(
+            f"learning_rates={learning_rates} is one number: pass the rate of every step, "
+            f"[{learning_rates}] * steps where it is constant."
+        )
     total = sum(learning_rates)
     if dose < 0 or total <= 0:
         raise ConfigError(

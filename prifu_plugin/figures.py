@@ -18,5 +18,5 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install matplotlib") from error
+        raise ImportError("Pictures need matplotlib: pip install 'prifu_plugin[audit]'") from error
     return Figure(figsize=(width, height), layout="constrained")

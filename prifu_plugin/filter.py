@@ -171,12 +171,13 @@ class PriFU(nn.Module):
         Raises:
             FilterError: if a later version wrote it.
         """
-        version, self.alpha, self.gain, self.dose = state.tolist()
+        version, *settings = state.tolist()
         if version > FORMAT:
             raise FilterError(
                 f"The checkpoint's filters have format {version:g}; this version of prifu_plugin "
                 f"reads up to {FORMAT:g}. Upgrade it."
             )
+        self.alpha, self.gain, self.dose = settings
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PriFU:
         """Move like any module, but keep W and the bias in fp32 or better, and their values."""

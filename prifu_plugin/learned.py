@@ -37,6 +37,8 @@ def learned(outputs: Tensor, targets: Tensor) -> bool:
             f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}: pass logits "
             "(N, classes) and classes (N,)."
         )
+    if targets.is_floating_point():
+        raise ConfigError(f"targets are {targets.dtype}: pass classes, integers from 0.")
     right = float((outputs.argmax(1) == targets).double().mean())
     if is_above_chance(right, targets):
         return True

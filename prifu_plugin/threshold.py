@@ -173,7 +173,9 @@ def _evaluate(model: nn.Module, data: Data, alpha: float, metric: Metric, macs: 
     total, count = 0.0, 0
     with undisturbed(model), torch.no_grad():
         model.eval()
+        first = None
         for x, target in data:
+            first = x[:2] if first is None else first
             values = metric(model(x.to(device)), target.to(device))
             total, count = total + float(values.double().sum()), count + len(x)
     units = filters(model).values()
@@ -182,7 +184,7 @@ def _evaluate(model: nn.Module, data: Data, alpha: float, metric: Metric, macs: 
     if macs:
         from prifu_plugin.prune.run import prune, report
 
-        before, pruned = report(prune(model, data[0][0][:2])).macs
+        before, pruned = report(prune(model, first)).macs
         after = pruned / before
     return Threshold(alpha, total / count, share, after)
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from rich.console import Console
 from torch import nn
 
 import prifu_plugin as prifu
+from prifu_plugin.audit import checks
+from prifu_plugin.audit import run as audit_run
 from prifu_plugin.audit.controls import BROKEN, marks_of
 from prifu_plugin.audit.render import html, verdict
 from prifu_plugin.audit.result import AuditReport
@@ -404,3 +407,34 @@ def test_the_bound_of_a_noisy_cut_is_reported():
     assert not run(net, cloud=None, attributes=["private"]).upload.stochastic
     channel = Channel(Quantizer(2).fit(net(TRAIN.images)))
     assert run(net, cloud=None, attributes=["private"], channel=channel).upload.bits <= 8
+
+
+def test_what_is_no_list_or_no_data_is_said():
+    with pytest.raises(ConfigError, match=r"one string: pass \['private'\]"):
+        run(Edge(), attributes="private")
+    with pytest.raises(ConfigError, match="train is a Tensor: pass prifu_plugin.AuditData"):
+        prifu.audit(Edge().eval(), TRAIN.images, TEST, task="task", attributes=["private"])
+
+
+def test_missing_packages_are_named_before_the_work(monkeypatch):
+    found = checks.find_spec
+    monkeypatch.setattr(checks, "find_spec", lambda n: None if n == "sklearn" else found(n))
+    with pytest.raises(ImportError, match=r"needs sklearn: pip install 'prifu_plugin\[audit\]'"):
+        run(Edge(), suite="standard")
+    monkeypatch.setattr(checks, "find_spec", lambda n: None)
+    run(Edge(), attributes=["private"])  # quick, without reconstruction, needs neither
+
+
+def test_versions_of_what_is_not_installed(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(audit_run, "version", missing)
+    assert audit_run._version("scikit-learn") == "not installed"
+
+
+def test_a_report_of_a_later_version_is_refused(plain):
+    data = json.loads(plain.to_json())
+    assert AuditReport.from_json(json.dumps(data)).name == plain.name
+    with pytest.raises(ConfigError, match=r"audit has format 99.*Upgrade"):
+        AuditReport.from_json(json.dumps(data | {"format": 99}))

@@ -127,10 +127,13 @@ def test_checkpoints_of_other_versions():
     unit_of(model).filtered[0] = 1
     model.load_state_dict(old)
     assert not unit_of(model).filtered.any()
-    later = dict(model.state_dict())
-    later["1.prifu._extra_state"] = torch.tensor([9.0, 0.1, 10.0, 0.0])
-    with pytest.raises(FilterError, match="format 9"):
-        model.load_state_dict(later)
+    later, unit = dict(model.state_dict()), unit_of(model)
+    before = unit.alpha, unit.gain, unit.dose
+    for said in ([9.0, 0.7, 3.0, 1.0], [9.0, 0.7, 3.0, 1.0, 7.0], [9.0]):
+        later["1.prifu._extra_state"] = torch.tensor(said)
+        with pytest.raises(FilterError, match="format 9"):
+            model.load_state_dict(later)
+        assert (unit.alpha, unit.gain, unit.dose) == before
 
 
 def test_averages_follow_a_schedule():

@@ -322,3 +322,22 @@ def test_gradients_of_the_input_are_exact_too():
         net(x).square().sum().backward()
         grads.append(x.grad)
     torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
+
+
+def test_plans_and_reports_of_a_later_version_are_refused():
+    pruned = prifu.prune(wrapped_with(Residual(), MASKS), torch.zeros(SHAPES[0]))
+    text = prifu.plan(pruned).to_json()
+    assert '"format": 1' in text
+    with pytest.raises(ConfigError, match="plan has format 99.*Upgrade"):
+        prifu.Plan.from_json(text.replace('"format": 1', '"format": 99'))
+    data = prifu.report(pruned).to_dict()
+    with pytest.raises(ConfigError, match="report of prune has format 2"):
+        prifu.PruneReport.from_dict(data | {"format": 2})
+
+
+def test_branches_that_start_at_zero_are_named():
+    net = wrapped_with(Residual(), {})
+    norm = next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.weight.data.zero_()
+    notes = prifu.report(prifu.prune(net, torch.zeros(SHAPES[0]))).notes
+    assert [why for _, why in notes if "own scale is 0" in why]

@@ -102,6 +102,24 @@ def test_fit_alpha_by_size(budget):
     assert isinstance(found, Threshold)
 
 
+def test_thresholds_read_any_loader_once():
+    class Loader:
+        """Batches that can be counted and read, and nothing else."""
+
+        def __init__(self, batches):
+            self.batches = batches
+
+        def __len__(self):
+            return len(self.batches)
+
+        def __iter__(self):
+            return iter(self.batches)
+
+    model, batches = trained(), data()
+    first = prifu.sweep(model, Loader(batches), [0.1], macs=True)
+    assert first == prifu.sweep(model, batches, [0.1], macs=True)
+
+
 def test_bad_input():
     with pytest.raises(ConfigError, match="one budget"):
         prifu.fit_alpha(network(), data(), keep=0.5, macs=0.5)

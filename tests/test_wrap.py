@@ -372,9 +372,10 @@ def test_a_model_without_norms_is_refused():
 
 def test_the_public_surface():
     assert sorted(prifu.__all__) == prifu.__all__ == [
-        "AuditData", "AuditReport", "CutFilter", "Fastest", "FilterConfig", "FilterSchedule",
-        "MaskHistory", "Plan", "PriFU", "PruneReport", "Relevance", "Site", "Split",
-        "Summary", "Threshold", "absorb", "audit", "cut_points", "dose_to_beta", "fastest",
+        "AuditData", "AuditReport", "CaptureError", "ConfigError", "CutFilter", "Fastest",
+        "FilterConfig", "FilterError", "FilterSchedule", "MaskHistory", "NoSiteError", "OrderError",
+        "Plan", "PriFU", "PrifuError", "PrifuWarning", "PruneReport", "Relevance", "Site", "Split",
+        "Summary", "Threshold", "VerificationError", "__version__", "absorb", "audit", "cut_points", "dose_to_beta", "fastest",
         "filters", "fit_alpha", "influence", "learned", "plan", "prune", "rebuild", "recalibrate",
         "register_leaf", "register_norm", "register_pointwise", "relevance", "report",
         "sites", "split", "status", "summary", "sweep", "unwrap", "wrap",

@@ -165,7 +165,7 @@ def boosting(sample: Sample, seed: int) -> Fitted:
         from sklearn.ensemble import HistGradientBoostingClassifier
     except ImportError as error:
         raise ImportError(
-            "The standard suite needs scikit-learn: pip install scikit-learn"
+            "The standard suite needs scikit-learn: pip install 'prifu_plugin[audit]'"
         ) from error
     trees = HistGradientBoostingClassifier(
         max_iter=60, max_leaf_nodes=15, early_stopping=False, random_state=seed

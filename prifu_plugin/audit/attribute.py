@@ -66,7 +66,7 @@ def quick_attack(train: Part, validation: Part, test: Part, *, seed: int = 0) ->
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise ImportError(
-            "The attack needs scikit-learn: pip install 'prifu_plugin[examples]'"
+            "The attack needs scikit-learn: pip install 'prifu_plugin[audit]'"
         ) from error
     (x, y), (x_val, y_val), (x_test, y_test) = (
         (z.double().flatten(1).numpy(), s.numpy()) for z, s in (train, validation, test)

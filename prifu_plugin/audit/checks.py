@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 
 from torch import Tensor, nn
 
@@ -16,10 +17,17 @@ def check(
     train: AuditData,
     test: AuditData,
     task: str,
-    attributes: list[str],
+    attributes: Sequence[str],
     others: Mapping[str, nn.Module | AuditReport | None],
 ) -> None:
     """Raise for modules in train mode, and for labels or images that do not fit."""
+    if isinstance(attributes, str):
+        raise ConfigError(f"attributes='{attributes}' is one string: pass ['{attributes}'].")
+    for given, where in ((train, "train"), (test, "test")):
+        if not isinstance(given, AuditData):
+            raise ConfigError(
+                f"{where} is a {type(given).__name__}: pass prifu_plugin.AuditData(images, labels)."
+            )
     strange = [key for key in others if key not in ("plain", "untrained", "input", "cloud")]
     if strange:
         raise ConfigError(f"The reference '{strange[0]}' is not 'plain', 'untrained' or 'input'.")
@@ -47,6 +55,17 @@ def check(
                 f"Class {min(new)} of attribute '{label}' is in test but not in train: no attacker "
                 "can name it. Split so that every class is in both."
             )
+
+
+def check_packages(suite: str, *, reconstructs: bool) -> None:
+    """Raise ImportError before the work begins, rather than at its end."""
+    needed = {"sklearn": suite != "quick", "torchmetrics": reconstructs}
+    missing = [name for name, wanted in needed.items() if wanted and find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"This audit needs {' and '.join(missing)}: pip install 'prifu_plugin[audit]'. "
+            "suite='quick' with reconstruct=False needs neither."
+        )
 
 
 def check_images(*parts: Tensor) -> None:

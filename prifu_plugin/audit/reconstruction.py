@@ -96,7 +96,7 @@ def _ssim() -> Any:
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
-        raise ImportError("SSIM needs torchmetrics: pip install torchmetrics") from error
+        raise ImportError("SSIM needs torchmetrics: pip install 'prifu_plugin[audit]'") from error
     return structural_similarity_index_measure
 
 

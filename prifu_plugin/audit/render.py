@@ -70,7 +70,7 @@ def html(reports: Sequence[AuditReport], title: str = "Privacy audit") -> str:
     try:
         from jinja2 import Environment
     except ImportError as error:
-        raise ImportError("The page needs jinja2: pip install jinja2") from error
+        raise ImportError("The page needs jinja2: pip install 'prifu_plugin[audit]'") from error
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("prifu_plugin.audit").joinpath("templates/report.html")
     page = environment.from_string(source.read_text(encoding="utf-8"))

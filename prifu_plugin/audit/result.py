@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prifu_plugin.audit.reconstruction import Reconstruction, Similarity
 from prifu_plugin.audit.statistics import Interval
+from prifu_plugin.formats import FORMAT, check_format
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class AuditReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; reconstructed images are left out."""
-        data = asdict(self)
+        data = {"format": FORMAT, **asdict(self)}
         if self.reconstruction is not None:
             data["reconstruction"]["images"] = None
         for row in data["attributes"]:
@@ -155,8 +156,9 @@ class AuditReport:
 
     @classmethod
     def from_json(cls, text: str) -> AuditReport:
-        """Read what `to_json` wrote."""
+        """Read what `to_json` wrote; raises ConfigError if a later version did."""
         data = json.loads(text)
+        check_format(data, "audit")
         attributes = tuple(_attribute(item) for item in data["attributes"])
         return cls(
             data["name"],

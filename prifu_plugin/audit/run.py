@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import prifu_plugin.audit.reconstruction as decoding
-from prifu_plugin.audit.checks import check, check_images
+from prifu_plugin.audit.checks import check, check_images, check_packages
 from prifu_plugin.audit.data import AuditData, fingerprint, integers, split_off, uploads
 from prifu_plugin.audit.facts import facts_of
 from prifu_plugin.audit.inference import MANY, prepare
@@ -93,7 +93,8 @@ def audit(
         True
     """
     references = references or {}
-    check(edge, train, test, task, list(attributes), {**references, "cloud": cloud})
+    check(edge, train, test, task, attributes, {**references, "cloud": cloud})
+    check_packages(suite, reconstructs=bool(reconstruct))
     if seeds < 1 or queries < 1:
         raise ConfigError(f"seeds={seeds}, queries={queries}: an attack needs one at least.")
     losses = _losses(reconstruct, suite)
@@ -252,8 +253,15 @@ def _settings(
         "seed": seed,
         "references": sorted(references),
         "channel": "none" if channel is None else ", ".join(map(repr, channel.steps)),
-        **{name: version(name) for name in names},
+        **{name: _version(name) for name in names},
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _check_same_data(references: References, data: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from prifu_plugin.errors import CaptureError, NoSiteError
+from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured, calls, capture
 from prifu_plugin.graph.functional import FilterGroup, functional_calls, functional_owners
@@ -91,6 +91,9 @@ def select(
         >>> select(["layer1.0.bn1", "layer2.0.bn1"], ["layer1"], None)
         ['layer1.0.bn1']
     """
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ConfigError(f"{name}='{patterns}' is one string: pass {name}=['{patterns}'].")
     for pattern in [*(include or []), *(exclude or [])]:
         if not any(_matches(path, pattern) for path in candidates):
             raise no_match(pattern, candidates)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prifu_plugin.formats import FORMAT, check_format
 from prifu_plugin.prune.layout import Conform
 
 
@@ -174,7 +175,7 @@ class Plan:
         ]
         return json.dumps(
             {
-                "format": 1,
+                "format": FORMAT,
                 "recipe": self.recipe,
                 "nodes": nodes,
                 "shapes": self.shapes,
@@ -184,8 +185,9 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote."""
+        """Read what `to_json` wrote; raises ConfigError if a later version did."""
         data = json.loads(text)
+        check_format(data, "plan")
         nodes = []
         for item in data["nodes"]:
             fields = _frozen(item["kernel"])

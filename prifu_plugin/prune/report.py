@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prifu_plugin.figures import new_figure
+from prifu_plugin.formats import FORMAT, check_format
 from prifu_plugin.graph.undisturbed import run_undisturbed
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.inputs import Inputs
@@ -81,11 +82,12 @@ class PruneReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dict that JSON can hold."""
-        return dataclasses.asdict(self)
+        return {"format": FORMAT, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PruneReport:
-        """Read what `to_dict` wrote, before or after JSON."""
+        """Read what `to_dict` wrote, before or after JSON; ConfigError if a later version did."""
+        check_format(data, "report of prune")
         checks = tuple(
             Check(**{**c, "shapes": tuple(tuple(s) for s in c["shapes"])}) for c in data["checks"]
         )
@@ -135,7 +137,7 @@ class PruneReport:
             f"exact: {c.dtype} {list(c.shapes)} differs by {c.difference:.1e} of {c.tolerance:.0e}"
             for c in self.checks
         ]
-        lines += [f"whole: {node}: {reason}" for node, reason in self.notes]
+        lines += [f"note: {node}: {reason}" for node, reason in self.notes]
         return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
 from prifu_plugin.graph.insert import apply_recipe, filters
+from prifu_plugin.graph.sites import norm_modules
 from prifu_plugin.graph.state import copied, wrap_state
 from prifu_plugin.graph.values import check_present
 from prifu_plugin.prune.hooks import take_off
@@ -112,7 +113,7 @@ def prune(
             checks,
             seed,
             layers,
-            (*lost, *notes),
+            (*lost, *_without_scale(filtered), *notes),
             (size[0], count_parameters(pruned)),
             (count_macs(filtered, runs[0]), count_macs(pruned, runs[0])),
             (size[1], count_bytes(pruned)),
@@ -189,6 +190,13 @@ def plan_of(pruned: nn.Module) -> Plan:
             "there is no plan. Keep the module itself, or export it."
         )
     return Plan.from_json(plan)
+
+
+def _without_scale(model: nn.Module) -> list[tuple[str, str]]:
+    """Note norms whose own scale is 0 everywhere, as timm starts the last of residual branches."""
+    scales = {path: getattr(norm, "weight", None) for path, norm in norm_modules(model)}
+    why = "its own scale is 0: what leads to it alone is gone, and cannot be trained again"
+    return [(path, why) for path, scale in scales.items() if scale is not None and not scale.any()]
 
 
 def _attached(pruned: nn.Module) -> dict[str, Any]:
