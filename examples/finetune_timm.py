@@ -68,8 +68,7 @@ def main(args):
         model.load_state_dict(saved["model"])
         ema.module.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
-        start = saved["epoch"] + 1
-        scheduler.step(start)
+        scheduler.step(start := saved["epoch"] + 1)
     history = prifu.MaskHistory(model)
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # pip install tensorboard
@@ -95,10 +94,11 @@ def main(args):
     prifu.recalibrate(model, (images.to(device) for images, _ in train))  # masks have settled
     prifu.learned(*predict(model, val, device))  # warns of a run that ends at chance
     pruned = prifu.prune(model, first)
-    save_model(pruned, str(out / "pruned.safetensors"))
-    (out / "plan.json").write_text(prifu.plan(pruned).to_json())
-    history.plot()[0].savefig(out / "masks.png", bbox_inches="tight")
     print(prifu.report(pruned))
+    save_model(pruned, str(out / "pruned.safetensors"))
+    if isinstance(pruned, torch.fx.GraphModule):  # what is pruned in parts has no plan
+        (out / "plan.json").write_text(prifu.plan(pruned).to_json())
+    history.plot()[0].savefig(out / "masks.png", bbox_inches="tight")
     print(f"pruned top-1 {accuracy(*predict(pruned, val, device))[0].item():.1f} %")
 
 

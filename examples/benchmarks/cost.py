@@ -1,6 +1,7 @@
 """What do filters cost? Training steps and inference, wrapped over plain, in turns.
 
     python examples/benchmarks/cost.py > docs/results/cost.txt
+    python examples/benchmarks/cost.py --size 224 --models mobilenetv2_100 convnext_atto
     python examples/benchmarks/cost.py --compiled > docs/results/cost-compiled.txt
 
 Steps are measured back to back and the ratio to the plain one taken, so that a busy machine slows
