@@ -83,7 +83,8 @@ def claims(found: list[Line], study: Study) -> list[str]:
             )
             claim = f"PriFU, {name}, leaks less of what {what} than any {kind}:"
             a, b = (f"{one.label} {one.mean_leak(names, JUDGING):.0f}" for one in (mine, theirs))
-            said += [verdict(difference_of_leaks(mine, theirs, names), claim, f"{a}; {b}.")]
+            seeds, gap = min(mine.seeds, theirs.seeds), difference_of_leaks(mine, theirs, names)
+            said += [verdict(gap, claim, f"{a}; {b}.", seeds)]
     return said
 
 

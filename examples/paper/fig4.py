@@ -33,6 +33,7 @@ def main() -> None:
             shares["PriFU"] > shares["plain"],
             "filters concentrate the influence on fewer pixels:",
             f"mean Gini coefficient {shown}.",
+            1,
         )
     ]
     write(scale, __file__, "Fig. 4: Relative Influence", text)

@@ -38,17 +38,25 @@ def main() -> None:
     text += ["", drawn(scale, layers)]
     (none, loose), (decayed, wide) = rows.values()
     means = [statistics.mean(v) for v in (none, decayed, loose, wide)]
+    shown = ["/".join(f"{v:.2f}" for v in values) for values in (none, decayed, loose, wide)]
     text += [
         verdict(
             min(none + decayed) > 0.5,
             "W and AvgRI go together:",
-            f"{means[0]:.2f} without decay, {means[1]:.2f} with it.",
+            f"rank correlation by seed {shown[0]} without decay, {shown[1]} with it.",
+            len(none),
         ),
-        verdict(means[1] > means[0] + statistics.pstdev(none), "decay makes them agree more.", ""),
+        verdict(
+            means[1] > means[0] + statistics.pstdev(none),
+            "decay makes W and AvgRI agree more, by more than the spread over seeds.",
+            "",
+            len(none),
+        ),
         verdict(
             means[3] > 2 * means[2],
             "decay spreads the weights:",
-            f"coefficient of variation {means[2]:.2f} to {means[3]:.2f}.",
+            f"coefficient of variation {shown[2]} to {shown[3]}.",
+            len(none),
         ),
     ]
     write(scale, __file__, "Fig. 6: W and AvgRI", text)

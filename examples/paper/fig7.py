@@ -45,12 +45,19 @@ def main() -> None:
             min(ratios) > 1,
             "every colour is more relevant than every noise:",
             f"least colour over largest noise, by seed: {shown}.",
+            len(ratios),
         ),
-        verdict(min(ratios) > 5, "by much, as the paper's figure shows:", "at least five times."),
+        verdict(
+            min(ratios) > 5,
+            "every colour is at least five times as relevant, as in the paper's figure:",
+            f"{shown}.",
+            len(ratios),
+        ),
         verdict(
             max(drops) < 3,
             "noise channels cost little:",
             "points lost, by seed: " + ", ".join(f"{d:.1f}" for d in drops) + ".",
+            len(drops),
         ),
     ]
     write(scale, __file__, "Fig. 7: input channels", text)

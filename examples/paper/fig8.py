@@ -32,16 +32,20 @@ def main() -> None:
         shares = ", ".join(f"{v}: {100 * statistics.mean(opened[v]):.0f} %" for v in sorted(opened))
         text += [f"Open channels: {shares}.", ""]
         falling = [statistics.mean(opened[v]) for v in sorted(opened)]
+        read = [line.cells[private[0]].accuracy.value for line in found]
+        seeds = min((line.seeds for line in found), default=0)
         text += [
             verdict(
                 len(falling) > 1 and falling == sorted(set(falling), reverse=True),
-                f"more {name} closes more channels.",
-                "",
+                f"more {name} closes more channels:",
+                ", ".join(f"{100 * share:.0f} %" for share in falling) + " open.",
+                seeds,
             ),
             verdict(
-                _falls([c.cells[private[0]].accuracy.value for c in found]),
-                f"more {name}, less read of {private[0]}, by more than 3 points.",
-                "",
+                _falls(read),
+                f"with more {name}, attackers read less of {private[0]}, by more than 3 points:",
+                ", ".join(f"{100 * value:.1f}" for value in read) + ".",
+                seeds,
             ),
             "",
         ]

@@ -49,6 +49,7 @@ def claims(found: list[Line], private: tuple[str, ...]) -> list[str]:
             "the bare form leaks less than the preserved one at the same dose:",
             f"{bare.mean_leak(private):.0f}; {kept.mean_leak(private):.0f} % of plain; task "
             f"{100 * bare.task.value:.1f}; {100 * kept.task.value:.1f}.",
+            min(bare.seeds, kept.seeds),
         )
     ]
     upload = {"cut_filter": True, "noise": 0.3}
@@ -60,7 +61,8 @@ def claims(found: list[Line], private: tuple[str, ...]) -> list[str]:
         other = by_settings.get(_key_of(form="preserved", **more))
         if other:
             shown = f"{other.mean_leak(private):.0f}; {kept.mean_leak(private):.0f} % of plain."
-            said.append(verdict(difference_of_leaks(other, kept, private), name, shown))
+            seeds = min(other.seeds, kept.seeds)
+            said.append(verdict(difference_of_leaks(other, kept, private), name, shown, seeds))
     return said
 
 

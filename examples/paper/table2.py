@@ -41,22 +41,28 @@ def claims(found: list[Line], private: tuple[str, ...]) -> list[str]:
     plain, decay, only, both = found
     leaks = {line.label: line.mean_leak(private) for line in found}
     less = min((decay, only), key=lambda line: leaks[line.label])
-    shown = ", ".join(f"{name} {value:.0f}" for name, value in leaks.items())
+    cells = ("plain", "decay alone", "filter alone", "both")
+    shown = ", ".join(f"{n} {v:.0f}" for n, v in zip(cells, leaks.values(), strict=True))
+    seeds = min(line.seeds for line in found)
     return [
         verdict(
             difference_of_leaks(both, less, private),
-            "both together leak less than either alone:",
+            "decay and filter together leak less than either alone:",
             f"mean leak in percent: {shown}.",
+            seeds,
         ),
         verdict(
             both.psnr < min(decay.psnr, only.psnr) and only.psnr < plain.psnr,
-            "so it does for reconstruction:",
-            f"PSNR {plain.psnr:.2f}, {decay.psnr:.2f}, {only.psnr:.2f}, {both.psnr:.2f}.",
+            "decay and filter together are hardest to reconstruct from:",
+            f"PSNR {plain.psnr:.2f} plain, {decay.psnr:.2f} decay, {only.psnr:.2f} filter, "
+            f"{both.psnr:.2f} both.",
+            seeds,
         ),
         verdict(
             plain.task.value - both.task.value < 0.03,
             "the task stays within 3 points:",
             f"{100 * plain.task.value:.1f} to {100 * both.task.value:.1f}.",
+            seeds,
         ),
     ]
 

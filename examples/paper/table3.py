@@ -37,17 +37,20 @@ def main() -> None:
         if a.run["network"] == b.run["network"]
     ]
     for plain, ours in pairs:
+        seeds = min(plain.seeds, ours.seeds)
         drop = 100 * (plain.task.value - ours.task.value)
         text += [
             verdict(
                 drop < 5,
                 f"{ours.run['network']} keeps the task within 5 points:",
                 f"{drop:+.1f} points lost.",
+                seeds,
             ),
             verdict(
                 ours.psnr < plain.psnr,
-                "and is harder to reconstruct from:",
+                f"{ours.run['network']} is harder to reconstruct from with filters:",
                 f"PSNR {plain.psnr:.2f} to {ours.psnr:.2f}.",
+                seeds,
             ),
         ]
     write(scale, __file__, "Table 3: backbones", [*text, "", *notes(found)])

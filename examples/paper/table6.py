@@ -45,17 +45,20 @@ def main() -> None:
     means = {method: sum(values) / len(values) for method, values in above.items()}
     shown = ", ".join(f"{method} {value:.1f}" for method, value in means.items())
     if means:
+        seeds = min(line.seeds for line in found)
         least = min(means, key=lambda method: means[method])
         text += [
             verdict(
                 means["PriFU"] < means["plain"],
                 "the filter leaves less above the floor than no defence:",
                 f"mean points above it: {shown}.",
+                seeds,
             ),
             verdict(
                 least in ("CI", "MaxEnt-ARL"),
                 "methods that are told the attribute leave less of it:",
                 f"least: {least}.",
+                seeds,
             ),
         ]
     write(scale, __file__, "Table 6: correlated attributes", text)

@@ -13,6 +13,15 @@ SAID = ("- Holds", "- **Does not hold**", "- Not shown", "- Nothing", "Attackers
 """How the lines begin that say what holds, and under which conditions."""
 
 
+LEGEND = """\
+A leak is the share, in percent, of what the plain network of the same seed gives away above the
+floor: 0 is the floor, 100 is no protection. "Nobody named" are the private labels that no method
+was told of. Where a difference is given, it is the first leak less the second with a 95 % bootstrap
+interval: a claim holds if all of it is below 0, does not hold if all of it is above, and is not
+shown otherwise. Other claims compare means and have no interval. One seed is one training, an
+observation."""
+
+
 def write(scale: Scale, script: str, title: str, parts: list[str]) -> None:
     """Write a page; `script` names it and says how it was made."""
     name = script.rsplit("/", 1)[-1].removesuffix(".py")
@@ -43,7 +52,7 @@ def picture(scale: Scale, figure: Figure, name: str, alt: str) -> str:
     return f"![{alt}]({file})\n"
 
 
-def verdict(holds: bool | Interval, claim: str, found: str) -> str:
+def verdict(holds: bool | Interval, claim: str, found: str, seeds: int) -> str:
     """Return a line that says whether a claim of the paper holds here.
 
     Args:
@@ -51,18 +60,19 @@ def verdict(holds: bool | Interval, claim: str, found: str) -> str:
             room for "not shown".
         claim: what is claimed.
         found: what was measured.
+        seeds: of the defences that it was measured on, the fewest of those compared.
     """
     if isinstance(holds, Interval):
         shown = "Holds" if holds.high < 0 else "**Does not hold**" if holds.low > 0 else "Not shown"
         found += f" Difference {holds.value:.0f} [{holds.low:.0f}, {holds.high:.0f}]."
     else:
         shown = "Holds" if holds else "**Does not hold**"
-    return f"- {shown}: {claim} {found}".rstrip()
+    return f"- {shown}, {seeds} seed{'s' * (seeds != 1)}: {claim} {found}".rstrip()
 
 
 def gathered(scale: Scale) -> str:
     """Write the page of claims: what every other page found to hold or not."""
-    text = [f"# What holds of the paper at the scale {scale.name}", ""]
+    text = [f"# What holds of the paper at the scale {scale.name}", "", LEGEND, ""]
     target = scale.results / f"claims-{scale.name}.md"
     for file in sorted(set(scale.results.glob(f"*-{scale.name}.md")) - {target}):
         page = file.read_text().splitlines()
