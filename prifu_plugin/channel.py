@@ -57,10 +57,20 @@ class Channel(nn.Module):
         Args:
             wire: from `encode`.
             shape: of the batch as it arrives, (N, ...).
+
+        Returns:
+            fp32, whatever the dtype of what was sent.
+
+        Raises:
+            ConfigError: if the bytes are not of that shape.
         """
         last = self.steps[-1] if len(self.steps) else None
         if isinstance(last, Quantizer):
             return last.values(last.unpack(wire, shape))
+        if len(wire) != 4 * math.prod(shape):
+            raise ConfigError(f"{len(wire)} bytes are not fp32 of shape {tuple(shape)}.")
+        if not wire:
+            return torch.zeros(tuple(shape))
         return torch.frombuffer(bytearray(wire), dtype=torch.float32).reshape(tuple(shape)).clone()
 
     def bytes_per_sample(self, z: Tensor) -> int:
@@ -98,11 +108,18 @@ class Quantizer(nn.Module):
         """Set the range to that of training uploads; never fit on what is audited."""
         if not torch.isfinite(z).all() or z.numel() == 0:
             raise ConfigError("The uploads to fit a quantizer on are empty or not finite.")
-        self.low, self.high = z.detach().float().min(), z.detach().float().max()
+        low, high = z.detach().float().min(), z.detach().float().max()
+        if not torch.isfinite(high - low):
+            raise ConfigError(
+                f"The uploads reach from {float(low):.1e} to {float(high):.1e}, which no fp32 step "
+                "divides: let the edge scale them down."
+            )
+        self.low, self.high = low, high
         return self
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the quantized values, shape and dtype of z."""
+        z = z.float() if z.dtype == torch.bool else z
         found = self.values(self.levels(z)).to(z.dtype)
         inside = torch.maximum(torch.minimum(z, self.high.to(z)), self.low.to(z))
         return found.detach() + (inside - inside.detach())
@@ -134,6 +151,8 @@ class Quantizer(nn.Module):
             raise ConfigError(
                 f"{len(wire)} bytes are not {count} values of {self.bits} bits: wrong shape?"
             )
+        if not count:
+            return torch.zeros(tuple(shape), dtype=torch.uint8, device=self.low.device)
         raw = torch.frombuffer(bytearray(wire), dtype=torch.uint8)
         shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
         bits = ((raw[:, None] >> shifts) & 1).flatten()[: count * self.bits].reshape(-1, self.bits)
@@ -224,7 +243,7 @@ class Projection(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the coordinates, (N, r)."""
-        return z @ self.basis.T
+        return z @ self.basis.T.to(z.dtype)
 
     def server(self) -> nn.Linear:
         """Return the layer that takes the place of the server's first one."""

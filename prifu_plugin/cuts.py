@@ -15,6 +15,7 @@ from prifu_plugin.graph.sized import capture_sized
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.inputs import Inputs, takes
+from prifu_plugin.prune.lower import name_effects
 from prifu_plugin.prune.places import PLACES, place
 
 OTHER = 5
@@ -69,6 +70,7 @@ def _runs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, Inputs]:
 
 
 def _recorded(captured: Captured, first: Inputs, other: Inputs) -> Captured:
+    name_effects(captured.graph, captured.root)
     device = device_of(captured.root)
     drawn = [[x.to(device) for x in run.draw(captured.root, 0)] for run in (first, other)]
     record_examples(captured.root, captured.graph, *drawn)
@@ -102,7 +104,8 @@ def find(captured: Captured, model: nn.Module, at: str) -> fx.Node:
         close = difflib.get_close_matches(at, known, n=3, cutoff=0.3)
         raise NoSiteError(
             f"{type(model).__name__} computes nothing at '{at}'. Closest: "
-            f"{', '.join(close) or 'none'}; prifu_plugin.cut_points(model) lists the graph's nodes."
+            f"{', '.join(close) or 'none'}; "
+            "prifu_plugin.cut_points(model, example_inputs) lists the graph's nodes."
         )
     return found
 

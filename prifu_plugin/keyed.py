@@ -31,8 +31,8 @@ def keyed_gaussian(batch: Tensor, key: bytes) -> Tensor:
         >>> torch.equal(noise, keyed_gaussian(z, b"sixteen bytes .."))
         True
     """
-    drawn = [_draw(sample, key) for sample in batch.detach().float().cpu()]
-    return torch.stack(drawn).to(batch)
+    drawn = [_draw(sample, key) for sample in batch.detach().cpu()]
+    return torch.stack(drawn).to(batch) if drawn else torch.zeros_like(batch)
 
 
 class KeyedNoise(nn.Module):
@@ -65,7 +65,7 @@ class KeyedNoise(nn.Module):
 
 def _draw(sample: Tensor, key: bytes) -> Tensor:
     # Every bit counts: uploads that shared a draw would tell by it that they are alike.
-    content = sample.contiguous().numpy().tobytes()
+    content = sample.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     seed = hashlib.blake2b(content, key=key, digest_size=64).digest()
     count = sample.numel() + sample.numel() % 2
     # An extendable hash, since a generator seeded with 32 bits can be tried out.

@@ -207,7 +207,8 @@ def _copy_cloud(
     else:
         upload = cloud.placeholder("upload")
         for place, node in enumerate(tensors):
-            copies[node] = cloud.call_function(operator.getitem, (upload, place))
+            sent = cloud.call_function(operator.getitem, (upload, place))
+            copies[node] = cloud.call_method("clone", (sent,))
     for node in sizes:
         copies[node] = _size(cloud, node, copies, claims)
     needed = {n for n in graph.nodes if n not in known}

@@ -19,7 +19,7 @@ from prifu_plugin.audit.render import html, verdict
 from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.audit.statistics import Interval
 from prifu_plugin.channel import Channel, Noise, Projection, Quantizer
-from prifu_plugin.errors import ConfigError, OrderError
+from prifu_plugin.errors import ConfigError, OrderError, PrifuWarning
 
 
 class Edge(nn.Module):
@@ -438,3 +438,71 @@ def test_a_report_of_a_later_version_is_refused(plain):
     assert AuditReport.from_json(json.dumps(data)).name == plain.name
     with pytest.raises(ConfigError, match=r"audit has format 99.*Upgrade"):
         AuditReport.from_json(json.dumps(data | {"format": 99}))
+
+
+class Constant(nn.Module):
+    def forward(self, x):
+        return torch.ones(len(x), 4)
+
+
+def test_nothing_is_read_from_a_constant_upload():
+    for seed in (1, 2, 4, 7):
+        g = torch.Generator().manual_seed(seed)
+        names = ("task", "coin")
+        given = {name: torch.randint(2, (600,), generator=g) for name in names}
+        both = prifu.AuditData(torch.rand(600, 1, 2, 2, generator=g), given)
+        halves = both.at(torch.arange(300)), both.at(torch.arange(300, 600))
+        settings = {"suite": "quick", "seeds": 1, "reconstruct": False}
+        report = prifu.audit(
+            Constant().eval(), *halves, task="task", attributes=["coin"], **settings
+        )
+        assert verdict(report.attributes[0]) == "no evidence either way"
+
+
+def test_keyed_noise_is_averaged_over_varied_queries():
+    def read(key):
+        net = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Identity())
+        edge = prifu.wrap(nn.Sequential(net, nn.BatchNorm1d(3)), cut="0", noise=0.3,
+                          example_inputs=TRAIN.images[:4])  # fmt: skip
+        edge.get_submodule("0.prifu").key = key
+        return run(edge[0], queries=4).upload, run(edge[0], queries=4).attributes[0].repeated
+
+    upload, averaged = read(bytes(range(32)))
+    assert not upload.stochastic
+    assert averaged == pytest.approx(read(None)[1], abs=0.06)
+
+
+def test_uploads_that_are_no_real_vectors(plain):
+    def edge(function):
+        class Made(Edge):
+            def forward(self, x):
+                return function(super().forward(x))
+
+        return Made()
+
+    with pytest.raises(ConfigError, match="are complex.*view_as_real"):
+        run(edge(lambda z: z.to(torch.complex64)))
+    with pytest.raises(ConfigError, match=r"\(N, \.\.\.\) of one shape"):
+        run(edge(lambda z: z[:, 0]))
+    with pytest.raises(ConfigError, match="one shape"):
+        run(edge(lambda z: z[:, : 1 + len(z) % 2]))
+    with pytest.warns(PrifuWarning, match="float64, attackers read them as float32"):
+        run(edge(lambda z: z.double() + 1e-9), attributes=["private"])
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ([0, 1] * 350, "is a list: pass torch.tensor"),
+        (torch.arange(700) + 10**9, "number the classes from 0"),
+    ],
+)
+def test_labels_that_are_no_classes(label, said):
+    train = prifu.AuditData(TRAIN.images, {**TRAIN.labels, "private": label})
+    with pytest.raises(ConfigError, match=said):
+        prifu.audit(Edge().eval(), train, TEST, task="task", attributes=["private"])
+
+
+def test_an_edge_that_is_no_module():
+    with pytest.raises(ConfigError, match="edge is a function"):
+        prifu.audit(lambda x: x, TRAIN, TEST, task="task", attributes=["private"])

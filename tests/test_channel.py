@@ -7,6 +7,9 @@ from torch import nn
 import prifu_plugin as prifu
 from prifu_plugin.channel import Channel, Noise, Projection, Quantizer, image_bytes
 from prifu_plugin.errors import ConfigError
+from prifu_plugin.keyed import keyed_gaussian
+
+KEY = bytes(range(32))
 
 
 @given(bits=st.integers(1, 8), count=st.integers(1, 40), seed=st.integers(0, 100))
@@ -176,3 +179,33 @@ def test_edge_and_channel_are_one_module_that_is_saved_and_exported(tmp_path):
     assert torch.equal(fresh(x), phone(x))
     exported = torch.export.export(phone, (x,)).module()
     assert torch.equal(exported(x), phone(x))
+
+
+@pytest.mark.parametrize("steps", [(), (Quantizer(4).fit(torch.randn(9, 3)),), (Noise(0.1, KEY),)])
+def test_no_samples_pass(steps):
+    channel = Channel(*steps).eval()
+    z = torch.zeros(0, 3)
+    assert channel(z).shape == (0, 3)
+    assert channel.decode(channel.encode(z), (0, 3)).shape == (0, 3)
+
+
+def test_bytes_of_another_shape_are_refused():
+    channel = Channel().eval()
+    wire = channel.encode(torch.randn(2, 3))
+    for shape, sent in (((2, 4), wire), ((2, 3), wire[:-2])):
+        with pytest.raises(ConfigError, match="bytes are not fp32"):
+            channel.decode(sent, shape)
+
+
+def test_ranges_that_fp32_cannot_divide_are_refused():
+    with pytest.raises(ConfigError, match="scale them down"):
+        Quantizer(4).fit(torch.tensor([3e38, -3e38]))
+
+
+def test_every_bit_of_an_upload_counts_for_its_noise():
+    z = torch.randn(1, 8, dtype=torch.float64)
+    assert not torch.equal(keyed_gaussian(z, KEY), keyed_gaussian(z + 1e-12, KEY))
+
+
+def test_half_uploads_are_projected():
+    assert Projection(nn.Linear(8, 2))(torch.randn(3, 8).half()).dtype == torch.float16

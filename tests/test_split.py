@@ -3,11 +3,12 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
 import prifu_plugin as prifu
-from prifu_plugin.errors import ConfigError, NoSiteError
+from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
 from prifu_plugin.split import Split
 
 CUTS = [
@@ -240,3 +241,50 @@ def test_a_pruned_model_is_cut_where_its_modules_ended(how):
         torch.testing.assert_close(cloud(z), pruned(x), rtol=0, atol=0)
         apart = (z[:, :, None] - whole[:, None]).abs().amax((0, 3, 4)).amin(1)
         assert apart.max() <= 1e-5  # each channel is one of the original's
+
+
+class Statements(nn.Module):
+    """Overwrites a tensor in a statement, whose result nobody takes."""
+
+    def __init__(self, overwrite):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.overwrite = overwrite
+
+    def forward(self, x):
+        x = self.a(x)
+        self.overwrite(x)
+        return self.c(self.b(x))
+
+
+@pytest.mark.parametrize(
+    "overwrite",
+    [lambda x: F.relu(x, inplace=True), lambda x: x.clamp_(0), torch.relu_, lambda x: x.mul_(3.0)],
+    ids=["relu", "clamp_", "relu_", "mul_"],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_statements_in_place_are_on_the_side_of_what_they_change(overwrite, several):
+    model, x = Statements(overwrite).eval(), torch.randn(5, 4)
+    edge, cloud = prifu.split(model, "b", x, several=several)
+    assert torch.equal(cloud(edge(x)), model(x))
+
+
+def test_statements_on_a_view_of_what_is_read_later_are_refused():
+    model = Statements(lambda x: x.view(-1).relu_()).eval()
+    with pytest.raises(CaptureError, match="shares memory"):
+        prifu.split(model, "b", torch.randn(5, 4))
+
+
+class Late(Statements):
+    def forward(self, x):
+        x = self.a(x)
+        y = self.b(x)
+        return self.c(x.mul_(2) + y)
+
+
+def test_a_cloud_leaves_each_of_several_uploads_as_it_was():
+    model, x = Late(None).eval(), torch.randn(5, 4)
+    edge, cloud = prifu.split(model, "b", x, several=True)
+    upload = edge(x)
+    assert torch.equal(cloud(upload), cloud(upload))
+    assert torch.equal(cloud(upload), model(x))

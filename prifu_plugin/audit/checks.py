@@ -21,12 +21,15 @@ def check(
     others: Mapping[str, nn.Module | AuditReport | None],
 ) -> None:
     """Raise for modules in train mode, and for labels or images that do not fit."""
+    if not isinstance(edge, nn.Module):
+        raise ConfigError(f"edge is a {type(edge).__name__}: pass a torch.nn.Module, images -> z.")
     if isinstance(attributes, str):
         raise ConfigError(f"attributes='{attributes}' is one string: pass ['{attributes}'].")
     for given, where in ((train, "train"), (test, "test")):
-        if not isinstance(given, AuditData):
+        if not isinstance(given, AuditData) or not isinstance(given.images, Tensor):
             raise ConfigError(
-                f"{where} is a {type(given).__name__}: pass prifu_plugin.AuditData(images, labels)."
+                f"{where} is a {type(given).__name__}: pass prifu_plugin.AuditData(images, labels) "
+                "of tensors."
             )
     strange = [key for key in others if key not in ("plain", "untrained", "input", "cloud")]
     if strange:

@@ -12,6 +12,10 @@ BROKEN = "trained on permuted labels it is above the floor: something is wrong"
 """The mark of a control that failed: no figure of the row counts."""
 
 
+CONSTANT = "the upload is constant: there is nothing to attack"
+"""The mark of an upload that is the same for every image."""
+
+
 def marks_of(
     accuracy: Interval,
     floor: Tensor,

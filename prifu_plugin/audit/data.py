@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prifu_plugin.device import device_of
-from prifu_plugin.errors import ConfigError
+from prifu_plugin.errors import ConfigError, PrifuWarning
 
 Labels = dict[str, Tensor]
 
@@ -35,7 +37,7 @@ class AuditData:
         return AuditData(self.images[index], {k: v[index] for k, v in self.labels.items()})
 
 
-def check_labels(data: AuditData, names: list[str], where: str) -> None:
+def check_labels(data: AuditData, names: Sequence[str], where: str) -> None:
     """Raise ConfigError unless every label is one a sample, and those named are there, integers."""
     for name in names:
         if name not in data.labels:
@@ -43,6 +45,10 @@ def check_labels(data: AuditData, names: list[str], where: str) -> None:
                 f"{where} has no label '{name}'; it has {', '.join(data.labels) or 'none'}."
             )
     for name, label in data.labels.items():
+        if not isinstance(label, Tensor):
+            raise ConfigError(
+                f"Label '{name}' of {where} is a {type(label).__name__}: pass torch.tensor(...)."
+            )
         if label.shape != (len(data),):
             raise ConfigError(
                 f"Label '{name}' of {where} has shape {tuple(label.shape)} for {len(data)} images:"
@@ -52,6 +58,11 @@ def check_labels(data: AuditData, names: list[str], where: str) -> None:
             continue
         if label.is_floating_point() or not len(label) or int(label.min()) < 0:
             raise ConfigError(f"Label '{name}' of {where} must be integers from 0.")
+        if int(label.max()) >= max(2, len(label)):
+            raise ConfigError(
+                f"Label '{name}' of {where} has class {int(label.max())} among {len(label)}: "
+                "number the classes from 0, labels.unique(return_inverse=True)[1] over all parts."
+            )
 
 
 def integers(data: AuditData) -> AuditData:
@@ -99,7 +110,13 @@ def uploads(edge: nn.Module, images: Tensor, what: str, batch: int = 250) -> Ten
                 raise ConfigError(
                     f"The edge returns {type(z).__name__}: audit one tensor at a time."
                 )
-            found.append(z.detach().float().cpu())
+            found.append(_as_float(z.detach(), what).cpu())
+    shapes = {tuple(z.shape[1:]) for z in found}
+    if len(shapes) > 1 or found[0].ndim < 2:
+        raise ConfigError(
+            f"The edge returns {' and '.join(map(str, sorted(shapes)))} a sample: an audit needs "
+            "(N, ...) of one shape, at least (N, 1). Flatten, pad or pool on the edge."
+        )
     z = torch.cat(found)
     if not torch.isfinite(z).all():
         raise ConfigError(
@@ -107,6 +124,21 @@ def uploads(edge: nn.Module, images: Tensor, what: str, batch: int = 250) -> Ten
             "the edge is broken for these images."
         )
     return z
+
+
+def _as_float(z: Tensor, what: str) -> Tensor:
+    """Return fp32, which is what attackers see; refuse complex values, and say what it loses."""
+    if z.is_complex():
+        raise ConfigError(f"The {what} are complex: let the edge return torch.view_as_real(z).")
+    single = z.float()
+    if z.dtype in (torch.float64, torch.int64, torch.int32) and not torch.equal(single.to(z), z):
+        warnings.warn(
+            f"The {what} are {z.dtype}, attackers read them as float32: what the last bits tell "
+            "is not tested. Let the edge return what is sent, z.float().",
+            PrifuWarning,
+            stacklevel=4,
+        )
+    return single
 
 
 def _near_duplicates(train: Tensor, test: Tensor) -> int:

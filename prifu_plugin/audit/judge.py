@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prifu_plugin.audit.controls import controls, marks_of, right_share
+from prifu_plugin.audit.controls import CONSTANT, controls, marks_of, right_share
 from prifu_plugin.audit.data import AuditData
 from prifu_plugin.audit.inference import Inference, Prepared, infer
 from prifu_plugin.audit.result import AttributeResult, AuditReport
@@ -71,7 +71,7 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
     ceilings = _known_ceilings(evidence.reports, label) | ceilings
     marks = marks_of(accuracy, floor, ceilings, permuted, half, converged, len(truth))
     if not evidence.prepared["sent"].parts:
-        marks = ("the upload is constant: there is nothing to attack", *marks)
+        marks = (CONSTANT, *marks)
     truths = evidence.labels(evidence.task)[2]
     if not is_above_chance(float((evidence.answers[2] == truths).double().mean()), truths):
         marks = ("the model is at chance at its own task", *marks)

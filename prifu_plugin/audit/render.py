@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from prifu_plugin.audit.controls import BROKEN
+from prifu_plugin.audit.controls import BROKEN, CONSTANT
 from prifu_plugin.audit.result import AttributeResult, AuditReport
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.figures import new_figure
@@ -92,7 +92,9 @@ def verdict(row: AttributeResult) -> str:
         return "too few items to say"
     if BROKEN in row.marks:
         return "no evidence: the control failed"
-    if row.gain.low > 0 or row.auc.low > row.task_auc + 0.01:
+    if CONSTANT in row.marks:
+        return "no evidence either way"
+    if row.gain.low > 0 or row.auc.low > max(0.5, row.task_auc) + 0.01:
         return "leaks: read above the floor"
     if row.marks:
         return "no evidence either way"

@@ -20,9 +20,11 @@ from prifu_plugin.audit.preparation import WIDE
 from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.audit.statistics import Interval, bootstrap
 from prifu_plugin.channel import Channel, Noise
+from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.keyed import KeyedNoise
 
 References = Mapping[str, nn.Module | AuditReport]
 
@@ -108,11 +110,11 @@ def audit(
     parts = (fitting, choosing, test)
     sent = [_sent(edge, channel, part.images, name) for part in parts]
     stochastic = _is_stochastic(edge, channel, test.images[:8])
-    noisy = channel is not None and any(isinstance(step, Noise) for step in channel.steps)
+    noisy = stochastic or _is_keyed(edge) or (channel is not None and _is_keyed(channel))
     answers = [_answers(cloud, z, part.labels[task]) for z, part in zip(sent, parts, strict=True)]
     prepared = {"sent": prepare(sent[0], sent[1], sent[2], suite, cloud, device)}
     means: list[Tensor] | None = None
-    if queries > 1 and (stochastic or noisy):
+    if queries > 1 and noisy:
         means = [_mean_of_queries(edge, channel, part.images, queries) for part in parts]
         prepared["repeated"] = prepare(means[0], means[1], means[2], suite, cloud, device)
     reports = {k: v for k, v in references.items() if isinstance(v, AuditReport)}
@@ -158,6 +160,15 @@ def _is_stochastic(edge: nn.Module, channel: Channel | None, images: Tensor) -> 
     return not torch.equal(first, second)
 
 
+def _is_keyed(module: nn.Module) -> bool:
+    """Whether noise is drawn with a key, which the very same query does not show."""
+    return any(
+        isinstance(part, Noise | KeyedNoise)
+        or (isinstance(part, CutFilter) and part.noise > 0 and part.key is not None)
+        for part in module.modules()
+    )
+
+
 def _mean_of_queries(
     edge: nn.Module, channel: Channel | None, images: Tensor, queries: int
 ) -> Tensor:
@@ -165,7 +176,10 @@ def _mean_of_queries(
     generator = torch.Generator().manual_seed(0)
     total = _sent(edge, channel, images, "repeated queries")
     for _ in range(queries - 1):
-        varied = images + 1e-3 * torch.randn(images.shape, generator=generator)
+        varied = images
+        if images.is_floating_point():
+            noise = torch.randn(images.shape, generator=generator).to(images)
+            varied = images + 1e-3 * noise
         total = total + _sent(edge, channel, varied, "repeated queries")
     return total / queries
 

@@ -95,6 +95,25 @@ def drop_unused(graph: fx.Graph) -> None:
 
 # In-place effects.
 
+
+def name_effects(graph: fx.Graph, model: nn.Module) -> None:
+    """Let whoever reads a tensor behind an in-place operation read that operation's result.
+
+    Only then do the edges of a graph say what depends on what. Where nobody does, nothing changes.
+
+    Raises:
+        CaptureError: if what is read is a view of it, which no edge can tell.
+    """
+    for node in list(graph.nodes):
+        operand = node.args[0] if node.args else node.kwargs.get("input")
+        asks = node.op in ("call_module", "call_function", "call_method")
+        if not asks or not isinstance(operand, fx.Node) or not _is_inplace(node, model):
+            continue
+        later = set(_after(node))
+        if any(user in later for alias in _aliases(operand) for user in alias.users):
+            _make_pure(graph, node, model)
+
+
 _PURE_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
