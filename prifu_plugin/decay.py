@@ -11,7 +11,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from prifu_plugin.errors import ConfigError, FilterError, PrifuWarning
+from prifu_plugin.errors import ConfigError, FilterError, OrderError, PrifuWarning
 from prifu_plugin.filter import LIVE_FILTERS, PriFU
 from prifu_plugin.ownership import check_ownership, note_step
 
@@ -81,7 +81,7 @@ def _before_step(
     _check_finite(optimizer, [unit for unit, _ in owned])
     remembered = []
     for unit, group in owned:
-        rate = float(group["lr"])
+        rate = _rate(optimizer, group)
         if rate * unit.beta >= 1:
             raise ConfigError(
                 f"lr * beta = {rate} * {unit.beta} >= 1 at the filter of '{unit.path}': one step "
@@ -89,7 +89,7 @@ def _before_step(
             )
         if unit.decay == "coupled":
             _couple(optimizer, unit, group, bool(_closures(args, kwargs)))
-        remembered.append((unit, rate, unit.weight.detach().clone()))
+        remembered.append(_Before(unit, rate, unit.weight.detach().clone(), unit.weight.grad))
     _REMEMBERED[optimizer] = remembered
     _RUNNING.append((weakref.ref(optimizer), set()))
     _shield_from_weight_decay(optimizer, filters)
@@ -116,16 +116,19 @@ def _undone_on_error(closure: Callable[..., Any], optimizer: Optimizer) -> Calla
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> None:
     """Apply the decay, zero what is filtered, and forget its optimizer state (Eq. 6 and 11)."""
-    _restore_groups(optimizer)
+    shielded = _restore_groups(optimizer)
     remembered = _REMEMBERED.pop(optimizer, [])
     decayed = _end_of_step(optimizer)
     if _only_passes_on(optimizer):
         _follow(optimizer, decayed)
     if _skipped(optimizer) or _only_passes_on(optimizer):
         return
+    if shielded and optimizer not in _KNOWN:
+        _check_that_groups_may_be_added(optimizer, remembered)
     with torch.no_grad():
-        for unit, rate, before in remembered:
-            if unit.weight.grad is None:
+        for unit, rate, before, grad in remembered:
+            # Some steps free the gradients; closures make them.
+            if unit.weight.grad is None and (grad is None or _closures(args, kwargs)):
                 continue
             # A wrapper (Lookahead, SAM) calls the step of the optimizer inside, which decayed W.
             if id(unit) not in decayed and unit.decay == "decoupled":
@@ -147,7 +150,7 @@ def _follow(optimizer: Optimizer, decayed: set[int]) -> None:
     with torch.no_grad():
         for unit, group in _owned_filters(optimizer, filters):
             if unit.weight.grad is not None and id(unit) not in decayed:
-                unit.dose += float(group["lr"]) * unit.beta
+                unit.dose += _rate(optimizer, group) * unit.beta
                 _filter(unit, optimizer)
 
 
@@ -181,7 +184,7 @@ def _couple(optimizer: Optimizer, unit: PriFU, group: Group, closure: bool) -> N
 
 def _filter(unit: PriFU, optimizer: Optimizer) -> None:
     """Zero what is filtered, for good."""
-    closed = unit.closed
+    closed = unit.decided()
     unit.weight.masked_fill_(closed, 0.0)
     if closed.shape == unit.filtered.shape and not hasattr(closed, "placements"):
         unit.filtered.copy_(closed)
@@ -190,9 +193,25 @@ def _filter(unit: PriFU, optimizer: Optimizer) -> None:
             value.masked_fill_(closed, 0.0)
 
 
-_REMEMBERED: weakref.WeakKeyDictionary[Optimizer, list[tuple[PriFU, float, Tensor]]] = (
-    weakref.WeakKeyDictionary()
-)
+def _rate(optimizer: Optimizer, group: Group) -> float:
+    if group.get("lr") is None:
+        raise ConfigError(
+            f"{type(optimizer).__name__} has no learning rate of its own (lr="
+            f"{group.get('lr', 'missing')}), and the decay of W is lr * beta: pass lr=."
+        )
+    return float(group["lr"])
+
+
+class _Before(NamedTuple):
+    """A filter before a step: its learning rate, W and the gradient."""
+
+    unit: PriFU
+    rate: float
+    weight: Tensor
+    grad: Tensor | None
+
+
+_REMEMBERED: weakref.WeakKeyDictionary[Optimizer, list[_Before]] = weakref.WeakKeyDictionary()
 _RUNNING: list[tuple[weakref.ref[Optimizer], set[int]]] = []
 """Steps that have begun, the outermost first, and the filters that steps inside have decayed."""
 _SHIELDED: weakref.WeakKeyDictionary[Optimizer, list[tuple[Group, list[Tensor]]]] = (
@@ -238,12 +257,15 @@ def _shield_from_weight_decay(optimizer: Optimizer, filters: dict[int, PriFU]) -
         if not weights or not group.get("weight_decay"):
             continue
         shielded.append((group, group["params"]))
-        extra.append({**group, "params": weights, "weight_decay": 0.0})
+        own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
+        extra.append({**own, "params": weights, "weight_decay": 0.0})
         group["params"] = [p for p in group["params"] if id(p) not in filters]
     if not shielded:
         return
-    if optimizer not in _GUARDED:  # a step that fails in its middle must not reach a checkpoint
-        optimizer.register_state_dict_pre_hook(_restore_groups)
+    wraps_another = not hasattr(optimizer, "_optimizer_state_dict_pre_hooks")  # timm's Lookahead
+    if optimizer not in _GUARDED and not wraps_another:
+        # A step that fails in its middle must not reach a checkpoint.
+        optimizer.register_state_dict_pre_hook(_forget_shield)
         _GUARDED.add(optimizer)
     _SHIELDED[optimizer] = shielded
     optimizer.param_groups.extend(extra)
@@ -252,12 +274,37 @@ def _shield_from_weight_decay(optimizer: Optimizer, filters: dict[int, PriFU]) -
 _GUARDED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
-def _restore_groups(optimizer: Optimizer) -> None:
+def _restore_groups(optimizer: Optimizer) -> bool:
+    """Undo the shield; return whether there was one."""
     shielded = _SHIELDED.pop(optimizer, [])
     for group, params in shielded:
         group["params"] = params
     if shielded:
         del optimizer.param_groups[-len(shielded) :]
+    return bool(shielded)
+
+
+def _forget_shield(optimizer: Optimizer) -> None:
+    _restore_groups(optimizer)
+
+
+def _check_that_groups_may_be_added(optimizer: Optimizer, remembered: list[_Before]) -> None:
+    """Raise if a step that should have moved W did not: it knows its groups by their positions."""
+    for unit, rate, before, grad in remembered:
+        if grad is None or rate * float(grad.abs().max()) < 1e-5 * float(before.abs().max()):
+            continue
+        _KNOWN.add(optimizer)
+        if torch.equal(unit.weight.detach(), before):
+            raise OrderError(
+                f"{type(optimizer).__name__} leaves out the group that keeps its weight decay off "
+                "the filters. Give them one when you build it: [{'params': rest}, {'params': "
+                "[u.weight for u in prifu_plugin.filters(model).values()], 'weight_decay': 0.0}]."
+            )
+        return
+
+
+_KNOWN: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+"""Optimizers that were seen to step the group that shields filters from weight decay."""
 
 
 def _skipped(optimizer: Optimizer) -> bool:

@@ -133,6 +133,14 @@ class PriFU(nn.Module):
         # The shards of FSDP2 know their weights only.
         return closed if hasattr(weight, "placements") else torch.logical_or(closed, self.filtered)
 
+    def decided(self) -> Tensor:
+        """Return the mask that a step decides on, (C,): as `closed`, also for a W that was cast."""
+        weight = self.weight.detach()
+        if weight.dtype not in _ROUNDED:
+            return self.closed
+        single = weight.float()
+        return torch.logical_or(single <= self.alpha * single.amax(0), self.filtered)
+
     @property
     def open(self) -> Tensor:
         """Mask of the channels that pass, (C,), bool."""

@@ -16,9 +16,10 @@ from prifu_plugin.filter import WRAPPED, PriFU
 
 
 class _Steps:
-    """Who has stepped a filter, and who did before."""
+    """Who has stepped a filter, who did before, and how often."""
 
     def __init__(self) -> None:
+        self.count = 0
         self.last: weakref.ref[Optimizer] | None = None
         self.earlier: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -45,6 +46,7 @@ def note_step(optimizer: Optimizer, units: Sequence[PriFU], *, inside: bool) -> 
         return
     for unit in units:
         steps = _STEPS.setdefault(unit, _Steps())
+        steps.count += 1
         last = steps.last() if steps.last is not None else None
         if last is optimizer:
             continue
@@ -56,6 +58,11 @@ def note_step(optimizer: Optimizer, units: Sequence[PriFU], *, inside: bool) -> 
         if last is not None:
             steps.earlier.add(last)
         steps.last = weakref.ref(optimizer)
+
+
+def steps_of(unit: PriFU) -> int:
+    """Return how many optimizer steps a filter has been in."""
+    return _STEPS[unit].count if unit in _STEPS else 0
 
 
 def check_ownership(optimizer: Optimizer, filters: Iterable[PriFU], owned: set[int]) -> None:
@@ -93,7 +100,8 @@ def check_ownership(optimizer: Optimizer, filters: Iterable[PriFU], owned: set[i
             f"{len(orphans)} filters are in no optimizer (first: '{orphans[0].path}.prifu.weight')"
             f", so they would never train; {type(optimizer).__name__} was probably built before "
             "wrap, or their W was replaced since. Call prifu_plugin.wrap first, then build the "
-            "optimizer from model.parameters()."
+            "optimizer from model.parameters(). If they shall not train in this stage, freeze them "
+            "(requires_grad_(False)) and drop old gradients: model.zero_grad(set_to_none=True)."
         )
 
 

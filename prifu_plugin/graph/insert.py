@@ -245,6 +245,7 @@ def _apply(model: nn.Module, state: WrapState, origin: nn.Parameter | None = Non
         cut.to(device=cut.prifu.weight.device, dtype=cut.prifu.weight.dtype)
         cut.train(host.training)
         attach(host, cut)
+    state.hosts = tuple(path for path, module in model.named_modules() if is_host(module))
     state.hooks = {
         "inputs": model.register_forward_pre_hook(remember_inputs).id,
         "checkpoint": model.register_load_state_dict_pre_hook(complete_checkpoint).id,

@@ -14,13 +14,14 @@ from prifu_plugin.config import FilterConfig
 from prifu_plugin.errors import OrderError
 from prifu_plugin.filter import WRAPPED
 from prifu_plugin.graph.host import CHILD
+from prifu_plugin.graph.watch import check_filters_are_there, check_filters_train
 
 STATE = "_prifu_state"
 
 
 @dataclass
 class WrapState:
-    """What wrap remembers on the model: its settings and the inputs it last saw."""
+    """What wrap remembers on the model: its settings, the inputs it last saw, how it trains."""
 
     config: FilterConfig
     paths: tuple[str, ...]
@@ -28,6 +29,9 @@ class WrapState:
     cut_dim: int = 1
     cut_channels: int = 0
     hooks: dict[str, int] = field(default_factory=dict)
+    hosts: tuple[str, ...] = ()
+    passes: int = 0
+    steps: int = 0
     input_shapes: tuple[tuple[int, ...], ...] | None = None
 
     def recipe(self) -> dict[str, Any]:
@@ -83,11 +87,14 @@ def input_shapes(model: nn.Module) -> tuple[tuple[int, ...], ...] | None:
 
 
 def remember_inputs(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Note the shapes of a forward pass, for prune (a forward pre-hook)."""
+    """Note the shapes of a forward pass, for prune, and look at the filters (a pre-hook)."""
     if torch.compiler.is_compiling():
         return
+    state = model.__dict__[STATE]
     if args and all(isinstance(x, Tensor) and x.is_floating_point() for x in args):
-        model.__dict__[STATE].input_shapes = tuple(tuple(x.shape) for x in args)
+        state.input_shapes = tuple(tuple(x.shape) for x in args)
+    check_filters_are_there(model, state.hosts)
+    check_filters_train(model, state)
     WRAPPED.add(model)  # a copy of a wrapped model is one, too
 
 

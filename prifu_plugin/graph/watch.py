@@ -1,0 +1,74 @@
+"""What a wrapped model looks at when it runs: whether its filters are there, and are trained."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from prifu_plugin.errors import OrderError, PrifuWarning
+from prifu_plugin.filter import PriFU
+from prifu_plugin.graph.host import is_host
+from prifu_plugin.ownership import steps_of
+
+PASSES = 300
+"""Training passes without a step of the filters after which there is a warning."""
+
+
+def check_filters_are_there(model: nn.Module, paths: tuple[str, ...]) -> None:
+    """Raise OrderError if a layer that had a filter was replaced by one that has none.
+
+    Freezing, fusing and reparameterizing functions make new layers, which would be unfiltered.
+    """
+    for (reference, name), path in zip(_places(model, paths), paths, strict=True):
+        owner = reference() if reference is not None else None
+        layer = owner if owner is None or not name else owner._modules.get(name)
+        if layer is None or not is_host(layer):
+            raise OrderError(
+                f"The filter at '{path}' is gone: {type(model).__name__} has "
+                f"{'nothing' if layer is None else f'a {type(layer).__name__} without one'} there "
+                "now. Freeze, fuse and convert layers before wrap, or prune first; to freeze a "
+                "wrapped norm, set requires_grad of its parameters and its mode."
+            )
+
+
+_Place = tuple[weakref.ref[nn.Module] | None, str]
+_PLACES: weakref.WeakKeyDictionary[nn.Module, list[_Place]] = weakref.WeakKeyDictionary()
+"""Model -> the owner of each filtered layer, by a weak reference, and the layer's name in it."""
+
+
+def _places(model: nn.Module, paths: tuple[str, ...]) -> list[_Place]:
+    if model not in _PLACES:
+        owners = {
+            path: weakref.ref(module)
+            for path, module in model.named_modules(remove_duplicate=False)
+        }
+        split = [path.rpartition(".") for path in paths]
+        _PLACES[model] = [(owners.get(owner), name) for owner, _, name in split]
+    return _PLACES[model]
+
+
+def check_filters_train(model: nn.Module, state: Any) -> None:
+    """Warn if a model is trained for long and no optimizer steps its filters.
+
+    Hand-written steps, and those of a copy of W, are not seen by the hook.
+    """
+    if not model.training or not torch.is_grad_enabled():
+        return
+    state.passes += 1
+    if state.passes < PASSES:
+        return
+    units = [m for m in model.modules() if isinstance(m, PriFU) and m.weight.requires_grad]
+    before, state.steps, state.passes = state.steps, sum(map(steps_of, units)), 0
+    if units and state.steps == before:
+        warnings.warn(
+            f"{PASSES} training passes of {type(model).__name__}, and no optimizer has stepped its "
+            f"filters (first: '{units[0].path}'): none will close. Build one of torch.optim's "
+            "from model.parameters(), after wrap and after what replaces parameters; steps by "
+            "hand, through functional_call or on copies of W are not seen.",
+            PrifuWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,160 @@
+"""Optimizers and loops of one's own: they train the filters, or say that they do not."""
+
+import warnings
+
+import pytest
+import timm
+import torch
+from timm.optim import Adafactor, Lamb, Lookahead
+from timm.utils import freeze
+from timm.utils.model import reparameterize_model
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import ConfigError, OrderError, PrifuWarning
+from prifu_plugin.graph import watch
+
+
+def network():
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2)
+    return prifu.wrap(nn.Sequential(*layers), beta=0.2)
+
+
+def unit_of(model):
+    return prifu.filters(model)["1"]
+
+
+class ByPosition(torch.optim.Optimizer):
+    """Pairs its groups with rates by position, and so leaves out one that is added."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.rates = [group["lr"] for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group, rate in zip(self.param_groups, self.rates, strict=False):
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(1 - rate * group["weight_decay"]).sub_(p.grad, alpha=rate)
+
+
+class Frees(torch.optim.Optimizer):
+    """Drops gradients in its step, to save memory."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=group["lr"])
+                    p.grad = None
+
+
+def steps_of_training(model, optimizer, count=3):
+    for _ in range(count):
+        optimizer.zero_grad()
+        (model(torch.randn(16, 4)) - 1).square().mean().backward()
+        optimizer.step()
+
+
+def test_an_optimizer_that_knows_its_groups_by_position_is_refused_with_the_cure():
+    model = network()
+    with pytest.raises(OrderError, match="leaves out the group.*weight_decay': 0.0"):
+        steps_of_training(model, ByPosition(model.parameters(), 0.05, 0.01))
+    weights = [unit.weight for unit in prifu.filters(model).values()]
+    rest = [p for p in model.parameters() if not any(p is w for w in weights)]
+    groups = [{"params": rest}, {"params": weights, "weight_decay": 0.0}]
+    before = weights[0].detach().clone()
+    steps_of_training(model, ByPosition(groups, 0.05, 0.01))
+    assert not torch.equal(before, weights[0])
+
+
+def test_steps_that_free_gradients_decay_too():
+    model = network()
+    steps_of_training(model, Frees(model.parameters(), {"lr": 0.05}))
+    assert prifu.status(model)["dose"] > 0
+
+
+def test_counters_in_groups_count_once():
+    model = network()
+    optimizer = Lamb(model.parameters(), lr=1e-2, weight_decay=0.05)
+    steps_of_training(model, optimizer, 5)
+    assert float(optimizer.param_groups[0]["step"]) == 5
+
+
+def test_lookahead_with_weight_decay():
+    model = network()
+    optimizer = Lookahead(torch.optim.AdamW(model.parameters(), lr=1e-3))
+    steps_of_training(model, optimizer)
+    assert prifu.status(model)["dose"] > 0
+
+
+def test_an_optimizer_without_a_learning_rate_is_refused():
+    model = network()
+    with pytest.raises(ConfigError, match="Adafactor has no learning rate"):
+        steps_of_training(model, Adafactor(model.parameters()))
+
+
+@pytest.mark.parametrize("cast", ["data", "assign"])
+def test_a_w_below_fp32_is_compared_with_alpha_too(cast):
+    model = network()
+    unit = unit_of(model)
+    unit.alpha = 0.5
+    if cast == "data":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.half()
+    else:
+        floats = {k: v.half() if v.dtype == torch.float32 else v
+                  for k, v in model.state_dict().items()}  # fmt: skip
+        model.load_state_dict(floats, assign=True)
+    unit.alpha = 0.5
+    with torch.no_grad():
+        unit.weight[:4] = 0.01
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model(torch.randn(16, 4).half()).float().square().mean().backward()
+    optimizer.step()
+    assert unit.closed[:4].all()
+
+
+@pytest.mark.parametrize("by", ["hand", "nobody", "torch"])
+def test_training_for_long_without_stepping_the_filters_is_said(by, monkeypatch):
+    monkeypatch.setattr(watch, "PASSES", 5)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def train():
+        for _ in range(12):
+            model.zero_grad()
+            model(torch.randn(16, 4)).square().mean().backward()
+            if by == "hand":
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter -= 0.01 * parameter.grad
+            if by == "torch":
+                optimizer.step()
+
+    if by == "torch":
+        train()
+        return
+    with pytest.warns(PrifuWarning, match="5 training passes of Sequential, and no optimizer"):
+        train()
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train()
+
+
+@pytest.mark.parametrize("how", ["freeze", "reparameterize"])
+def test_filters_that_are_replaced_are_missed(how):
+    name = "test_resnet" if how == "freeze" else "repvgg_a0"
+    model = prifu.wrap(timm.create_model(name, num_classes=2)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    model(x)
+    if how == "freeze":
+        freeze(model)
+    else:
+        model = reparameterize_model(model)
+    with pytest.raises(OrderError, match="is gone.*before wrap"):
+        model(x)
