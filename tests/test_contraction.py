@@ -78,7 +78,7 @@ def test_attention_is_exact_and_values_are_dropped(name, bias):
     assert difference(model(x), pruned(x)) < 1e-11
     assert pruned.get_submodule("v").out_features == 12
     # A constant stays a constant only behind weights that sum to 1; zeros always do.
-    drops = not bias or name in ("fused", "matmul", "methods", "a mask")
+    drops = not bias or name in ("fused", "matmul", "methods")
     drops = drops and name != "across channels"
     assert pruned.get_submodule("o").in_features == (12 if drops else WIDTH)
     if not bias and name not in ("a mask", "across channels"):

@@ -210,17 +210,30 @@ def _timm_leaves() -> tuple[list[type[nn.Module]], list[Callable[..., Any]]]:
     return list(layers.get_notrace_modules()), list(layers.get_notrace_functions())
 
 
+_APPLY = torch.autograd.Function.__dict__["apply"]
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse to trace through a function that has a gradient of its own, which would be lost."""
+    if any(isinstance(arg, fx.Proxy) for arg in (*args, *kwargs.values())):
+        raise CaptureError(f"{cls.__name__} is an autograd.Function, with a gradient of its own")
+    return _APPLY.__get__(None, cls)(*args, **kwargs)
+
+
 @contextmanager
 def _traceable_torch() -> Iterator[None]:
     """Switch off what torch's transformer layers decide on values, for the length of a trace.
 
     Their fast path reads the parameters of norms directly; the length of a sequence serves only
-    to compare a mask with the causal one.
+    to compare a mask with the causal one. An autograd.Function is not traced through.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with mock.patch.object(transformer, "_get_seq_len", return_value=None, create=True):
+        with (
+            mock.patch.object(transformer, "_get_seq_len", return_value=None, create=True),
+            mock.patch.object(torch.autograd.Function, "apply", classmethod(_apply)),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -19,12 +19,12 @@ def is_guard(node: fx.Node) -> bool:
     return node.target is torch._assert and bool(node.args[1:] == (GUARD,))
 
 
-def fix_sizes(graph: fx.Graph, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Let a graph refuse inputs whose sizes differ from these in more than the batch."""
+def fix_sizes(graph: fx.Graph, shapes: Sequence[tuple[int, ...]], *, batch: bool = False) -> None:
+    """Let a graph refuse inputs whose sizes differ from these, in the batch too if asked."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     with graph.inserting_before(inputs[-1].next):
         for node, shape in zip(inputs, shapes, strict=True):
-            for dim, size in enumerate(shape[1:], 1):
+            for dim, size in list(enumerate(shape))[0 if batch else 1 :]:
                 asked = graph.call_method("size", (node, dim))
                 same = graph.call_function(operator.eq, (asked, size))
                 graph.call_function(torch._assert, (same, GUARD))

@@ -25,6 +25,7 @@ class Inputs:
         shapes: with the batch first.
         kinds: "float" for the model's own type, else the name of a dtype.
         ends: for integers, one above the largest value that may occur.
+        begins: for integers, the least one.
 
     Example:
         >>> inputs = Inputs.of(torch.zeros(2, 3, 8, 8))
@@ -35,6 +36,7 @@ class Inputs:
     shapes: tuple[tuple[int, ...], ...]
     kinds: tuple[str, ...]
     ends: tuple[int, ...]
+    begins: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, examples: Any) -> Inputs:
@@ -45,12 +47,17 @@ class Inputs:
                 f"example_inputs is a {type(examples).__name__}: pass a tensor, or a tuple of the "
                 "tensors that forward takes, in its order."
             )
+        if any(x.is_complex() for x in listed):
+            raise ConfigError(
+                "example_inputs are complex: let the model take torch.view_as_real(x)."
+            )
         if not listed or any(x.ndim == 0 or x.numel() == 0 for x in listed):
             raise ConfigError("example_inputs is empty: pass a batch, such as torch.zeros(2, ...).")
         return cls(
             tuple(tuple(x.shape) for x in listed),
             tuple(_kind(x) for x in listed),
             tuple(1 if x.is_floating_point() else int(x.max()) + 1 for x in listed),
+            tuple(0 if x.is_floating_point() else int(x.min()) for x in listed),
         )
 
     @classmethod
@@ -79,7 +86,10 @@ class Inputs:
     def from_dict(cls, data: dict[str, Any]) -> Inputs:
         """Read what `to_dict` wrote."""
         return cls(
-            tuple(tuple(s) for s in data["shapes"]), tuple(data["kinds"]), tuple(data["ends"])
+            tuple(tuple(s) for s in data["shapes"]),
+            tuple(data["kinds"]),
+            tuple(data["ends"]),
+            tuple(data.get("begins", ())),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,22 +98,26 @@ class Inputs:
             "shapes": [list(s) for s in self.shapes],
             "kinds": list(self.kinds),
             "ends": list(self.ends),
+            "begins": list(self.begins),
         }
 
     def batch(self, size: int) -> Inputs:
-        """Return the same at another batch size."""
-        return replace(self, shapes=tuple((size, *shape[1:]) for shape in self.shapes))
+        """Return the same at another batch size: of the first input, and those that share it."""
+        now = self.shapes[0][0]
+        changed = ((size, *shape[1:]) if shape[0] == now else shape for shape in self.shapes)
+        return replace(self, shapes=tuple(changed))
 
     def draw(self, model: nn.Module, seed: int) -> list[Tensor]:
         """Draw inputs: Gaussian, or uniform below the end."""
         like = _reference(model)
         generator = torch.Generator().manual_seed(seed)
         drawn = []
-        for shape, kind, end in zip(self.shapes, self.kinds, self.ends, strict=True):
+        begins = self.begins or (0,) * len(self.ends)
+        for shape, kind, end, begin in zip(self.shapes, self.kinds, self.ends, begins, strict=True):
             if kind == FLOAT:
                 drawn.append(torch.randn(shape, generator=generator).to(like))
             else:
-                values = torch.randint(0, max(end, 1), shape, generator=generator)
+                values = torch.randint(begin, max(end, begin + 1), shape, generator=generator)
                 drawn.append(values.to(getattr(torch, kind)))
         return drawn
 

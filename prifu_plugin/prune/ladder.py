@@ -39,6 +39,8 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
     plain, failed = _attempt(model, runs, sized=False)
     if plain is not None and not _is_closed_somewhere(plain):
         _check_inputs(plain, runs)
+        if len(runs) == 1:  # what is concluded of one size holds there
+            fix_sizes(plain.graph, runs[0].shapes, batch=True)
         return _record(plain, runs), runs
     sized, later = _attempt(model, runs, sized=True)
     for captured, chosen in _in_turn(model, plain, sized, runs):

@@ -16,6 +16,7 @@ from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.prune.inputs import Inputs, refusal, takes
 from prifu_plugin.prune.ladder import recorded
+from prifu_plugin.prune.memory import check_memory
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.planner import make_plan
 from prifu_plugin.prune.precise import precise, reference
@@ -73,6 +74,7 @@ def prune_graph(
         VerificationError: if the pruned model differs.
     """
     with explained(filtered):
+        check_memory(filtered, runs[0])
         captured, runs = recorded(filtered, runs)
         exact = precise(captured)
         analysis = analyse(exact.root, exact.graph)
@@ -84,7 +86,8 @@ def prune_graph(
     if verify:
         original = captured.root if original is None else original
         both = (pruned, twin)
-        checks = _certify(analysis, original, captured, exact, plan, both, runs, seed)
+        with explained(filtered):
+            checks = _certify(analysis, original, captured, exact, plan, both, runs, seed)
     return Pruned(pruned, twin, plan, checks, fates(analysis, plan))
 
 
@@ -116,7 +119,7 @@ def runs_of(filtered: nn.Module, inputs: Inputs) -> tuple[Inputs, ...]:
             f"{type(filtered).__name__} refuses inputs of shape {list(inputs.shapes)}: {why} "
             "Pass example_inputs= a batch as the model takes it."
         )
-    others = [*inputs.batch(3).sized(), inputs.batch(3)]
+    others = [*inputs.batch(3).sized(), inputs.batch(3), *first.sized()]
     other = next((one for one in others if takes(filtered, one)), None)
     return (first,) if other is None else (first, other)
 
@@ -146,9 +149,11 @@ def _certify(
     seed: int,
 ) -> tuple[Check, ...]:
     """Compare in fp64 first, where every mistake shows, then in the model's own precision."""
-    single = runs[0].batch(1) if takes(captured.root, runs[0].batch(1)) else runs[0]
-    filtered = reference(exact, single.draw(exact.root, seed))
     pruned, twin = both
+    single = runs[0].batch(1)
+    if not takes(captured.root, single) or not takes(twin, single):  # or it is guarded
+        single = runs[0]
+    filtered = reference(exact, single.draw(exact.root, seed))
     checks = [
         compare(filtered, twin, single, seed),
         compare(filtered, twin, runs[-1], seed + 1),

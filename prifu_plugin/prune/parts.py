@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from prifu_plugin.errors import CaptureError, PrifuError, VerificationError
@@ -148,7 +149,7 @@ def _calls(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     handles = [
         module.register_forward_pre_hook(note(path), with_kwargs=True)
         for path, module in model.named_modules()
-        if path
+        if path and not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
         run_undisturbed(model, inputs.draw(model, 0))

@@ -23,7 +23,7 @@ from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.report import PruneReport, count_bytes, count_macs, count_parameters
 from prifu_plugin.prune.rewrite import rewrite
 
-META = "prifu"
+META = "_prifu_pruned"
 
 
 def prune(
@@ -88,7 +88,8 @@ def prune(
         unit.check_finite()
     inputs = Inputs.for_model(model, example_inputs)
     device = next(model.parameters()).device
-    with torch.inference_mode(False):
+    # Layers that are made on the way draw initial values.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         filtered = plain_layers(copied(model).cpu().eval())
         lost = take_off(filtered)
         size = count_parameters(filtered), count_bytes(filtered)
@@ -120,7 +121,7 @@ def prune(
         )
     # Plain data only: the result must not need prifu_plugin to be loaded.
     attached = {"plan": plan.to_json() if plan else None, "report": report.to_dict()}
-    _meta(pruned)[META] = attached
+    _attach(pruned, attached)
     return pruned.to(device)
 
 
@@ -161,7 +162,7 @@ def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -
         )
     pruned = rewrite(captured, plan)
     pruned.load_state_dict(state_dict)
-    pruned.meta[META] = {"plan": plan.to_json()}
+    _attach(pruned, {"plan": plan.to_json()})
     return pruned.to(device_of(model))
 
 
@@ -200,12 +201,16 @@ def _without_scale(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _attached(pruned: nn.Module) -> dict[str, Any]:
-    data = pruned.__dict__.get("meta", {}).get(META)
+    data = pruned.__dict__.get(META)
+    if data is None and isinstance(pruned, fx.GraphModule):
+        data = pruned.meta.get(META)
     if data is None:
         raise ConfigError(f"{type(pruned).__name__} was not made by prifu_plugin.prune.")
     return data  # type: ignore[no-any-return]
 
 
-def _meta(pruned: nn.Module) -> dict[str, Any]:
-    meta: dict[str, Any] = pruned.__dict__.setdefault("meta", {})
-    return meta
+def _attach(pruned: nn.Module, data: dict[str, Any]) -> None:
+    """Keep plain data on a model: copies of a graph keep its meta, pickles its attributes."""
+    pruned.__dict__[META] = data
+    if isinstance(pruned, fx.GraphModule):
+        pruned.meta[META] = data

@@ -12,7 +12,11 @@ _BY_EXAMPLE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"
 
 
 def spell_out(graph: fx.Graph, node: fx.Node) -> None:
-    """Replace a stack by a concatenation; ask a tensor whose sizes are taken for its shape only."""
+    """Replace a stack by a concatenation; ask a tensor whose sizes are taken for its shape only.
+
+    A view becomes a reshape, since slices may leave its operand in other memory; the larger of two
+    tensors is said by one name.
+    """
     if node.target is torch.stack:
         _spell_out_stack(graph, node)
     elif node.op == "call_method" and node.target in _BY_EXAMPLE and not node.kwargs:
@@ -20,6 +24,22 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> None:
             shape = graph.call_function(getattr, (node.args[1], "shape"))
         node.target = _BY_EXAMPLE[str(node.target)]
         node.args = (node.args[0], shape)
+    if node.op == "call_method" and node.target == "view" and not _is_of_type(node):
+        node.target = "reshape"
+    elif node.target in (torch.max, torch.min, "max", "min") and _is_of_two(node):
+        node.op = "call_function"
+        largest = node.target in (torch.max, "max")
+        node.target = torch.maximum if largest else torch.minimum
+
+
+def _is_of_type(node: fx.Node) -> bool:
+    return bool(node.kwargs) or any(isinstance(size, torch.dtype) for size in node.args[1:])
+
+
+def _is_of_two(node: fx.Node) -> bool:
+    """Whether a maximum is that of two tensors, rather than along a dimension."""
+    others = [*node.args[1:], *node.kwargs.values()]
+    return len(others) == 1 and isinstance(others[0], fx.Node) and "other" not in node.kwargs
 
 
 def spell_out_shapes(graph: fx.Graph) -> bool:

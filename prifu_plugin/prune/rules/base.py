@@ -159,12 +159,19 @@ def run(
     analysis: Analysis, node: fx.Node, replace: Callable[[fx.Node], Any], module: Any = None
 ) -> Any:
     """Run a node's operation on other inputs."""
-    args, kwargs = mapped(node.args, replace), mapped(node.kwargs, replace)
     with torch.no_grad():
-        if node.op == "call_module":
-            return (module or analysis.module(node))(*args, **kwargs)
-        if node.op == "call_method":
-            target, *rest = args
-            return getattr(target, str(node.target))(*rest, **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        return run_with_gradients(analysis, node, replace, module)
+
+
+def run_with_gradients(
+    analysis: Analysis, node: fx.Node, replace: Callable[[fx.Node], Any], module: Any = None
+) -> Any:
+    """Run a node's operation on other inputs, in the caller's gradient mode."""
+    args, kwargs = mapped(node.args, replace), mapped(node.kwargs, replace)
+    if node.op == "call_module":
+        return (module or analysis.module(node))(*args, **kwargs)
+    if node.op == "call_method":
+        target, *rest = args
+        return getattr(target, str(node.target))(*rest, **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)

@@ -103,7 +103,18 @@ class AttentionRule(OpaqueRule):
         value, shape = analysis.fact(self.value), self.node.meta["shape"]
         heads = {a for n in (self.query, self.key) for a in analysis.fact(n).axes}
         axes = (heads | set(value.axes)) - {len(shape) - 1} | ({len(shape) - 1} & set(value.axes))
-        return summarize(value.const, shape, tuple(sorted(axes)))
+        const = value.const
+        if self._may_hide_all():  # where a mask hides all tokens, torch returns 0
+            const = torch.where(const == 0, const, torch.nan)
+        return summarize(const, shape, tuple(sorted(axes)))
+
+    def _may_hide_all(self) -> bool:
+        mask = self.node.args[3] if len(self.node.args) > 3 else None
+        mask = self.node.kwargs.get("attn_mask", mask)
+        if not isinstance(mask, fx.Node):
+            return False
+        known = mask.meta.get("static")
+        return known is None or known.dtype == torch.bool or not torch.isfinite(known).all()
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Need the wanted channels of values; of queries and keys what meets no zero."""

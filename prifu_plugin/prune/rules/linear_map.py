@@ -125,6 +125,9 @@ def _is_linear(module: nn.Linear) -> bool:
     """Whether a Linear, or a subclass with a forward of its own, is weight * x + bias."""
     if type(module).forward is nn.Linear.forward:
         return True
+    tensors = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    if tensors - {"weight", "bias"}:  # a mask or an adapter, which would have to be sliced too
+        return False
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, module.in_features, generator=generator).to(module.weight)
     with torch.no_grad():

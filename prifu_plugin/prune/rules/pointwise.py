@@ -36,6 +36,9 @@ POINTWISE: set[Any] = {
     *("sub", "div", "true_divide", "neg", "pow", "square", "abs", "relu", "sigmoid", "tanh"),
     *("exp", "log", "sqrt", "rsqrt", "clamp", "clip", "erf", "float", "double", "half", "to"),
     *("type", "clone", "detach", "nan_to_num", torch.nan_to_num),
+    *("clamp_min", "clamp_max", torch.clamp_min, torch.clamp_max, F.threshold, torch.threshold),
+    *("log1p", "expm1", "lerp", "addcmul", "addcdiv", "maximum", "minimum", "hypot", "rsub"),
+    *(torch.log1p, torch.expm1, torch.lerp, torch.addcmul, torch.addcdiv, torch.rsub),
 }
 POINTWISE_MODULES = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
@@ -240,6 +243,7 @@ def pointwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     if node.op == "call_module":
         module = analysis.module(node)
         known = isinstance(module, (*POINTWISE_MODULES, *_REGISTERED_MODULES))
+        known = known or (isinstance(module, nn.PReLU) and module.num_parameters == 1)
         return PointwiseRule(node) if known else None
     if node.target in POINTWISE:
         facts = [analysis.fact(n) for n in tensor_inputs(node, analysis.values)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from prifu_plugin.prune.facts import Fact
-from prifu_plugin.prune.rules.base import Analysis, mapped, run
+from prifu_plugin.prune.rules.base import Analysis, mapped, run, run_with_gradients
+from prifu_plugin.prune.rules.passing import is_movement_by_name, passes_everything
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,13 @@ def _labels(
         return None
     if any(not torch.equal(a, table[m.long()]) for m, a in zip(moved, again, strict=True)):
         return None
+
+    def other(value: Tensor) -> list[Tensor]:
+        return _tensors(_on(analysis, node, source, value, index, run_with_gradients))
+
+    sure = is_movement_by_name(analysis, node)
+    if not sure and not passes_everything(other, start.labels, moved):
+        return None
     return [m.long() for m in moved]
 
 
@@ -182,13 +190,20 @@ def _table(size: int) -> Tensor:
     return _TABLES[0][: size + 1]
 
 
-def _on(analysis: Analysis, node: fx.Node, source: fx.Node, value: Tensor, index: int) -> Any:
+def _on(
+    analysis: Analysis,
+    node: fx.Node,
+    source: fx.Node,
+    value: Tensor,
+    index: int,
+    how: Callable[..., Any] = run,
+) -> Any:
     def replace(n: fx.Node) -> Any:
         if n is source:
             return value
         return analysis.values[n] if index == 0 else n.meta["other"][1]
 
-    return run(analysis, node, replace)
+    return how(analysis, node, replace)
 
 
 def _tensors(result: Any) -> list[Tensor]:

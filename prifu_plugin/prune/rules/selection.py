@@ -50,6 +50,8 @@ def order(
 def fixed_crop(analysis: Analysis, chain: list[fx.Node]) -> bool:
     """Whether a chain crops to literal bounds, which may do nothing at the sizes that were run."""
     for node in chain:
+        if _cuts_a_length(analysis, node):
+            return True
         index = node.args[1] if node.target is operator.getitem else ()
         value = analysis.values[first_input(node)]
         parts = list(index) if isinstance(index, tuple) else [index]
@@ -60,6 +62,23 @@ def fixed_crop(analysis: Analysis, chain: list[fx.Node]) -> bool:
             wanted = len(value.shape) - len(parts) + 1
             parts[gap : gap + 1] = [slice(None)] * wanted
         for dim, part in enumerate(parts):
-            if isinstance(part, slice) and isinstance(part.stop, int) and dim not in value.axes:
+            if isinstance(part, slice) and _is_literal(part) and dim not in value.axes:
                 return True
     return False
+
+
+_CUTTING = {"split": 2, "tensor_split": 2, "split_with_sizes": 2, "narrow": 1}
+"""Operations that cut at literal places, and where among their arguments the dimension stands."""
+
+
+def _cuts_a_length(analysis: Analysis, node: fx.Node) -> bool:
+    place = _CUTTING.get(str(getattr(node.target, "__name__", node.target)))
+    value = analysis.values.get(first_input(node))
+    if place is None or not isinstance(value, Fact):
+        return False
+    dim = node.kwargs.get("dim", node.args[place] if len(node.args) > place else 0)
+    return not isinstance(dim, int) or dim % len(value.shape) not in value.axes
+
+
+def _is_literal(part: slice) -> bool:
+    return isinstance(part.stop, int) or (isinstance(part.start, int) and part.start < 0)
