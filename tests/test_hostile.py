@@ -333,6 +333,22 @@ def test_complex_inputs_are_refused_in_words():
         )
 
 
+class Deciding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)
+        self.inner = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.inner(x / 1e3 if x.mean() > 1e3 else x)
+
+
+def test_a_part_that_is_kept_whole_is_named():
+    model = half_off(nn.Sequential(Deciding(), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    notes = prifu.report(prifu.prune(model, torch.randn(2, 3, 8, 8))).notes
+    assert any("Deciding" in why and "with its filters" in why for _, why in notes)
+
+
 def test_the_report_survives_a_pickle_and_random_numbers_are_the_callers():
     model, x = half_off(Between(nn.Identity())), torch.randn(2, 3, 8, 8)
     torch.manual_seed(3)
@@ -347,8 +363,16 @@ def test_the_report_survives_a_pickle_and_random_numbers_are_the_callers():
 
 @pytest.mark.parametrize(
     "body",
-    [nn.PReLU(), lambda h: torch.max(h, h * 0.5), lambda h: h.max(h * 0.5)],
-    ids=["PReLU", "torch.max", "max"],
+    [
+        nn.PReLU(),
+        nn.PReLU(8),
+        lambda h: torch.max(h, h * 0.5),
+        lambda h: h.max(h * 0.5),
+        lambda h: h.amax((2, 3), keepdim=True),
+        lambda h: F.adaptive_max_pool1d(h.flatten(2), 3)[..., None],
+        lambda h: F.max_pool1d(h.flatten(2), 3)[..., None],
+    ],
+    ids=["PReLU", "PReLU by channel", "torch.max", "max", "amax", "adaptive", "1-d"],
 )
 def test_channels_pass_through(body):
     model, x = half_off(Between(body)), torch.randn(2, 3, 8, 8)

@@ -207,6 +207,6 @@ def _slice_members(module: Any, channels: tuple[int, ...]) -> None:
             members[name] = (
                 nn.Parameter(cut, value.requires_grad) if members is module._parameters else cut
             )
-    for name in ("num_features", "num_channels"):
+    for name in ("num_features", "num_channels", "num_parameters"):
         if size is not None and hasattr(module, name):
             setattr(module, name, size)

@@ -92,7 +92,7 @@ def channelwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     """Return the rule for a channelwise node, or None for another."""
     if node.op == "call_module":
         return _pooling(analysis, node, analysis.module(node))
-    if node.target in (torch.mean, "mean"):
+    if node.target in (torch.mean, "mean", torch.amax, "amax", torch.amin, "amin"):
         return _mean(analysis, node)
     if node.target in (torch.sum, "sum"):  # of zeros it is zero at every size
         return _mean(analysis, node, border=0.0)
@@ -101,11 +101,13 @@ def channelwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
 
 _POOLS = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d),
-    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample),
+    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Upsample),
     *(nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d),
 )
 _FUNCTIONAL_POOLS = {
     *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate),
+    *(F.max_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d),
+    *(F.max_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d),
 }
 
 

@@ -229,6 +229,8 @@ def norm_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
         return ChannelAffineRule(node, module, module.dim_at(rank), module.scale().detach())
     if isinstance(module, CutFilter):
         return ChannelAffineRule(node, module, module.dim, module.affine()[0].detach())
+    if type(module) is nn.PReLU and module.num_parameters > 1:
+        return ChannelAffineRule(node, module, 1, torch.ones_like(module.weight))
     spec = norm_spec(module)
     if spec is None:
         return None

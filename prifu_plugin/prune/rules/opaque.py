@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from prifu_plugin.filter import PriFU
 from prifu_plugin.prune.facts import Fact, first_channel, live_everywhere, tensor_inputs
 from prifu_plugin.prune.plan import Keep
 from prifu_plugin.prune.planner import Planner
@@ -68,7 +69,14 @@ class OpaqueRule(Rule):
         }
         if any(not conform.is_identity for conform in operands.values()):
             analysis.notes.append((self.node.name, f"no rule for {self.what}: inputs made whole"))
+        elif self._holds_filters(analysis):
+            analysis.notes.append((self.node.name, f"{self.what} is kept whole, with its filters"))
         planner.emit(self.node, Keep(), operands)
+
+    def _holds_filters(self, analysis: Analysis) -> bool:
+        return self.node.op == "call_module" and any(
+            isinstance(module, PriFU) for module in analysis.module(self.node).modules()
+        )
 
     def _all(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         return {
