@@ -311,8 +311,8 @@ def page(rows, versions):
     if shares:
         low = sum(share < 0.95 for share in shares)
         lines += [
-            f"Of the multiply-accumulates that could be saved, {statistics.median(shares):.3f} are "
-            f"in the median family; {low} of {len(shares)} families are below 0.95.",
+            f"The median family saves {statistics.median(shares):.3f} of the multiply-accumulates "
+            f"that could be saved; {low} of {len(shares)} families save less than 0.95.",
             "",
         ]
     lines += ["| model | for | outcome | fp64 | saved of possible | prune s | kept whole |"]

@@ -14,14 +14,21 @@ from prifu_plugin.audit.data import uploads
 from prifu_plugin.audit.reconstruction import reconstruct
 from prifu_plugin.figures import new_figure
 
-METHODS = [
-    ("plain", {}),
-    ("PriFU", {}),
-    ("PriFU", {"cut_filter": True, "noise": 0.3}),
-    ("RAN", {"strength": 1.0}),
-    ("NoPeek-Infer", {"strength": 1.0}),
-    ("VIB", {"strength": 0.003}),
-]
+METHODS = {
+    cut: [
+        ("plain", {}),
+        ("PriFU", {}),
+        ("PriFU", {"cut_filter": True, **form}),
+        ("RAN", {"strength": 1.0}),
+        ("NoPeek-Infer", {"strength": 1.0}),
+        ("VIB", {"strength": nats}),
+    ]
+    for cut, form, nats in (
+        ("pooled", {"noise": 0.3}, 0.003),
+        ("early", {"rotated": True, "noise": 0.3, "ramped": True}, 0.0001),
+    )
+}
+"""What the comparison found to protect best at each cut, beside rivals that name no label."""
 
 
 def main() -> None:
@@ -31,7 +38,7 @@ def main() -> None:
     text = []
     for cut in scale["cuts"]:
         rows = {}
-        for method, settings in METHODS:
+        for method, settings in METHODS[cut]:
             run = run_of(scale, method, scale["seeds"][0], cut=cut, **settings)
             deployed = deploy(run, study, scale)
             sent = [
