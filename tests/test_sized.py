@@ -356,3 +356,28 @@ def test_the_number_of_parts_is_guarded(how):
         x = torch.randn(batch, 3, 8, 8)
         found = answer(pruned, x)
         assert (isinstance(found, str) and batch > 4) or difference(model(x), found) <= 1e-6
+
+
+class ByType(nn.Module):
+    """Decides on its type and, inside, on sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(1, 8, 4, 4))
+        self.c, self.n, self.t = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        h = self.n(self.c(x))
+        kind = self.place.dtype if self.place.dtype == torch.float64 else torch.float32
+        place = self.place.to(kind)
+        if h.shape[-1] != 4:
+            place = torch.nn.functional.interpolate(place, size=h.shape[-2:], mode="bilinear")
+        return self.t(h + place.to(self.place.dtype))
+
+
+def test_what_is_decided_on_types_is_no_matter_of_precision():
+    model = prifu.wrap(ByType()).eval()
+    prifu.filters(model)["n"].weight.data[::2] = 0.0
+    pruned = prifu.prune(model, torch.randn(2, 3, 9, 9))
+    x = torch.randn(5, 3, 9, 9)
+    torch.testing.assert_close(pruned(x), model(x), rtol=1e-5, atol=1e-5)

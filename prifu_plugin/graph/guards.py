@@ -19,6 +19,20 @@ def is_guard(node: fx.Node) -> bool:
     return node.target is torch._assert and bool(node.args[1:] == (GUARD,))
 
 
+def drop_dtype_guards(graph: fx.Graph) -> None:
+    """Erase guards of what was decided on dtypes, which differ where a graph is run in fp64."""
+    for node in list(graph.nodes):
+        if is_guard(node) and _asks_for_dtype(node):
+            graph.erase_node(node)
+
+
+def _asks_for_dtype(node: fx.Node) -> bool:
+    if node.target is getattr and node.args[1] == "dtype":
+        return True
+    questions = [n for n in node.all_input_nodes if n.target in (operator.eq, operator.ne, getattr)]
+    return any(map(_asks_for_dtype, questions))
+
+
 def fix_sizes(graph: fx.Graph, shapes: Sequence[tuple[int, ...]], *, batch: bool = False) -> None:
     """Let a graph refuse inputs whose sizes differ from these, in the batch too if asked."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]

@@ -16,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import Captured, capture
-from prifu_plugin.graph.guards import is_guard
+from prifu_plugin.graph.guards import drop_dtype_guards, is_guard
 from prifu_plugin.graph.sized import capture_sized
 from prifu_plugin.prune.spell_out import spell_out
 
@@ -47,6 +47,7 @@ def lower(
         else:
             _make_pure(graph, node, model)
             spell_out(graph, node)
+    drop_dtype_guards(graph)
     drop_unused(graph)
     graph.lint()
     return captured
