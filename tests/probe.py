@@ -6,6 +6,7 @@ costs nothing if it does not vary or carries no gradient to the model's output.
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -58,7 +59,8 @@ def macs(model, shape):
     reference = next(model.parameters())
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not counted
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counting = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counting as counter:
         model(torch.zeros(shape).to(reference))
     torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() // 2

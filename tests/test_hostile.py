@@ -380,3 +380,27 @@ def test_channels_pass_through(body):
     assert difference(model(x), pruned(x)) < 1e-5
     assert pruned.get_submodule("t").in_channels == 4
     assert not prifu.report(pruned).notes
+
+
+def test_weights_that_are_shared_no_more_are_named():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.n, self.o = nn.Embedding(20, 8), nn.LayerNorm(8), nn.Linear(8, 20)
+            self.o.weight = self.words.weight
+
+        def forward(self, x):
+            return self.o(self.n(self.words(x)))
+
+    model, x = half_off(Tied()), torch.randint(20, (2, 5))
+    report = prifu.report(prifu.prune(model, x))
+    assert ("words.weight", "shared with 'o.weight', and separate in the pruned model") in (
+        report.notes
+    )
+
+
+def test_attention_is_counted_whatever_kernel_computes_it():
+    model, x = half_off(Attended()), (torch.randn(2, 12, 8), torch.zeros(12, 12))
+    before, after = prifu.report(prifu.prune(model, x)).macs
+    assert before == 12 * 8 * (8 * 3 + 4) + 2 * 12 * 12 * 8
+    assert after < before

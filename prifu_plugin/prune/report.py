@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prifu_plugin.figures import new_figure
@@ -181,7 +182,8 @@ def _count_macs(model: nn.Module, inputs: Inputs) -> int:
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        with FlopCounterMode(display=False) as counter:
+        # Fused attention is not counted; which kernel torch takes depends on the widths.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             run_undisturbed(model, inputs.draw(model, 0))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -22,6 +22,7 @@ from prifu_plugin.prune.parts import prune_parts
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.report import PruneReport, count_bytes, count_macs, count_parameters
 from prifu_plugin.prune.rewrite import rewrite
+from prifu_plugin.prune.sharing import separated
 
 META = "_prifu_pruned"
 
@@ -114,7 +115,7 @@ def prune(
             checks,
             seed,
             layers,
-            (*lost, *_without_scale(filtered), *notes),
+            (*lost, *_without_scale(filtered), *separated(filtered, pruned), *notes),
             (size[0], count_parameters(pruned)),
             (count_macs(filtered, runs[0]), count_macs(pruned, runs[0])),
             (size[1], count_bytes(pruned)),
