@@ -534,3 +534,48 @@ def test_weights_made_in_inference_mode_are_refused_with_the_cure():
     with pytest.raises(OrderError, match="inference_mode.*deepcopy"):
         prifu.wrap(model)
     assert prifu.filters(prifu.wrap(copy.deepcopy(model)))
+
+
+class Inner(nn.Module):
+    """Normalizes with a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Conv2d(4, 4, 1)
+        self.scale, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return F.group_norm(self.c(x), 2, self.scale, self.shift)
+
+
+class Branching(nn.Module):
+    """Cannot be traced, and normalizes with a function itself or inside."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.c, self.n, self.inner, self.own = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Inner(), own
+
+    def forward(self, x):
+        h = self.inner(self.n(self.c(x)))
+        if h.mean() > 1e6:
+            return F.layer_norm(h, h.shape[1:]) if self.own else h
+        return h
+
+
+class Plainly(Branching):
+    def forward(self, x):
+        h = self.inner(self.n(self.c(x)))
+        return h * 0 if h.mean() > 1e6 else h
+
+
+def test_functional_normalizations_in_parts_of_what_cannot_be_traced_are_found():
+    model = prifu.wrap(Plainly(own=False)).eval()
+    assert list(prifu.filters(model)) == ["n", "inner.group_norm"]
+    prifu.filters(model)["inner.group_norm"].weight.data[1] = 0.0
+    assert model(torch.randn(2, 3, 5, 5))[:, 1].abs().max() == 0
+
+
+def test_a_forward_that_hides_a_functional_normalization_is_named():
+    with pytest.warns(PrifuWarning, match="names a functional normalization, but cannot be traced"):
+        model = prifu.wrap(Branching(own=True))
+    assert list(prifu.filters(model)) == ["n", "inner.group_norm"]

@@ -74,6 +74,13 @@ def functional_owners(graph: fx.Graph) -> Iterator[str]:
         yield str(list(stack.values())[-1][0])
 
 
+def names_functional(forward: Any) -> bool:
+    """Whether the code of a forward names a functional normalization."""
+    code = getattr(forward, "__code__", None)
+    names = {getattr(function, "__name__", function) for function in FUNCTIONAL_DIMS}
+    return code is not None and bool(names & set(code.co_names))
+
+
 def host_calls(module: nn.Module, filters: FilterGroup, child: str) -> None:
     """Make a module's forward pass through filters, in place."""
     module.add_module(child, filters)

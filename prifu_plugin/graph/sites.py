@@ -12,7 +12,12 @@ from torch import nn
 from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured, calls, capture
-from prifu_plugin.graph.functional import FilterGroup, functional_calls, functional_owners
+from prifu_plugin.graph.functional import (
+    FilterGroup,
+    functional_calls,
+    functional_owners,
+    names_functional,
+)
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.norms import base_class, norm_spec, num_channels
 from prifu_plugin.graph.undisturbed import undisturbed
@@ -64,8 +69,9 @@ def sites(model: nn.Module) -> list[Site]:
         _module_site(path, module, _reached(path, called, len(graphs) == 2))
         for path, module in norm_modules(model)
     ]
-    owners = sorted({path for captured in graphs for path in functional_owners(captured.graph)})
-    return found + [site for path in owners for site in _functional_sites(model, path)]
+    owners, closed = _functional_owners(model, graphs)
+    found += [site for path in sorted(owners) for site in _functional_sites(model, path)]
+    return found + [_closed_site(model, path) for path in sorted(closed)]
 
 
 def norm_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -128,6 +134,39 @@ def _graphs(model: nn.Module) -> Iterator[Captured]:
                 yield capture(model)
             except CaptureError:
                 continue
+
+
+def _functional_owners(
+    model: nn.Module, graphs: list[Captured], prefix: str = ""
+) -> tuple[set[str], set[str]]:
+    """Return whose forwards make functional normalizations, and whose seem to but are closed.
+
+    Where a forward cannot be traced, each of its children is looked at by itself.
+    """
+    if graphs:
+        paths = {path for captured in graphs for path in functional_owners(captured.graph)}
+        return {(prefix + path).removesuffix(".") for path in paths}, set()
+    owners: set[str] = set()
+    closed = {prefix.removesuffix(".")} if names_functional(base_class(model).forward) else set()
+    for name, child in model.named_children():
+        if norm_spec(child) is None and any(True for _ in child.children()):
+            inner = _functional_owners(child, list(_graphs(child)), f"{prefix}{name}.")
+            owners, closed = owners | inner[0], closed | inner[1]
+        elif norm_spec(child) is None and names_functional(base_class(child).forward):
+            owners.add(prefix + name)
+    return owners, closed
+
+
+def _closed_site(model: nn.Module, path: str) -> Site:
+    return Site(
+        path=path,
+        type=base_class(model.get_submodule(path)).__name__,
+        channels=None,
+        dim=1,
+        reached="functional",
+        filtered=False,
+        refused="its forward names a functional normalization, but cannot be traced",
+    )
 
 
 def _reached(path: str, called: set[str], complete: bool) -> str:
