@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from prifu_plugin.audit.controls import controls
@@ -266,3 +267,18 @@ def test_bits_of_an_attacker_that_is_right_but_too_sure():
     prior = torch.tensor([0.5, 0.5])
     again = calibrated(sure, sure, truth, prior)
     assert metrics(sure, truth, probable=again).bits > 0.05
+
+
+def test_constant_channels_do_not_blind_a_decoder():
+    """Closed channels hold a constant, of which rounding leaves next to nothing to divide by."""
+    from prifu_plugin.audit.reconstruction import reconstruct
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(300, 1, 8, 8, generator=generator).round()
+    images = F.interpolate(images[:, :, ::4, ::4], size=(8, 8))
+    z = torch.cat([images, torch.full((300, 3, 8, 8), 0.1234567)], 1) @ torch.eye(8)
+    z[:, 1:] = (z[:, 1:] * 3.0) / 3.0
+    answers = torch.zeros(300, dtype=torch.long)
+    parts = [(z[a:b], images[a:b]) for a, b in ((0, 200), (200, 250), (250, 300))]
+    found = reconstruct(*parts, (answers[:200], answers[250:]), steps=60, losses=["squared error"])
+    assert found.best.psnr > found.mean_image.psnr + 6

@@ -77,7 +77,7 @@ def maps(z: Tensor) -> list[Preparation]:
     found = []
     for name, maker in (("channels standardized", standardize), ("channels whitened", whiten)):
         fitted = maker(pixels)
-        found.append(Preparation(name, _then(_as_map, _per_pixel(fitted)), spatial=True))
+        found.append(Preparation(name, _then(_as_map, per_pixel(fitted)), spatial=True))
     return found
 
 
@@ -204,7 +204,9 @@ def _then(first: Transform, second: Transform) -> Transform:
     return lambda x: second(first(x))
 
 
-def _per_pixel(fitted: Transform) -> Transform:
+def per_pixel(fitted: Transform) -> Transform:
+    """Return a transform of maps (N, C, H, W) that applies one of vectors at each place."""
+
     def apply(x: Tensor) -> Tensor:
         moved = x.movedim(1, -1)
         back: Tensor = fitted(moved.flatten(0, -2)).unflatten(0, moved.shape[:-1])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prifu_plugin.audit.preparation import WIDE, standardize, whiten
+from prifu_plugin.audit.preparation import WIDE, per_pixel, standardize, whiten
 from prifu_plugin.device import CPU
 
 
@@ -230,9 +230,8 @@ def _vectors(z: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _per_channel(z: Tensor) -> Callable[[Tensor], Tensor]:
-    mean = z.mean((0, 2, 3), keepdim=True)
-    deviation = z.std((0, 2, 3), keepdim=True).clamp_min(1e-12)
-    return lambda x: (x - mean) / deviation
+    # Constant channels go: the rounding left in them, divided by almost nothing, drowns the rest.
+    return per_pixel(standardize(z.movedim(1, -1).flatten(0, -2)))
 
 
 def _tolerance(

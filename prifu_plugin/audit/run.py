@@ -6,25 +6,29 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import prifu_plugin.audit.reconstruction as decoding
 from prifu_plugin.audit.checks import check, check_images, check_packages
-from prifu_plugin.audit.data import AuditData, fingerprint, integers, split_off, uploads
+from prifu_plugin.audit.data import AuditData, fingerprint, integers, split_off
 from prifu_plugin.audit.facts import facts_of
 from prifu_plugin.audit.inference import MANY, prepare
 from prifu_plugin.audit.judge import Evidence, judge
 from prifu_plugin.audit.preparation import WIDE
 from prifu_plugin.audit.result import AuditReport
+from prifu_plugin.audit.sending import (
+    answers_of,
+    arrived,
+    is_keyed,
+    is_stochastic,
+    mean_of_queries,
+    rebuilt,
+)
 from prifu_plugin.audit.statistics import Interval, bootstrap
-from prifu_plugin.channel import Channel, Noise
-from prifu_plugin.cut import CutFilter
+from prifu_plugin.channel import Channel
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError
-from prifu_plugin.graph.undisturbed import undisturbed
-from prifu_plugin.keyed import KeyedNoise
 
 References = Mapping[str, nn.Module | AuditReport]
 
@@ -108,19 +112,19 @@ def audit(
     fitting, choosing = split_off(train, 0.25, seed)
     device = device_of(edge)
     parts = (fitting, choosing, test)
-    sent = [_sent(edge, channel, part.images, name) for part in parts]
-    stochastic = _is_stochastic(edge, channel, test.images[:8])
-    noisy = stochastic or _is_keyed(edge) or (channel is not None and _is_keyed(channel))
-    answers = [_answers(cloud, z, part.labels[task]) for z, part in zip(sent, parts, strict=True)]
+    sent = [arrived(edge, channel, part.images, name) for part in parts]
+    stochastic = is_stochastic(edge, channel, test.images[:8])
+    noisy = stochastic or is_keyed(edge) or (channel is not None and is_keyed(channel))
+    answers = [answers_of(cloud, z, part.labels[task]) for z, part in zip(sent, parts, strict=True)]
     prepared = {"sent": prepare(sent[0], sent[1], sent[2], suite, cloud, device)}
     means: list[Tensor] | None = None
     if queries > 1 and noisy:
-        means = [_mean_of_queries(edge, channel, part.images, queries) for part in parts]
+        means = [mean_of_queries(edge, channel, part.images, queries) for part in parts]
         prepared["repeated"] = prepare(means[0], means[1], means[2], suite, cloud, device)
     reports = {k: v for k, v in references.items() if isinstance(v, AuditReport)}
     for label, other in references.items():
         if isinstance(other, nn.Module):
-            zs = [_sent(other, None, part.images, label) for part in parts]
+            zs = [arrived(other, None, part.images, label) for part in parts]
             prepared[f"reference {label}"] = prepare(zs[0], zs[1], zs[2], suite, device=device)
     if not any("input" in row.ceilings for r in reports.values() for row in r.attributes):
         images = [part.images.float() for part in parts]
@@ -128,10 +132,8 @@ def audit(
     bar = tqdm(attributes, desc=f"attacking {name}", leave=False, disable=None)
     evidence = Evidence(parts, answers, prepared, reports, task, seeds, seed)
     rows = [judge(label, evidence) for label in bar]
-    rebuilt = (
-        _reconstruction(edge, channel, sent, means, parts, answers, suite, seed, losses)
-        if losses
-        else None
+    rebuilt_images = (
+        rebuilt(edge, channel, sent, means, parts, answers, suite, seed, losses) if losses else None
     )
     return AuditReport(
         name,
@@ -139,63 +141,10 @@ def audit(
         _utility(answers[2], test.labels[task], cloud, seed),
         tuple(rows),
         facts_of(sent[0], edge, channel, test.images, stochastic),
-        rebuilt,
+        rebuilt_images,
         (len(fitting), len(choosing), len(test)),
         {**_settings(suite, seeds, seed, references, channel), "queries": queries, "data": data},
-        _not_tested(rebuilt, suite, queries, sent[0]),
-    )
-
-
-def _sent(edge: nn.Module, channel: Channel | None, images: Tensor, what: str) -> Tensor:
-    z = uploads(edge, images, f"uploads of {what}")
-    if channel is None:
-        return z
-    with undisturbed(channel), torch.no_grad():
-        arrived: Tensor = channel.eval()(z.to(device_of(channel)))
-    return arrived.detach().float().cpu()
-
-
-def _is_stochastic(edge: nn.Module, channel: Channel | None, images: Tensor) -> bool:
-    first, second = (_sent(edge, channel, images, "a probe") for _ in range(2))
-    return not torch.equal(first, second)
-
-
-def _is_keyed(module: nn.Module) -> bool:
-    """Whether noise is drawn with a key, which the very same query does not show."""
-    return any(
-        isinstance(part, Noise | KeyedNoise)
-        or (isinstance(part, CutFilter) and part.noise > 0 and part.key is not None)
-        for part in module.modules()
-    )
-
-
-def _mean_of_queries(
-    edge: nn.Module, channel: Channel | None, images: Tensor, queries: int
-) -> Tensor:
-    """Ask again and again, each time a little differently: noise drawn once is drawn anew."""
-    generator = torch.Generator().manual_seed(0)
-    total = _sent(edge, channel, images, "repeated queries")
-    for _ in range(queries - 1):
-        varied = images
-        if images.is_floating_point():
-            noise = torch.randn(images.shape, generator=generator).to(images)
-            varied = images + 1e-3 * noise
-        total = total + _sent(edge, channel, varied, "repeated queries")
-    return total / queries
-
-
-def _answers(cloud: nn.Module | None, z: Tensor, labels: Tensor) -> Tensor:
-    """Return the task's answer for each upload; without a cloud, the true one, a higher floor."""
-    if cloud is None:
-        return labels
-    device = device_of(cloud)
-    with torch.no_grad():
-        # Copies, since a cloud that begins in place would overwrite what is to be attacked.
-        logits = torch.cat([cloud(part.clone().to(device)).cpu() for part in z.split(250)])
-    return (
-        logits.argmax(1)
-        if logits.ndim > 1 and logits.shape[1] > 1
-        else (logits > 0).long().flatten()
+        _not_tested(rebuilt_images, suite, queries, sent[0]),
     )
 
 
@@ -206,43 +155,6 @@ def _utility(
         return None
     right = (answers == labels).double()
     return bootstrap(lambda index: float(right[index].mean()), len(right), seed)
-
-
-def _reconstruction(
-    edge: nn.Module,
-    channel: Channel | None,
-    sent: list[Tensor],
-    means: list[Tensor] | None,
-    parts: tuple[AuditData, ...],
-    answers: list[Tensor],
-    suite: str,
-    seed: int,
-    losses: Sequence[str],
-) -> decoding.Reconstruction:
-    device = device_of(edge)
-    quick = suite == "quick"
-
-    def upload(x: Tensor) -> Tensor:
-        z: Tensor = edge(x.to(device))
-        arrived: Tensor = z if channel is None else channel(z.to(device_of(channel)))
-        return arrived.cpu()
-
-    with undisturbed(channel or nn.Identity()):
-        if channel is not None:
-            channel.eval()
-        pairs = [(z, part.images.float()) for z, part in zip(sent, parts, strict=True)]
-        return decoding.reconstruct(
-            pairs[0],
-            pairs[1],
-            pairs[2],
-            (answers[0], answers[2]),
-            edge=None if quick else upload,
-            seed=seed,
-            steps=60 if quick else 250,
-            losses=losses,
-            repeated=means if suite == "full" else None,
-            device=device,
-        )
 
 
 def _losses(reconstruct: bool | Sequence[str], suite: str) -> Sequence[str]:
@@ -297,9 +209,17 @@ def _not_tested(
         found.append("averages over repeated queries of the same image")
     if rebuilt is None:
         found.append("reconstruction")
-    elif rebuilt.search is None:
+    else:
+        best = max(one.psnr for one in rebuilt.decoders.values())
+        if best < rebuilt.mean_image.psnr + 0.1:
+            found.append("images from decoders (they ended at the floor: no evidence)")
+    if rebuilt is not None and rebuilt.search is None:
         found.append("search for images against the edge")
-    elif rebuilt.search.psnr < rebuilt.mean_image.psnr + 0.1:
+    elif (
+        rebuilt is not None
+        and rebuilt.search is not None
+        and rebuilt.search.psnr < rebuilt.mean_image.psnr + 0.1
+    ):
         found.append("search for images against the edge (it ended at the floor: no evidence)")
     if rebuilt is not None and queries > 1 and suite != "full":
         found.append("reconstruction from repeated queries")

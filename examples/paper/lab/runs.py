@@ -57,7 +57,7 @@ def complete(runs: Iterable[Run], scale: Scale, *, cached: bool = False) -> list
     if not cached:
         for key, run in tqdm(missing.items(), desc="runs", disable=None):
             known[key] = _make(run, scale)
-            _file(scale, key).write_text(json.dumps(known[key]))
+            stored_file(scale, key).write_text(json.dumps(known[key]))
     return [known[key] for key in asked if key in known]
 
 
@@ -73,7 +73,7 @@ def stored(scale: Scale, *, new: bool = True) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if scale.committed.exists():
         found = json.loads(scale.committed.read_text())["runs"]
-    for file in sorted(_file(scale, "x").parent.glob("*.json")) if new else ():
+    for file in sorted(stored_file(scale, "x").parent.glob("*.json")) if new else ():
         found[file.stem] = json.loads(file.read_text())
     return found
 
@@ -98,7 +98,8 @@ def unpacked(text: str, seeds: int = 1) -> torch.Tensor:
     return torch.frombuffer(bytearray(counts), dtype=torch.uint8).double() / seeds
 
 
-def _file(scale: Scale, key: str) -> Path:
+def stored_file(scale: Scale, key: str) -> Path:
+    """Return where the result of a run is kept."""
     folder = ROOT / "out" / "paper" / "runs" / scale.name
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{key}.json"
