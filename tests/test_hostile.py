@@ -10,6 +10,7 @@ from torch import nn
 
 import prifu_plugin as prifu
 from prifu_plugin.errors import CaptureError, ConfigError
+from prifu_plugin.graph.padding import only_pads
 from prifu_plugin.prune.verify import difference
 
 
@@ -404,3 +405,34 @@ def test_attention_is_counted_whatever_kernel_computes_it():
     before, after = prifu.report(prifu.prune(model, x)).macs
     assert before == 12 * 8 * (8 * 3 + 4) + 2 * 12 * 12 * 8
     assert after < before
+
+
+class EvenlyPadded(nn.Conv2d):
+    """Pads as much as its size needs, with a forward of its own."""
+
+    def forward(self, x):
+        height, width = (
+            -(size // -self.stride[0]) * self.stride[0] - size for size in x.shape[-2:]
+        )
+        return super().forward(F.pad(x, (1, 1 + width, 1, 1 + height)))
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def test_convolutions_that_only_pad_are_known_by_what_they_do():
+    assert only_pads(EvenlyPadded(3, 4, 3, stride=2))
+    assert not only_pads(Standardized(3, 4, 3, padding=1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), EvenlyPadded(8, 8, 3, stride=2),
+        nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    model = half_off(net, bias=True).double()
+    pruned = prifu.prune(model, torch.randn(2, 3, 12, 12))
+    for size in ((12, 12), (15, 18)):
+        x = torch.randn(3, 3, *size, dtype=torch.float64)
+        assert difference(model(x), pruned(x)) < 1e-11
+    assert pruned.get_submodule("3").out_channels == 4

@@ -31,6 +31,7 @@ from prifu_plugin.graph.capture import (
 )
 from prifu_plugin.graph.guards import GUARD
 from prifu_plugin.graph.host import is_host
+from prifu_plugin.graph.padding import is_own_convolution, only_pads
 from prifu_plugin.graph.proxies import SizedProxy, plain, reads_tensors, value_of
 from prifu_plugin.graph.undisturbed import undisturbed
 
@@ -110,11 +111,9 @@ def looks_into(root: nn.Module, node: fx.Node) -> bool:
 
 def computes_weight(module: nn.Module) -> bool:
     """Whether a layer is a convolution of a subclass whose forward may compute another weight."""
-    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_host(module):
+    if is_host(module) or type(module).__module__.startswith("torch."):
         return False
-    cls = type(module)
-    own = all(cls.forward is not base.forward for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    return own and cls.__name__ != "Conv2dSame" and not cls.__module__.startswith("torch.")
+    return is_own_convolution(module) and not only_pads(module)
 
 
 class SizedTracer(ModelTracer):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from prifu_plugin.graph.padding import only_pads
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.rules.base import Analysis
 from prifu_plugin.prune.transposed import TRANSPOSED, rows_of_outputs
@@ -75,7 +76,7 @@ def _module_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
     plain = any(forward is cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None
-    same = type(module).__name__ == "Conv2dSame"
+    same = only_pads(module)
     if not (plain or same):
         return None
     if len(fact.shape) != module.weight.ndim:
