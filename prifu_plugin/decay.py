@@ -11,7 +11,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from prifu_plugin.errors import ConfigError, FilterError, OrderError, PrifuWarning
+from prifu_plugin.errors import ConfigError, FilterError, PrifuWarning
 from prifu_plugin.filter import LIVE_FILTERS, PriFU
 from prifu_plugin.ownership import check_ownership, note_step
+from prifu_plugin.shield import Before, check_groups, is_known, restore, shield
 
 Group = dict[str, Any]
 
@@ -66,7 +67,7 @@ def _before_step(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group
 ) -> tuple[tuple[Any, ...], Group] | None:
     """Remember W of the filters in this optimizer, and shield them from other weight decay."""
-    _restore_groups(optimizer)
+    restore(optimizer)
     _end_of_step(optimizer)
     filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
     if not filters:
@@ -89,10 +90,10 @@ def _before_step(
             )
         if unit.decay == "coupled":
             _couple(optimizer, unit, group, bool(_closures(args, kwargs)))
-        remembered.append(_Before(unit, rate, unit.weight.detach().clone(), unit.weight.grad))
+        remembered.append(Before(unit, rate, unit.weight.detach().clone(), unit.weight.grad))
     _REMEMBERED[optimizer] = remembered
     _RUNNING.append((weakref.ref(optimizer), set()))
-    _shield_from_weight_decay(optimizer, filters)
+    shield(optimizer, filters)
     given = tuple(_undone_on_error(a, optimizer) if callable(a) else a for a in args[1:])
     named = {k: _undone_on_error(v, optimizer) if callable(v) else v for k, v in kwargs.items()}
     return (*args[:1], *given), named
@@ -106,7 +107,7 @@ def _undone_on_error(closure: Callable[..., Any], optimizer: Optimizer) -> Calla
         try:
             return closure(*args, **kwargs)
         except BaseException:
-            _restore_groups(optimizer)
+            restore(optimizer)
             _end_of_step(optimizer)
             _REMEMBERED.pop(optimizer, None)
             raise
@@ -116,15 +117,15 @@ def _undone_on_error(closure: Callable[..., Any], optimizer: Optimizer) -> Calla
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> None:
     """Apply the decay, zero what is filtered, and forget its optimizer state (Eq. 6 and 11)."""
-    shielded = _restore_groups(optimizer)
+    was_shielded = restore(optimizer)
     remembered = _REMEMBERED.pop(optimizer, [])
     decayed = _end_of_step(optimizer)
     if _only_passes_on(optimizer):
         _follow(optimizer, decayed)
     if _skipped(optimizer) or _only_passes_on(optimizer):
         return
-    if shielded and optimizer not in _KNOWN:
-        _check_that_groups_may_be_added(optimizer, remembered)
+    if was_shielded and not is_known(optimizer):
+        check_groups(optimizer, remembered)
     with torch.no_grad():
         for unit, rate, before, grad in remembered:
             # Some steps free the gradients; closures make them.
@@ -202,21 +203,9 @@ def _rate(optimizer: Optimizer, group: Group) -> float:
     return float(group["lr"])
 
 
-class _Before(NamedTuple):
-    """A filter before a step: its learning rate, W and the gradient."""
-
-    unit: PriFU
-    rate: float
-    weight: Tensor
-    grad: Tensor | None
-
-
-_REMEMBERED: weakref.WeakKeyDictionary[Optimizer, list[_Before]] = weakref.WeakKeyDictionary()
+_REMEMBERED: weakref.WeakKeyDictionary[Optimizer, list[Before]] = weakref.WeakKeyDictionary()
 _RUNNING: list[tuple[weakref.ref[Optimizer], set[int]]] = []
 """Steps that have begun, the outermost first, and the filters that steps inside have decayed."""
-_SHIELDED: weakref.WeakKeyDictionary[Optimizer, list[tuple[Group, list[Tensor]]]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 def _running() -> list[Optimizer]:
@@ -246,65 +235,6 @@ def _owned_filters(optimizer: Optimizer, filters: dict[int, PriFU]) -> list[tupl
         for parameter in group["params"]
         if id(parameter) in filters and parameter.requires_grad
     ]
-
-
-def _shield_from_weight_decay(optimizer: Optimizer, filters: dict[int, PriFU]) -> None:
-    """Move W into a group without weight decay, for the length of one step."""
-    shielded: list[tuple[Group, list[Tensor]]] = []
-    extra: list[Group] = []
-    for group in optimizer.param_groups:
-        weights = [p for p in group["params"] if id(p) in filters]
-        if not weights or not group.get("weight_decay"):
-            continue
-        shielded.append((group, group["params"]))
-        own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
-        extra.append({**own, "params": weights, "weight_decay": 0.0})
-        group["params"] = [p for p in group["params"] if id(p) not in filters]
-    if not shielded:
-        return
-    wraps_another = not hasattr(optimizer, "_optimizer_state_dict_pre_hooks")  # timm's Lookahead
-    if optimizer not in _GUARDED and not wraps_another:
-        # A step that fails in its middle must not reach a checkpoint.
-        optimizer.register_state_dict_pre_hook(_forget_shield)
-        _GUARDED.add(optimizer)
-    _SHIELDED[optimizer] = shielded
-    optimizer.param_groups.extend(extra)
-
-
-_GUARDED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-
-
-def _restore_groups(optimizer: Optimizer) -> bool:
-    """Undo the shield; return whether there was one."""
-    shielded = _SHIELDED.pop(optimizer, [])
-    for group, params in shielded:
-        group["params"] = params
-    if shielded:
-        del optimizer.param_groups[-len(shielded) :]
-    return bool(shielded)
-
-
-def _forget_shield(optimizer: Optimizer) -> None:
-    _restore_groups(optimizer)
-
-
-def _check_that_groups_may_be_added(optimizer: Optimizer, remembered: list[_Before]) -> None:
-    """Raise if a step that should have moved W did not: it knows its groups by their positions."""
-    for unit, rate, before, grad in remembered:
-        if grad is None or rate * float(grad.abs().max()) < 1e-5 * float(before.abs().max()):
-            continue
-        _KNOWN.add(optimizer)
-        if torch.equal(unit.weight.detach(), before):
-            raise OrderError(
-                f"{type(optimizer).__name__} leaves out the group that keeps its weight decay off "
-                "the filters. Give them one when you build it: [{'params': rest}, {'params': "
-                "[u.weight for u in prifu_plugin.filters(model).values()], 'weight_decay': 0.0}]."
-            )
-        return
-
-
-_KNOWN: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-"""Optimizers that were seen to step the group that shields filters from weight decay."""
 
 
 def _skipped(optimizer: Optimizer) -> bool:

@@ -1,0 +1,95 @@
+"""Keep other weight decay off the filters: W has a group of its own for the length of a step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from prifu_plugin.errors import OrderError
+from prifu_plugin.filter import PriFU
+
+Group = dict[str, Any]
+
+_SHIELDED: weakref.WeakKeyDictionary[Optimizer, list[tuple[Group, list[Tensor]]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class Before(NamedTuple):
+    """A filter before a step: its learning rate, W and the gradient."""
+
+    unit: PriFU
+    rate: float
+    weight: Tensor
+    grad: Tensor | None
+
+
+def shield(optimizer: Optimizer, filters: dict[int, PriFU]) -> None:
+    """Move W into a group without weight decay, for the length of one step."""
+    shielded: list[tuple[Group, list[Tensor]]] = []
+    extra: list[Group] = []
+    for group in optimizer.param_groups:
+        weights = [p for p in group["params"] if id(p) in filters]
+        if not weights or not group.get("weight_decay"):
+            continue
+        shielded.append((group, group["params"]))
+        own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
+        extra.append({**own, "params": weights, "weight_decay": 0.0})
+        group["params"] = [p for p in group["params"] if id(p) not in filters]
+    if not shielded:
+        return
+    wraps_another = not hasattr(optimizer, "_optimizer_state_dict_pre_hooks")  # timm's Lookahead
+    if optimizer not in _GUARDED and not wraps_another:
+        # A step that fails in its middle must not reach a checkpoint.
+        optimizer.register_state_dict_pre_hook(_forget)
+        _GUARDED.add(optimizer)
+    _SHIELDED[optimizer] = shielded
+    optimizer.param_groups.extend(extra)
+
+
+_GUARDED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def restore(optimizer: Optimizer) -> bool:
+    """Undo the shield; return whether there was one."""
+    shielded = _SHIELDED.pop(optimizer, [])
+    for group, params in shielded:
+        group["params"] = params
+    if shielded:
+        del optimizer.param_groups[-len(shielded) :]
+    return bool(shielded)
+
+
+def _forget(optimizer: Optimizer) -> None:
+    restore(optimizer)
+
+
+def check_groups(optimizer: Optimizer, remembered: Sequence[Before]) -> None:
+    """Raise if a step that should have moved W did not: it knows its groups by their positions."""
+    for unit, rate, before, grad in remembered:
+        if hasattr(before, "placements"):  # a shard of FSDP2, which asking would gather
+            continue
+        if grad is None or rate * float(grad.abs().max()) < 1e-5 * float(before.abs().max()):
+            continue
+        _KNOWN.add(optimizer)
+        if torch.equal(unit.weight.detach(), before):
+            raise OrderError(
+                f"{type(optimizer).__name__} leaves out the group that keeps its weight decay off "
+                "the filters. Give them one when you build it: [{'params': rest}, {'params': "
+                "[u.weight for u in prifu_plugin.filters(model).values()], 'weight_decay': 0.0}]."
+            )
+        return
+
+
+_KNOWN: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+"""Optimizers that were seen to step the group that shields filters from weight decay."""
+
+
+def is_known(optimizer: Optimizer) -> bool:
+    """Whether an optimizer was seen to step the group that is added."""
+    return optimizer in _KNOWN
