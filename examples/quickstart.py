@@ -98,10 +98,8 @@ def main(smoke=False, out="out/quickstart", seed=0):
     table.add_row("plain, logit only", *[""] * 5, *leaks(uploads, attack, seed))
     Console(width=120).print(table)
     report.plot()[0].savefig(out / "channels.png", dpi=150)
-    print(
-        f"Picture: {out / 'channels.png'}. {len(attack[-1])} test images: +-0.03 at 95 %. "
-        "Empirical: a stronger attacker may read more."
-    )
+    print(f"Picture: {out / 'channels.png'}. {len(attack[-1])} test images: +-0.03 at 95 %. "
+          "Empirical: a stronger attacker may read more.")  # fmt: skip
 
 
 def leaks(uploads, attack, seed):

@@ -57,7 +57,7 @@ def captured_at(model: nn.Module, inputs: Inputs) -> Captured:
                 raise
             raise CaptureError(
                 f"{type(model).__name__} decides differently for each batch size, as a loop over "
-                "the images of a batch does: it cannot be cut."
+                "the images of a batch does: it cannot be cut. Compute the batch as one tensor."
             ) from None
 
 

@@ -75,7 +75,10 @@ class Split:
         with undisturbed(self.edge), torch.no_grad():
             z = self.edge.eval()(x)
         if not isinstance(z, Tensor):
-            raise ConfigError(f"The upload at '{self.at}' is {len(z)} tensors; ask for each.")
+            raise ConfigError(
+                f"The upload at '{self.at}' is {len(z)} tensors, which have no single payload: "
+                "look at each of edge(x)."
+            )
         dim = self._dim(z) if dim is None else dim
         lines = z.movedim(dim, -1).reshape(len(z), -1, z.shape[dim])
         varying = (lines.amax(0) - lines.amin(0) > 0).any(0)

@@ -152,15 +152,16 @@ def reconstruct(
         tolerance = _tolerance(edge, z, (choose[0][:8], choose[1][:8]), mean, seed)
         searched = _search(edge, z, z_test[:count], mean, seed, tolerance)
         search = similarity(searched, images_test[:count])
+    retrieved = _retrieval(best, images_test)
     return Reconstruction(
         found,
         search,
         similarity(mean.expand_as(images_test), images_test),
         similarity(_task_means(images, *answers), images_test),
-        _retrieval(best, images_test)[1],
+        retrieved[1],
         1 / len(images_test),
         torch.stack([images_test[:8], best[:8].clamp(0, 1)]),
-        _retrieval(best, images_test),
+        retrieved,
     )
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,11 +29,6 @@ class Interval:
             return f"{self.value:.3f}"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-    @classmethod
-    def of(cls, data: dict[str, float] | None) -> Interval | None:
-        """Read what `dataclasses.asdict` wrote."""
-        return None if data is None else cls(**data)
-
 
 @dataclass(frozen=True)
 class Metrics:
@@ -51,10 +45,6 @@ class Metrics:
     balanced: float
     auc: Interval
     bits: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
 
 
 def metrics(
