@@ -108,51 +108,27 @@ def probe_cut(
     cut_dim: int | None = None,
 ) -> tuple[int, int] | None:
     """Run the model once, unchanged; return channel dimension and channels of the cut."""
-    if example_inputs is None:
-        shapes = input_shapes(model)
-        if shapes is None:
-            raise ConfigError(
-                "cut needs example_inputs: pass a batch, such as torch.zeros(2, 3, 224, 224)."
-            )
-        reference = next(model.parameters())
-        example_inputs = tuple(torch.zeros((2, *s[1:])).to(reference) for s in shapes)
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    known = dict(model.named_modules())
-    if cut is not None and cut not in known:
-        raise no_match(cut, [path for path in known if path])
-    if cut is not None and norm_spec(known[cut]) is not None:
-        raise ConfigError(
-            f"cut='{cut}' is a normalization layer, which gets a filter of its own. Cut at the "
-            "module around it, or at the activation behind it."
-        )
+    inputs = _examples(model, example_inputs)
+    if cut is None:
+        _run_once(model, inputs)
+        return None
+    place = _place_of(model, cut)
     seen: list[Any] = []
     made_by: list[tuple[int, int]] = []
     handles = [
         module.register_forward_hook(_noting(made_by, seen))
-        for module in (model.modules() if cut is not None else ())
+        for module in model.modules()
         if _layer_channels(module, 4) is not None
     ]
-    if cut is not None:
-        handles.append(known[cut].register_forward_hook(lambda m, i, o: seen.append(o)))
+    handles.append(place.register_forward_hook(lambda m, i, o: seen.append(o)))
     try:
-        with undisturbed(model), torch.no_grad():
-            model.eval()
-            model(*example_inputs)
-    except Exception as error:
-        shapes_given = [tuple(x.shape) for x in example_inputs]
-        raise ConfigError(
-            f"{type(model).__name__} refuses example_inputs of shape {shapes_given}: "
-            f"{str(error).splitlines()[0]}. Pass a batch as the model takes it, (N, C, H, W)."
-        ) from None
+        _run_once(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    if cut is None:
-        return None
     if not seen or not isinstance(seen[0], Tensor) or seen[0].ndim < 2:
         raise ConfigError(
-            f"cut='{cut}' ({type(known[cut]).__name__}) does not return one tensor (N, C, ...). "
+            f"cut='{cut}' ({type(place).__name__}) does not return one tensor (N, C, ...). "
             "Cut at a module that does."
         )
     uploaded = seen[0]
@@ -164,6 +140,48 @@ def probe_cut(
     dim = channel_dim(model, cut, uploaded, made_by) if cut_dim is None else cut_dim
     dim %= uploaded.ndim
     return dim, uploaded.shape[dim]
+
+
+def _examples(model: nn.Module, given: Tensor | tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    """Return the inputs given, or zeros of the shapes that are known."""
+    if isinstance(given, Tensor):
+        return (given,)
+    if given is not None:
+        return given
+    shapes = input_shapes(model)
+    if shapes is None:
+        raise ConfigError(
+            "cut needs example_inputs: pass a batch, such as torch.zeros(2, 3, 224, 224)."
+        )
+    reference = next(model.parameters())
+    return tuple(torch.zeros((2, *shape[1:])).to(reference) for shape in shapes)
+
+
+def _place_of(model: nn.Module, cut: str) -> nn.Module:
+    known = dict(model.named_modules())
+    if cut not in known:
+        raise no_match(cut, [path for path in known if path])
+    if norm_spec(known[cut]) is not None:
+        raise ConfigError(
+            f"cut='{cut}' is a normalization layer, which gets a filter of its own. Cut at the "
+            "module around it, or at the activation behind it."
+        )
+    place: nn.Module = known[cut]
+    return place
+
+
+def _run_once(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    try:
+        with undisturbed(model), torch.no_grad():
+            model.eval()
+            model(*inputs)
+    except Exception as error:
+        shapes = [tuple(x.shape) for x in inputs]
+        raise ConfigError(
+            f"{type(model).__name__} refuses example_inputs of shape {shapes}: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}. Pass a batch as the model "
+            "takes it, (N, C, H, W)."
+        ) from None
 
 
 def _noting(made_by: list[tuple[int, int]], seen: list[Any]) -> Any:
