@@ -61,7 +61,7 @@ def main() -> None:
                 seeds,
             ),
         ]
-    write(scale, __file__, "Table 6: correlated attributes", text)
+    write(scale, __file__, "Table 6: correlated attributes", text, "faces")
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ shown otherwise. Other claims compare means and have no interval. One seed is on
 observation."""
 
 
-def write(scale: Scale, script: str, title: str, parts: list[str]) -> None:
-    """Write a page; `script` names it and says how it was made."""
+def write(scale: Scale, script: str, title: str, parts: list[str], data: str = "") -> None:
+    """Write a page; `script` names it and says how it was made, `data` if not on the scale's."""
     name = script.rsplit("/", 1)[-1].removesuffix(".py")
     command = f"python examples/paper/{name}.py --scale {scale.name}"
     text = [
         f"# {title}",
         "",
-        f"`{command}`; data: {scale['data']}, seeds {scale['seeds']}, "
+        f"`{command}`; data: {data or scale['data']}, seeds {scale['seeds']}, "
         f"{scale['attack_seeds']} attack seeds, suite {scale['suite']}.",
         "",
     ]
