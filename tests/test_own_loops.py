@@ -5,10 +5,14 @@ import warnings
 import pytest
 import timm
 import torch
+from timm.models.resnet import BasicBlock
 from timm.optim import Adafactor, Lamb, Lookahead
 from timm.utils import freeze
 from timm.utils.model import reparameterize_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 import prifu_plugin as prifu
 from prifu_plugin.errors import ConfigError, OrderError, PrifuWarning
@@ -157,4 +161,21 @@ def test_filters_that_are_replaced_are_missed(how):
     else:
         model = reparameterize_model(model)
     with pytest.raises(OrderError, match="is gone.*before wrap"):
+        model(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["checkpoints", "compiled"])
+def test_parts_in_wrappers_keep_their_filters(how):
+    model = prifu.wrap(timm.create_model("test_resnet", num_classes=2)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    before = model(x)
+    if how == "checkpoints":
+        apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, BasicBlock))
+    else:
+        model.layer1 = torch.compile(model.layer1, backend="eager")
+    torch.testing.assert_close(model(x), before)
+    torch.testing.assert_close(model(x), before)
+    freeze(model, "layer2")
+    with pytest.raises(OrderError, match="is gone"):
         model(x)

@@ -22,33 +22,38 @@ def check_filters_are_there(model: nn.Module, paths: tuple[str, ...]) -> None:
     """Raise OrderError if a layer that had a filter was replaced by one that has none.
 
     Freezing, fusing and reparameterizing functions make new layers, which would be unfiltered.
+    Wrappers around parts (checkpointing, compiled parts) only move them.
     """
-    for (reference, name), path in zip(_places(model, paths), paths, strict=True):
-        owner = reference() if reference is not None else None
-        layer = owner if owner is None or not name else owner._modules.get(name)
-        if layer is None or not is_host(layer):
-            raise OrderError(
-                f"The filter at '{path}' is gone: {type(model).__name__} has "
-                f"{'nothing' if layer is None else f'a {type(layer).__name__} without one'} there "
-                "now. Freeze, fuse and convert layers before wrap, or prune first; to freeze a "
-                "wrapped norm, set requires_grad of its parameters and its mode."
-            )
+    places = _PLACES.get(model)
+    if places is not None and all(map(_holds_filter, places)):
+        return
+    hosts = {
+        id(child): (weakref.ref(owner), name)
+        for owner in model.modules()
+        for name, child in owner._modules.items()
+        if child is not None and is_host(child)
+    }
+    if len(hosts) + is_host(model) < len(paths):
+        known = dict(model.named_modules())
+        path = next(p for p in paths if p not in known or not is_host(known[p]))
+        there = f"a {type(known[path]).__name__} without one" if path in known else "nothing"
+        raise OrderError(
+            f"The filter at '{path}' is gone: {type(model).__name__} has {there} there now. "
+            "Freeze, fuse and convert layers before wrap, or prune first; to freeze a wrapped "
+            "norm, set requires_grad of its parameters and its mode."
+        )
+    _PLACES[model] = list(hosts.values())
 
 
-_Place = tuple[weakref.ref[nn.Module] | None, str]
+_Place = tuple[weakref.ref[nn.Module], str]
 _PLACES: weakref.WeakKeyDictionary[nn.Module, list[_Place]] = weakref.WeakKeyDictionary()
 """Model -> the owner of each filtered layer, by a weak reference, and the layer's name in it."""
 
 
-def _places(model: nn.Module, paths: tuple[str, ...]) -> list[_Place]:
-    if model not in _PLACES:
-        owners = {
-            path: weakref.ref(module)
-            for path, module in model.named_modules(remove_duplicate=False)
-        }
-        split = [path.rpartition(".") for path in paths]
-        _PLACES[model] = [(owners.get(owner), name) for owner, _, name in split]
-    return _PLACES[model]
+def _holds_filter(place: _Place) -> bool:
+    owner = place[0]()
+    layer = owner._modules.get(place[1]) if owner is not None else None
+    return layer is not None and is_host(layer)
 
 
 def check_filters_train(model: nn.Module, state: Any) -> None:
