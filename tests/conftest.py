@@ -10,4 +10,5 @@ def _seeded():
 def pytest_ignore_collect(collection_path, config):
     """Leave the device lane to a process of its own, since it gives torch another device."""
     asked = config.getoption("markexpr") == "device"
-    return True if collection_path.name == "test_device.py" and not asked else None
+    its_files = collection_path.name in ("test_device.py", "elsewhere.py")
+    return True if its_files and not asked else None

@@ -88,6 +88,7 @@ def audit(
         OrderError: if the edge is in train mode.
 
     Example:
+        >>> import torch
         >>> g = torch.Generator().manual_seed(0)
         >>> x, s = torch.rand(600, 1, 8, 8, generator=g), torch.arange(600) % 2
         >>> x[s == 1] += 0.2

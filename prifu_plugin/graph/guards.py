@@ -20,7 +20,7 @@ def is_guard(node: fx.Node) -> bool:
 
 
 def drop_dtype_guards(graph: fx.Graph) -> None:
-    """Erase guards of what was decided on dtypes, which differ where a graph is run in fp64."""
+    """Erase guards of what was decided on the dtype of weights, which is another one in fp64."""
     for node in list(graph.nodes):
         if is_guard(node) and _asks_for_dtype(node):
             graph.erase_node(node)
@@ -28,7 +28,7 @@ def drop_dtype_guards(graph: fx.Graph) -> None:
 
 def _asks_for_dtype(node: fx.Node) -> bool:
     if node.target is getattr and node.args[1] == "dtype":
-        return True
+        return isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
     questions = [n for n in node.all_input_nodes if n.target in (operator.eq, operator.ne, getattr)]
     return any(map(_asks_for_dtype, questions))
 
