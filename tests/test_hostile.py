@@ -69,6 +69,22 @@ def test_what_changes_only_large_values_is_no_movement(body):
         assert difference(model(x), pruned(x)) < 1e-11
 
 
+class Bounded(nn.Module):
+    """Refuses large values."""
+
+    def forward(self, x):
+        if x.abs().max() > 1e6:
+            raise ValueError("too large")
+        return x
+
+
+def test_an_operation_that_refuses_values_is_kept_whole():
+    model, x = half_off(Between(Bounded())), torch.randn(2, 3, 8, 8)
+    pruned = prifu.prune(model, x)
+    assert difference(model(x), pruned(x)) < 1e-5
+    assert any("Bounded" in why for _, why in prifu.report(pruned).notes)
+
+
 class Reversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -32,7 +32,7 @@ ATTRIBUTES = {
 """Attribute -> number of classes; the task is smiling."""
 
 _AT_ONCE = 32
-"""Faces drawn together: more of them leave the processor's cache, and take three times as long."""
+"""Faces drawn together: more of them leave the processor's cache, and take longer."""
 _HAIR = torch.tensor(
     [[0.12, 0.09, 0.08], [0.42, 0.26, 0.14], [0.85, 0.68, 0.36], [0.62, 0.62, 0.64]]
 )

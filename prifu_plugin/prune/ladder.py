@@ -46,7 +46,7 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
     for captured, chosen in _in_turn(model, plain, sized, runs):
         _check_inputs(captured, chosen)
         if captured is sized and chosen[0].batch(1) == chosen[-1].batch(1):  # seen at one size
-            fix_sizes(captured.graph, chosen[0].shapes)
+            fix_sizes(captured.graph, chosen[0].shapes, batch=len(chosen) == 1)
         try:
             return _record(captured, chosen), chosen
         except AssertionError as error:  # a guard: decided differently at the other size

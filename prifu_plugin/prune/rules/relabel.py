@@ -146,8 +146,11 @@ def _labels(
     def other(value: Tensor) -> list[Tensor]:
         return _tensors(_on(analysis, node, source, value, index, run_with_gradients))
 
-    sure = is_movement_by_name(analysis, node)
-    if not sure and not passes_everything(other, start.labels, moved):
+    try:
+        moves = is_movement_by_name(analysis, node) or passes_everything(other, start.labels, moved)
+    except Exception:  # noqa: BLE001 - an operation that refuses values is no movement
+        return None
+    if not moves:
         return None
     return [m.long() for m in moved]
 
