@@ -21,8 +21,9 @@ def undisturbed(model: nn.Module, keep: str | None = None) -> Iterator[None]:
         model: any module.
         keep: prefix of new attributes to keep.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    attributes = [(module, dict(module.__dict__), _contents(module)) for module in model.modules()]
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    attributes = [(module, dict(module.__dict__), _contents(module)) for module in modules]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
     try:
         yield
@@ -49,7 +50,12 @@ def run_undisturbed(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    return [(v, copy.copy(v)) for v in module.__dict__.values() if isinstance(v, list | dict | set)]
+    """Return the containers of a module with copies of what they hold, None for nothing."""
+    return [
+        (value, copy.copy(value) if value else None)
+        for value in module.__dict__.values()
+        if isinstance(value, list | dict | set)
+    ]
 
 
 def _restore(now: dict[str, Any], before: dict[str, Any], keep: str | None) -> None:
@@ -62,6 +68,10 @@ def _restore(now: dict[str, Any], before: dict[str, Any], keep: str | None) -> N
 
 
 def _refill(container: Any, items: Any) -> None:
+    if items is None:
+        if container:
+            container.clear()
+        return
     container.clear()
     if isinstance(container, list):
         container.extend(items)

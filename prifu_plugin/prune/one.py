@@ -14,6 +14,7 @@ from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import CaptureError, ConfigError, PrifuError, VerificationError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured
+from prifu_plugin.graph.guards import is_guard
 from prifu_plugin.prune.inputs import Inputs, refusal, takes
 from prifu_plugin.prune.ladder import recorded
 from prifu_plugin.prune.memory import check_memory
@@ -151,7 +152,8 @@ def _certify(
     """Compare in fp64 first, where every mistake shows, then in the model's own precision."""
     pruned, twin = both
     single = runs[0].batch(1)
-    if not takes(captured.root, single) or not takes(twin, single):  # or it is guarded
+    guarded = any(is_guard(node) for node in twin.graph.nodes)
+    if not takes(captured.root, single) or (guarded and not takes(twin, single)):
         single = runs[0]
     filtered = reference(exact, single.draw(exact.root, seed))
     checks = [

@@ -70,21 +70,27 @@ def compare(
     """
     dtype = next(p.dtype for p in filtered.parameters() if p.is_floating_point())
     drawn = inputs.draw(filtered, seed)
-    rounding, lowest = 0.0, LowestPrecision()
+    rounding = 0.0
     with Quiet(filtered), Quiet(pruned):
-        with lowest:
-            expected = run_undisturbed(filtered, drawn)
+        expected = run_undisturbed(filtered, drawn)
         found = run_undisturbed(pruned, drawn)
         if precise is not None:
             with Quiet(precise):
                 raised = [x.double() if x.is_floating_point() else x for x in drawn]
                 rounding = difference(run_undisturbed(precise, raised), expected)
     gap = difference(expected, found)
-    if dtype == torch.float64 and lowest.lower and gap > TOLERANCES[dtype]:
-        dtype = torch.float32  # a layer casts inside: that is as exact as it gets
+    if dtype == torch.float64 and gap > TOLERANCES[dtype] and _casts_inside(filtered, drawn):
+        dtype = torch.float32  # that is as exact as it gets
     return Check(
         str(dtype).removeprefix("torch."), inputs.shapes, gap, _tolerance(dtype, rounding), rounding
     )
+
+
+def _casts_inside(model: nn.Module, inputs: list[Tensor]) -> bool:
+    lowest = LowestPrecision()
+    with lowest, Quiet(model):
+        run_undisturbed(model, inputs)
+    return lowest.lower
 
 
 def _tolerance(dtype: torch.dtype, rounding: float) -> float:

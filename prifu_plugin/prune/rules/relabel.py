@@ -226,6 +226,7 @@ def _axes(index: Tensor, padded: Tensor) -> set[int]:
 
     Zeros that were padded have no channel: how many there are depends on the size of the input.
     """
+    index = index.int()  # of 64 bits, the least along a dimension takes ten times as long
     lowest = index.masked_fill(padded, torch.iinfo(index.dtype).max)
     highest = index.masked_fill(padded, -1)
     return {
