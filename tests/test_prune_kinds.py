@@ -543,3 +543,16 @@ def test_constants_that_differ_under_a_kernel_are_computed(closed):
     unit.bias.data.normal_()
     unit.weight.data[:closed] = 0.0
     prifu.prune(model, torch.zeros(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("norm", "left"), [(lambda: nn.RMSNorm(8), 4), (lambda: nn.LayerNorm(8), 8)]
+)
+def test_zeros_stay_zeros_where_no_mean_is_subtracted(norm, left):
+    model = nn.Sequential(nn.Linear(5, 8), norm(), norm(), nn.Linear(8, 3)).double().eval()
+    model = prifu.wrap(model, bias=False)
+    prifu.filters(model)["1"].weight.data[::2] = 0.0
+    pruned = prifu.prune(model, torch.zeros(4, 5))
+    assert pruned.get_submodule("3").in_features == left
+    x = torch.randn(6, 5, dtype=torch.float64)
+    assert difference(model(x), pruned(x)) <= 1e-11

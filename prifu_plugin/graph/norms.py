@@ -25,6 +25,8 @@ class NormSpec:
             perhaps followed by an activation; a scale can then be folded into them for the call.
         folds_bias: the class has such a bias.
         running: with running statistics in eval mode, each channel is an affine map of its own.
+        centers: a mean over other values is subtracted; if not, a channel of zeros comes out the
+            same whatever the others are.
         fused: an activation follows inside the module.
         channels: name of the attribute that tells how many channels there are; "" for the usual.
         image_dim: channel dimension of an output of four dimensions or more, where it is another:
@@ -36,6 +38,7 @@ class NormSpec:
     folds: bool = True
     folds_bias: bool = True
     running: bool = False
+    centers: bool = True
     fused: bool = False
     channels: str = ""
 
@@ -50,6 +53,10 @@ _NCHW = NormSpec(dim=1)
 _NCHW_ACT = NormSpec(dim=1, fused=True)
 _LAST = NormSpec(dim=-1)
 _LAST_ACT = NormSpec(dim=-1, fused=True)
+_LAST_RMS = NormSpec(dim=-1, folds_bias=False, centers=False)
+_LAST_RMS_ACT = NormSpec(dim=-1, folds_bias=False, centers=False, fused=True)
+_NCHW_RMS = NormSpec(dim=1, folds_bias=False, centers=False)
+_NCHW_RMS_ACT = NormSpec(dim=1, folds_bias=False, centers=False, fused=True)
 
 _TORCH = {
     "torch.nn.modules.batchnorm.": dict.fromkeys(
@@ -60,7 +67,7 @@ _TORCH = {
     ),
     "torch.nn.modules.normalization.": {
         "LayerNorm": _LAST,
-        "RMSNorm": NormSpec(dim=-1, folds_bias=False),
+        "RMSNorm": _LAST_RMS,
         "GroupNorm": _NCHW,
     },
     "torchvision.ops.misc.": {"FrozenBatchNorm2d": _BATCH},
@@ -75,13 +82,9 @@ _TIMM = {
         "LayerNorm2d": _NCHW,
         "LayerNorm2dFp32": _NCHW,
         "LayerNormExp2d": _NCHW,
+        **dict.fromkeys(["RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32"], _LAST_RMS),
         **dict.fromkeys(
-            ["RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32"],
-            NormSpec(dim=-1, folds_bias=False),
-        ),
-        **dict.fromkeys(
-            ["RmsNorm2d", "RmsNorm2dFp32", "SimpleNorm2d", "SimpleNorm2dFp32"],
-            NormSpec(dim=1, folds_bias=False),
+            ["RmsNorm2d", "RmsNorm2dFp32", "SimpleNorm2d", "SimpleNorm2dFp32"], _NCHW_RMS
         ),
     },
     "timm.layers.norm_act.": {
@@ -90,12 +93,8 @@ _TIMM = {
             ["GroupNormAct", "GroupNorm1Act", "LayerNormAct2d", "LayerNormAct2dFp32"], _NCHW_ACT
         ),
         **dict.fromkeys(["LayerNormAct", "LayerNormActFp32"], _LAST_ACT),
-        **dict.fromkeys(
-            ["RmsNormAct", "RmsNormActFp32"], NormSpec(dim=-1, folds_bias=False, fused=True)
-        ),
-        **dict.fromkeys(
-            ["RmsNormAct2d", "RmsNormAct2dFp32"], NormSpec(dim=1, folds_bias=False, fused=True)
-        ),
+        **dict.fromkeys(["RmsNormAct", "RmsNormActFp32"], _LAST_RMS_ACT),
+        **dict.fromkeys(["RmsNormAct2d", "RmsNormAct2dFp32"], _NCHW_RMS_ACT),
     },
     "timm.layers.evo_norm.": dict.fromkeys(
         [f"EvoNorm2d{kind}" for kind in ("B0", "B1", "B2", "S0", "S0a", "S1", "S1a", "S2", "S2a")],

@@ -121,22 +121,31 @@ class StatisticsRule(Rule):
         dim: channel dimension.
         closed: mask of the channels its filter closes, None if it has no filter.
         groups: how many groups of channels do not depend on each other.
+        centers: whether a mean is subtracted; otherwise zeros stay zeros.
     """
 
     def __init__(
-        self, node: fx.Node, module: nn.Module, dim: int, closed: Tensor | None, groups: int
+        self,
+        node: fx.Node,
+        module: nn.Module,
+        dim: int,
+        closed: Tensor | None,
+        groups: int,
+        *,
+        centers: bool,
     ) -> None:
         super().__init__(node)
         self.module = module
         self.dim = dim
         self.closed = closed
         self.groups = groups
+        self.centers = centers
         self.source = first_input(node)
 
     def const(self, analysis: Analysis) -> Fact:
         """Closed channels are constant, with the value the layer has on any input.
 
-        If all inputs are constant, so is everything: uniform channels have the same statistics at
+        So are channels of zeros, where no mean is subtracted from them. If all inputs are constant, so is everything: uniform channels have the same statistics at
         every resolution.
         """
         fact = analysis.fact(self.source)
@@ -146,15 +155,14 @@ class StatisticsRule(Rule):
             whole = fact.known.expand(fact.shape)
             out = run(analysis, self.node, lambda n: whole if n is self.source else n)
             return summarize(out, fact.shape, axes)
-        if self.closed is None:
-            return summarize(
-                torch.full([1] * len(fact.shape), torch.nan).double(), fact.shape, axes
-            )
+        still = ~fact.live & (fact.known == 0) & (not self.centers)
+        if self.closed is not None:
+            still = still | along(self.closed, len(fact.shape), dim)
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(fact.shape, dtype=torch.float64, generator=generator)
+        probe = torch.where(fact.live, probe, fact.known)
         out = run(analysis, self.node, lambda n: probe if n is self.source else analysis.values[n])
-        closed = along(self.closed, len(fact.shape), dim)
-        return summarize(torch.where(closed, out, torch.nan), fact.shape, axes)
+        return summarize(torch.where(still, out, torch.nan), fact.shape, axes)
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Need everything of a group of which anything is needed."""
@@ -252,7 +260,7 @@ def norm_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     host = filter_of(module) if is_host(module) else None
     dim = host.dim_at(rank) if isinstance(host, PriFU) else spec.dim_at(rank)
     groups = independent_groups(module, dim, rank) if spec.folds else 1
-    return StatisticsRule(node, module, dim, closed, groups)
+    return StatisticsRule(node, module, dim, closed, groups, centers=spec.centers)
 
 
 class _Silent:
