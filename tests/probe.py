@@ -23,7 +23,9 @@ def least_share(model, shape, batch=4, seed=0):
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    x = images(batch, *shape, generator).double().requires_grad_()
+    # Faint and harsh ones, since an activation that is off for all of a few images may yet be on.
+    contrast = 10 ** torch.linspace(-0.5, 1.5, batch).reshape(-1, *[1] * len(shape))
+    x = (contrast * images(batch, *shape, generator)).double().requires_grad_()
     seen = {}
 
     def remember(module, inputs, output):
