@@ -206,6 +206,7 @@ def _not_tested(
     rebuilt: decoding.Reconstruction | None, suite: str, queries: int, z: Tensor
 ) -> tuple[str, ...]:
     found = ["generative priors (GAN, diffusion)", "membership of the training set", "timing"]
+    found.append("codes in exact values (a zero that moves about, the parity of the last digit)")
     if queries == 1:
         found.append("averages over repeated queries of the same image")
     if rebuilt is None:
