@@ -145,8 +145,8 @@ class StatisticsRule(Rule):
     def const(self, analysis: Analysis) -> Fact:
         """Closed channels are constant, with the value the layer has on any input.
 
-        So are channels of zeros, where no mean is subtracted from them. If all inputs are constant, so is everything: uniform channels have the same statistics at
-        every resolution.
+        So are channels of zeros, where no mean is subtracted from them. If all inputs are constant,
+        so is everything: uniform channels have the same statistics at every resolution.
         """
         fact = analysis.fact(self.source)
         dim = self.dim % len(fact.shape)
