@@ -44,6 +44,7 @@ class PriFU(nn.Module):
         weight: W, (C,), fp32 or better whatever the model's dtype.
         bias: (C,) or None.
         filtered: (C,), uint8, 1 where training has filtered a channel; set to 0 to let W reopen it.
+        initial: W at first.
         path: where `prifu_plugin.wrap` put the filter; "" for one made by hand.
         holds_scale: whether W took over the scale of its norm (`prifu_plugin.absorb`).
 
@@ -79,13 +80,22 @@ class PriFU(nn.Module):
         self.dose = 0.0
         self.holds_scale = False
         self.origin: weakref.ref[nn.Parameter] | None = None
-        self.weight = nn.Parameter(torch.full((num_features,), float(config.init)))
+        self.initial = float(config.init)
+        self.weight = nn.Parameter(torch.full((num_features,), self.initial))
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(num_features)) if config.bias else None
         )
         # Averages of a model copy what is not floating-point; some subtract it, so no bool.
         self.register_buffer("filtered", torch.zeros(num_features, dtype=torch.uint8))
         LIVE_FILTERS.add(self)
+
+    def reset_parameters(self) -> None:
+        """Open all channels with the initial weight."""
+        with torch.no_grad():
+            self.weight.fill_(self.initial)
+            self.filtered.zero_()
+            if self.bias is not None:
+                self.bias.zero_()
 
     @property
     def alpha(self) -> float:
@@ -188,9 +198,15 @@ class PriFU(nn.Module):
         self.alpha, self.gain, self.dose = settings
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PriFU:
-        """Move like any module, but keep W and the bias in fp32 or better, and their values."""
+        """Move like any module, but keep W and the bias in fp32 or better, and their values.
+
+        What comes from the meta device has none and gets those a new filter has.
+        """
         before = {name: p.data for name, p in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
+        if before["weight"].is_meta and not self.weight.is_meta:
+            self.reset_parameters()
+            return self
         for name, parameter in self.named_parameters(recurse=False):
             if parameter.dtype in _ROUNDED:
                 kept = before[name]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import prifu_plugin as prifu
 from prifu_plugin.errors import ConfigError, FilterError
@@ -119,3 +120,13 @@ def test_closed_cut_channels_are_constant_whatever_comes_in():
     assert out[:, 1].unique().numel() == 1
     assert out[:, 0].unique().numel() == 50
     assert cut.bits()[1] == 0
+
+
+def test_what_gets_memory_after_meta_gets_its_first_values():
+    with torch.device("meta"):
+        model = prifu.wrap(nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8)), init=0.2, bias=True)
+    model.to_empty(device="cpu")
+    (unit,) = prifu.filters(model).values()
+    assert unit.weight.tolist() == pytest.approx([0.2] * 8)
+    assert unit.bias.tolist() == [0.0] * 8
+    assert unit.filtered.tolist() == [0] * 8

@@ -323,6 +323,16 @@ def test_an_average_of_another_model_is_none_of_ours():
     assert average is not None
 
 
+def test_an_average_of_a_model_with_the_same_stem_is_none_of_ours():
+    other, model = (
+        nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)) for _ in range(2)
+    )
+    model[0].load_state_dict(other[0].state_dict())
+    average = AveragedModel(other)
+    prifu.wrap(model)
+    assert average is not None
+
+
 def test_the_plain_model_may_be_trained_beside_its_wrapped_copy():
     plain = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
     wrapped = prifu.wrap(plain)

@@ -95,10 +95,10 @@ def _is_copy(one: nn.Module, other: nn.Module) -> bool:
     right = dict(other.named_parameters(remove_duplicate=False))
     if not left or left.keys() != right.keys():
         return False
-    first, second = next(iter(left.values())), next(iter(right.values()))
-    if any(isinstance(p, UninitializedParameter) or p.is_meta for p in (first, second)):
+    pairs = [(parameter, right[name]) for name, parameter in left.items()]
+    if any(isinstance(p, UninitializedParameter) or p.is_meta for pair in pairs for p in pair):
         return False
-    return torch.equal(first.detach().cpu(), second.detach().cpu())
+    return all(torch.equal(a.detach().cpu(), b.detach().cpu()) for a, b in pairs)
 
 
 def probe_cut(
