@@ -5,12 +5,14 @@ costs nothing if it does not vary or carries no gradient to the model's output.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *TRANSPOSED)
+TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d, *TRANSPOSED)
 
 
 def least_share(model, shape, batch=4, seed=0):
@@ -26,26 +28,45 @@ def least_share(model, shape, batch=4, seed=0):
     # Faint and harsh ones, since an activation that is off for all of a few images may yet be on.
     contrast = 10 ** torch.linspace(-0.5, 1.5, batch).reshape(-1, *[1] * len(shape))
     x = (contrast * images(batch, *shape, generator)).double().requires_grad_()
-    seen = {}
+    calls = []
 
-    def remember(module, inputs, output):
-        result = output[0] if isinstance(output, tuple) else output
-        if result.requires_grad:
-            result.retain_grad()
-        seen.setdefault(module, []).append((inputs[0].detach(), result))
+    def remember(layer, inputs, output):
+        output[0].retain_grad()
+        calls.append((layer, inputs[0].detach(), output[0], None, 1))
 
-    handles = [
-        module.register_forward_hook(remember)
-        for module in model.modules()
-        if isinstance(module, (*LINEAR, nn.MultiheadAttention))
+    hooks = [
+        layer.register_forward_hook(remember)
+        for layer in model.modules()
+        if isinstance(layer, nn.MultiheadAttention)
     ]
-    out = model(x)
+    with Remembering(calls):
+        out = model(x)
     (out * torch.randn(out.shape, generator=generator, dtype=out.dtype)).sum().backward()
-    for handle in handles:
-        handle.remove()
+    for hook in hooks:
+        hook.remove()
     total = macs(model, (batch, *shape))
-    saved = sum(_saved(module, *call) for module, calls in seen.items() for call in calls)
-    return (total - saved) / total
+    return (total - sum(_saved(*call) for call in calls)) / total
+
+
+class Remembering(TorchFunctionMode):
+    """Note what linear maps are called with, by layers or as functions: (which, x, out, w, groups).
+
+    Those inside nn.MultiheadAttention are not seen, since a mode is off inside of what it sees.
+    """
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if (func is F.linear or func in CONVOLUTIONS) and out.requires_grad:
+            given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
+            place = 7 if func in TRANSPOSED else 6
+            groups = args[place] if len(args) > place else given.get("groups", 1)
+            out.retain_grad()
+            self.calls.append((func, given["input"].detach(), out, given["weight"], groups))
+        return out
 
 
 def images(batch, channels, height, width, generator):
@@ -68,19 +89,18 @@ def macs(model, shape):
     return counter.get_total_flops() // 2
 
 
-def _saved(module, x, out):
-    if isinstance(module, nn.MultiheadAttention):
+def _saved(function, x, out, weight, groups):
+    if isinstance(function, nn.MultiheadAttention):
         varies = _varies(x, -1).double().mean()
         needed = _needed(out, -1).double().mean()
         tokens, width = x.shape[0] * x.shape[1], x.shape[-1]
         return tokens * width * width * (3 * (1 - varies) + (1 - needed))
-    dim = -1 if isinstance(module, nn.Linear) else 1
-    groups = getattr(module, "groups", 1)
+    dim = -1 if function is F.linear else 1
     varies = _varies(x, dim).double().reshape(groups, -1)
     needed = (_needed(out, dim) & _varies(out.detach(), dim)).double().reshape(groups, -1)
     pairs = (varies.sum(1) * needed.sum(1)).sum()
-    taps = module.weight[0, 0].numel()
-    counted = x if isinstance(module, TRANSPOSED) else out  # each input place meets every tap
+    taps = weight[0, 0].numel()
+    counted = x if function in TRANSPOSED else out  # each input place meets every tap
     places = counted.numel() // counted.shape[dim]
     every = groups * varies.shape[1] * needed.shape[1]
     return float(places * taps * (every - pairs))

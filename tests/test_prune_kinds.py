@@ -110,6 +110,34 @@ class Optional(nn.Module):
         return x * scale if mask is None else x * mask
 
 
+SLICED = {
+    "bias computed": lambda: Net(
+        lambda s, x, h: F.linear(h, weight=s.w, bias=torch.cat((s.b, torch.zeros_like(s.b)))),
+        w=weights(4, 8),
+        b=weights(2),
+    ),
+    "weight computed": lambda: Net(
+        lambda s, x, h: F.linear(h, F.normalize(s.w, dim=1), s.b), w=weights(4, 8), b=weights(4)
+    ),
+    "all by name": lambda: Net(
+        lambda s, x, h: F.linear(bias=s.b, input=h, weight=s.w), w=weights(4, 8), b=weights(4)
+    ),
+}
+"""Forwards whose last linear map is a function; it reads open channels only."""
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_functional_linear_maps_are_sliced(name):
+    torch.manual_seed(0)
+    model = half_off(prifu.wrap(SLICED[name]().double()))
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    pruned = prifu.prune(model, x)
+    assert difference(model(x), pruned(x)) <= 1e-11
+    assert not prifu.report(pruned).notes
+    left = int(prifu.filters(model)["n"].open.sum())
+    assert {p.shape[1] for p in pruned.parameters() if p.shape[0] == 4 and p.ndim == 2} == {left}
+
+
 @pytest.mark.parametrize("name", BODIES)
 def test_bodies(name):
     def fresh():

@@ -1,4 +1,4 @@
-"""Convolutions called as functions become layers, so that they are sliced like layers."""
+"""Linear maps called as functions become layers, so that they are sliced like layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.prune.transposed import TRANSPOSED
 
-_LAYERS: dict[Any, type[nn.modules.conv._ConvNd]] = {
+_LAYERS: dict[Any, type[nn.Module]] = {
+    F.linear: nn.Linear,
     F.conv1d: nn.Conv1d,
     F.conv2d: nn.Conv2d,
     F.conv3d: nn.Conv3d,
@@ -26,10 +27,11 @@ _NUMBERS_OF_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dila
 
 
 def make_layers(captured: Captured) -> bool:
-    """Replace functional convolutions by layers, in place; returns whether there were any.
+    """Replace functional linear maps by layers, in place; returns whether there were any.
 
-    Only where the layer can take the weight over: if it follows from buffers, which no training
-    changes, or from parameters that nothing else reads.
+    F.linear with a parameter as its weight stays, which has a rule of its own. Only where the layer
+    can take the weight over: if it follows from buffers, which no training changes, or from
+    parameters that nothing else reads.
 
     Args:
         captured: a model, whose children the layers become, and a graph with recorded examples,
@@ -38,7 +40,7 @@ def make_layers(captured: Captured) -> bool:
     root, graph = captured.root, captured.graph
     found = False
     for node in list(graph.nodes):
-        given = _settings(node) if node.target in _LAYERS else None
+        given = _settings(node) if node.target in _LAYERS and not _is_flat(node) else None
         if given is None:
             continue
         owner = next(reversed(node.meta.get("nn_module_stack") or [""]))
@@ -58,6 +60,12 @@ def make_layers(captured: Captured) -> bool:
     return found
 
 
+def _is_flat(node: fx.Node) -> bool:
+    """Whether a linear map has a parameter as its weight."""
+    weight = node.args[1] if node.target is F.linear else None
+    return isinstance(weight, fx.Node) and weight.op == "get_attr"
+
+
 def _settings(node: fx.Node) -> dict[str, Any] | None:
     names = (*_TENSORS, *_numbers(node))
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
@@ -72,6 +80,8 @@ def _settings(node: fx.Node) -> dict[str, Any] | None:
 
 def _numbers(node: fx.Node) -> tuple[str, ...]:
     """Return the names of the arguments that are no tensors, in the order of the function."""
+    if node.target is F.linear:
+        return ()
     return _NUMBERS_OF_TRANSPOSED if _LAYERS[node.target] in TRANSPOSED else _NUMBERS
 
 
@@ -109,7 +119,8 @@ def _layer(node: fx.Node, given: dict[str, Any]) -> nn.Module:
     if cls in TRANSPOSED:
         inputs, outputs = outputs, inputs
     with torch.device("meta"):
-        layer = cls(inputs, outputs, tuple(weight.shape[2:]), bias=False, **numbers)
+        kernel = [] if cls is nn.Linear else [tuple(weight.shape[2:])]
+        layer = cls(inputs, outputs, *kernel, bias=False, **numbers)
     layer.weight = _parameter(given["weight"])
     layer.bias = None if bias is None else _parameter(bias)
     made: nn.Module = layer.eval()

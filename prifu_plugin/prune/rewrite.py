@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -35,8 +34,8 @@ from prifu_plugin.prune.plan import (
     SliceLinear,
     SliceNorm,
 )
-from prifu_plugin.prune.rules.base import first_input
 from prifu_plugin.prune.rules.sizes import SIZED, size_arguments
+from prifu_plugin.prune.shape_answers import ShapeAnswers
 from prifu_plugin.prune.verify import NOISE
 
 
@@ -62,6 +61,7 @@ class _Rewriter:
         self.new = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
         self.members = Members(self.root, self.new)
+        self.asked = ShapeAnswers(self.new, self.plans, self.values)
 
     def run(self) -> fx.GraphModule:
         for node in self.old.nodes:
@@ -113,7 +113,7 @@ class _Rewriter:
 
     def _keep(self, node: fx.Node, kernel: Keep, operands: dict[str, Any]) -> Any:
         if not node.meta["shape"] and not node.meta["nested"]:
-            return self._scalar(node)
+            return self.asked.answer(node, lambda value: self._argument(node, value))
         args = self._argument(node, node.args, operands)
         kwargs = self._argument(node, node.kwargs, operands)
         if node.op == "get_attr":
@@ -292,45 +292,6 @@ class _Rewriter:
         layout = dict(plan.layout) if plan is not None else {}
         return len(layout[dim]) if dim in layout else int(source.meta["shape"][dim])
 
-    # Sizes.
-
-    def _scalar(self, node: fx.Node) -> Any:
-        """Answer a question about a shape with the original size where channels are gone."""
-        if node.target is getattr and node.args[1] == "shape":
-            return self._sizes(first_input(node))
-        if node.target == "size":
-            sizes = self._sizes(first_input(node))
-            dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-            return sizes if dim is None else sizes[dim]
-        if node.target in ("numel", "nelement") and isinstance(node.args[0], fx.Node):
-            asked = self.values[node.args[0]]
-            sizes = asked if isinstance(asked, tuple) else self._sizes(node.args[0])
-            return self._product(sizes)
-        args = self._argument(node, node.args)
-        listed = any(isinstance(a, tuple | list) for a in args)
-        listed = listed and not any(isinstance(a, fx.Node) for a in args)
-        if listed and callable(node.target) and node.target not in _COMPARISONS:
-            return node.target(*args)
-        kwargs = self._argument(node, node.kwargs)
-        if not _has_nodes((args, kwargs)):
-            return node.meta["example"]
-        return self.new.create_node(node.op, node.target, tuple(args), kwargs)
-
-    def _product(self, sizes: tuple[Any, ...]) -> Any:
-        total: Any = 1
-        for size in sizes:
-            total = self.new.call_function(operator.mul, (total, size))
-        return total
-
-    def _sizes(self, source: fx.Node) -> tuple[Any, ...]:
-        plan = self.plans.get(source.name)
-        layout = dict(plan.layout) if plan is not None else {}
-        shape, value = source.meta["shape"], self.values[source]
-        return tuple(
-            shape[d] if d in layout else self.new.call_method("size", (value, d))
-            for d in range(len(shape))
-        )
-
     # Members of the new model.
 
     def _place(self, node: fx.Node) -> str:
@@ -351,13 +312,3 @@ class _Rewriter:
         if value is None:
             value = torch.zeros(self.plan.shapes[name], dtype=torch.float64)
         return self.members.cast(value)
-
-
-_COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
-"""Sizes are compared when the model runs; the nodes that stand for them are never equal."""
-
-
-def _has_nodes(value: Any) -> bool:
-    found: list[fx.Node] = []
-    fx.node.map_arg(value, found.append)
-    return bool(found)

@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 _BY_EXAMPLE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
@@ -14,11 +15,14 @@ _BY_EXAMPLE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"
 def spell_out(graph: fx.Graph, node: fx.Node) -> None:
     """Replace a stack by a concatenation; ask a tensor whose sizes are taken for its shape only.
 
-    A view becomes a reshape, since slices may leave its operand in other memory; the larger of two
-    tensors is said by one name.
+    A bias that is computed is added behind the linear map, which then has none. A view becomes a
+    reshape, since slices may leave its operand in other memory; the larger of two tensors is said
+    by one name.
     """
     if node.target is torch.stack:
         _spell_out_stack(graph, node)
+    elif node.target is F.linear:
+        _spell_out_linear(graph, node)
     elif node.op == "call_method" and node.target in _BY_EXAMPLE and not node.kwargs:
         with graph.inserting_before(node):
             shape = graph.call_function(getattr, (node.args[1], "shape"))
@@ -30,6 +34,20 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> None:
         node.op = "call_function"
         largest = node.target in (torch.max, "max")
         node.target = torch.maximum if largest else torch.minimum
+
+
+def _spell_out_linear(graph: fx.Graph, node: fx.Node) -> None:
+    """Name the arguments by position, and add a bias that is no parameter separately."""
+    names = ("input", "weight", "bias")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    bias = given.get("bias")
+    computed = isinstance(bias, fx.Node) and bias.op != "get_attr"
+    kept = (given["input"], given["weight"]) + (() if computed or bias is None else (bias,))
+    node.args, node.kwargs = kept, {}
+    if computed:
+        with graph.inserting_after(node):
+            added = graph.call_function(torch.add, (node, bias))
+        node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
 
 
 def _is_of_type(node: fx.Node) -> bool:
