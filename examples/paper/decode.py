@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from prifu_plugin.audit.data import integers, split_off
 from prifu_plugin.audit.result import AuditReport
-from prifu_plugin.audit.sending import answers_of, arrived, rebuilt
+from prifu_plugin.audit.sending import rebuilt, send
 
 
 def main() -> None:
@@ -47,16 +47,12 @@ def again(result: dict, scale) -> bool:
     parts = (*split_off(integers(study.attack), 0.25, 0), integers(study.test))
     edge, channel, cloud = deployed.edge, deployed.channel, deployed.cloud
     torch.manual_seed(0)
-    sent = [arrived(edge, channel, part.images, run["method"]) for part in parts]
-    pairs = zip(sent, parts, strict=True)
-    answers = [answers_of(cloud, z, part.labels[study.task]) for z, part in pairs]
-    right = float((answers[2] == parts[2].labels[study.task]).double().mean())
+    sent = send(edge, channel, cloud, parts, task=study.task, queries=1)
+    right = float((sent.answers[2] == parts[2].labels[study.task]).double().mean())
     known = AuditReport.from_json(json.dumps(result["report"]))
     if known.utility is None or abs(right - known.utility.value) > 0.01:
         return False
-    found = rebuilt(
-        edge, channel, sent, None, parts, answers, scale["suite"], 0, scale["decoders"]
-    )
+    found = rebuilt(edge, channel, sent, scale["suite"], 0, scale["decoders"])
     result["report"] = dataclasses.replace(known, reconstruction=found).to_dict()
     return True
 

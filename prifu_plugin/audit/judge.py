@@ -39,7 +39,7 @@ class Evidence:
     """
 
     parts: tuple[AuditData, ...]
-    answers: list[Tensor]
+    answers: tuple[Tensor, ...]
     prepared: dict[str, Prepared]
     reports: dict[str, AuditReport]
     task: str

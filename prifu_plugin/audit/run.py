@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -13,18 +14,11 @@ import prifu_plugin.audit.reconstruction as decoding
 from prifu_plugin.audit.checks import check, check_images, check_packages
 from prifu_plugin.audit.data import AuditData, fingerprint, integers, split_off
 from prifu_plugin.audit.facts import facts_of
-from prifu_plugin.audit.inference import MANY, prepare
+from prifu_plugin.audit.inference import MANY, Prepared, prepare
 from prifu_plugin.audit.judge import Evidence, judge
 from prifu_plugin.audit.preparation import WIDE
 from prifu_plugin.audit.result import AuditReport
-from prifu_plugin.audit.sending import (
-    answers_of,
-    arrived,
-    is_keyed,
-    is_stochastic,
-    mean_of_queries,
-    rebuilt,
-)
+from prifu_plugin.audit.sending import Sent, arrived, rebuilt, send
 from prifu_plugin.audit.statistics import Interval, bootstrap
 from prifu_plugin.channel import Channel
 from prifu_plugin.device import device_of
@@ -110,43 +104,52 @@ def audit(
     train, test = integers(train), integers(test)
     data = fingerprint(train, test)
     _check_same_data(references, data)
-    fitting, choosing = split_off(train, 0.25, seed)
-    device = device_of(edge)
-    parts = (fitting, choosing, test)
-    sent = [arrived(edge, channel, part.images, name) for part in parts]
-    stochastic = is_stochastic(edge, channel, test.images[:8])
-    noisy = stochastic or is_keyed(edge) or (channel is not None and is_keyed(channel))
-    answers = [answers_of(cloud, z, part.labels[task]) for z, part in zip(sent, parts, strict=True)]
-    prepared = {"sent": prepare(sent[0], sent[1], sent[2], suite, cloud, device)}
-    means: list[Tensor] | None = None
-    if queries > 1 and noisy:
-        means = [mean_of_queries(edge, channel, part.images, queries) for part in parts]
-        prepared["repeated"] = prepare(means[0], means[1], means[2], suite, cloud, device)
+    parts = (*split_off(train, 0.25, seed), test)
+    sent = send(edge, channel, cloud, parts, task=task, queries=queries, name=name)
     reports = {k: v for k, v in references.items() if isinstance(v, AuditReport)}
-    for label, other in references.items():
-        if isinstance(other, nn.Module):
-            zs = [arrived(other, None, part.images, label) for part in parts]
-            prepared[f"reference {label}"] = prepare(zs[0], zs[1], zs[2], suite, device=device)
-    if not any("input" in row.ceilings for r in reports.values() for row in r.attributes):
-        images = [part.images.float() for part in parts]
-        prepared["reference input"] = prepare(images[0], images[1], images[2], suite, device=device)
+    prepared = _prepared(sent, references, suite, cloud, device_of(edge))
+    evidence = Evidence(parts, sent.answers, prepared, reports, task, seeds, seed)
     bar = tqdm(attributes, desc=f"attacking {name}", leave=False, disable=None)
-    evidence = Evidence(parts, answers, prepared, reports, task, seeds, seed)
-    rows = [judge(label, evidence) for label in bar]
-    rebuilt_images = (
-        rebuilt(edge, channel, sent, means, parts, answers, suite, seed, losses) if losses else None
-    )
+    rows = tuple(judge(label, evidence) for label in bar)
+    images = rebuilt(edge, channel, sent, suite, seed, losses) if losses else None
     return AuditReport(
         name,
         task,
-        _utility(answers[2], test.labels[task], cloud, seed),
-        tuple(rows),
-        facts_of(sent[0], edge, channel, test.images, stochastic),
-        rebuilt_images,
-        (len(fitting), len(choosing), len(test)),
+        _utility(sent.answers[2], test.labels[task], cloud, seed),
+        rows,
+        facts_of(sent.uploads[0], edge, channel, test.images, sent.stochastic),
+        images,
+        (len(parts[0]), len(parts[1]), len(parts[2])),
         {**_settings(suite, seeds, seed, references, channel), "queries": queries, "data": data},
-        _not_tested(rebuilt_images, suite, queries, sent[0]),
+        _not_tested(images, suite, queries, sent.uploads[0]),
     )
+
+
+def _prepared(
+    sent: Sent,
+    references: References,
+    suite: str,
+    cloud: nn.Module | None,
+    device: torch.device,
+) -> dict[str, Prepared]:
+    """Prepare all that is attacked: uploads, their means, those of other edges, and the images."""
+
+    def ready(uploads: Iterable[Tensor], tail: nn.Module | None = None) -> Prepared:
+        fitting, choosing, test = uploads
+        return prepare(fitting, choosing, test, suite, tail, device)
+
+    found = {"sent": ready(sent.uploads, cloud)}
+    if sent.means is not None:
+        found["repeated"] = ready(sent.means, cloud)
+    for label, other in references.items():
+        if isinstance(other, nn.Module):
+            there = (arrived(other, None, part.images, label) for part in sent.parts)
+            found[f"reference {label}"] = ready(there)
+    told = (other for other in references.values() if isinstance(other, AuditReport))
+    if not any("input" in row.ceilings for report in told for row in report.attributes):
+        images = (part.images.float() for part in sent.parts)
+        found["reference input"] = ready(images)
+    return found
 
 
 def _utility(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,57 @@ from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.keyed import KeyedNoise
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What an attacker gets of the data.
+
+    Attributes:
+        parts: data for training, choosing and judging attackers.
+        uploads: what arrives of each part, fp32 on the CPU.
+        answers: the task's answers to each part.
+        means: means of repeated queries of each part; None if there is nothing to average.
+        stochastic: whether the very same images arrive otherwise the second time.
+    """
+
+    parts: tuple[AuditData, ...]
+    uploads: tuple[Tensor, ...]
+    answers: tuple[Tensor, ...]
+    means: tuple[Tensor, ...] | None
+    stochastic: bool
+
+
+def send(
+    edge: nn.Module,
+    channel: Channel | None,
+    cloud: nn.Module | None,
+    parts: tuple[AuditData, ...],
+    *,
+    task: str,
+    queries: int,
+    name: str = "edge",
+) -> Sent:
+    """Upload the data.
+
+    Args:
+        edge: images -> uploads.
+        channel: what uploads pass through.
+        cloud: what arrives -> the task's logits; without one, answers are the true labels.
+        parts: data for training, choosing and judging attackers.
+        task: name of the label that the cloud answers.
+        queries: how often an attacker may ask about an image.
+        name: of the edge, for messages.
+    """
+    uploads = tuple(arrived(edge, channel, part.images, name) for part in parts)
+    stochastic = is_stochastic(edge, channel, parts[-1].images[:8])
+    noisy = stochastic or is_keyed(edge) or (channel is not None and is_keyed(channel))
+    pairs = zip(uploads, parts, strict=True)
+    answers = tuple(answers_of(cloud, z, part.labels[task]) for z, part in pairs)
+    means = None
+    if queries > 1 and noisy:
+        means = tuple(mean_of_queries(edge, channel, part.images, queries) for part in parts)
+    return Sent(parts, uploads, answers, means, stochastic)
 
 
 def arrived(edge: nn.Module, channel: Channel | None, images: Tensor, what: str) -> Tensor:
@@ -74,10 +126,7 @@ def answers_of(cloud: nn.Module | None, z: Tensor, labels: Tensor) -> Tensor:
 def rebuilt(
     edge: nn.Module,
     channel: Channel | None,
-    sent: list[Tensor],
-    means: list[Tensor] | None,
-    parts: tuple[AuditData, ...],
-    answers: list[Tensor],
+    sent: Sent,
     suite: str,
     seed: int,
     losses: Sequence[str],
@@ -94,16 +143,17 @@ def rebuilt(
     with undisturbed(channel or nn.Identity()):
         if channel is not None:
             channel.eval()
-        pairs = [(z, part.images.float()) for z, part in zip(sent, parts, strict=True)]
+        both = zip(sent.uploads, sent.parts, strict=True)
+        pairs = [(z, part.images.float()) for z, part in both]
         return decoding.reconstruct(
             pairs[0],
             pairs[1],
             pairs[2],
-            (answers[0], answers[2]),
+            (sent.answers[0], sent.answers[2]),
             edge=None if quick else upload,
             seed=seed,
             steps=60 if quick else 250,
             losses=losses,
-            repeated=means if suite == "full" else None,
+            repeated=sent.means if suite == "full" else None,
             device=device,
         )
