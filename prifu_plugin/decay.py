@@ -8,6 +8,7 @@ under a GradScaler) or normalize a gradient term away (Adam).
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -54,11 +55,13 @@ def dose_to_beta(dose: float, learning_rates: Iterable[float]) -> float:
             f"learning_rates={learning_rates} is one number: pass the rate of every step, "
             f"[{learning_rates}] * steps where it is constant."
         )
-    total = sum(learning_rates)
-    if dose < 0 or total <= 0:
+    rates = [float(rate) for rate in learning_rates]
+    total, dose = sum(rates), float(dose)
+    finite = math.isfinite(dose) and math.isfinite(total)
+    if not finite or dose < 0 or total <= 0 or min(rates) < 0:
         raise ConfigError(
             f"dose={dose} over learning rates that sum to {total}: pass dose >= 0 "
-            "and the learning rate of every step."
+            "and the learning rate of every step, none below 0."
         )
     return dose / total
 

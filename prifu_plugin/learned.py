@@ -17,7 +17,8 @@ def learned(outputs: Tensor, targets: Tensor) -> bool:
     look here before believing that a leak is low.
 
     Args:
-        outputs: logits (N, classes), on data that were not trained on.
+        outputs: logits (N, classes), on data that were not trained on; of two classes the logit of
+            the second alone will do, (N, 1) or (N,).
         targets: classes (N,), integers.
 
     Returns:
@@ -32,14 +33,7 @@ def learned(outputs: Tensor, targets: Tensor) -> bool:
         >>> learned(torch.eye(2).repeat(20, 1), torch.tensor([0, 1]).repeat(20))
         True
     """
-    if outputs.ndim != 2 or targets.shape != outputs.shape[:1] or not len(targets):
-        raise ConfigError(
-            f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}: pass logits "
-            "(N, classes) and classes (N,)."
-        )
-    if targets.is_floating_point():
-        raise ConfigError(f"targets are {targets.dtype}: pass classes, integers from 0.")
-    right = float((outputs.argmax(1) == targets).double().mean())
+    right = float(are_right(outputs, targets).mean())
     if is_above_chance(right, targets):
         return True
     chance = float(targets.bincount().max()) / len(targets)
@@ -51,6 +45,49 @@ def learned(outputs: Tensor, targets: Tensor) -> bool:
         stacklevel=2,
     )
     return False
+
+
+def are_right(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return 1.0 for each sample whose class is right, else 0.0, (N,), fp64.
+
+    Args:
+        outputs: logits (N, classes), or one logit of two classes, (N, 1) or (N,).
+        targets: classes (N,), integers from 0.
+
+    Raises:
+        ConfigError: for anything else.
+
+    Example:
+        >>> are_right(torch.tensor([[2.0], [-1.0]]), torch.tensor([1, 1])).tolist()
+        [1.0, 0.0]
+    """
+    if not isinstance(outputs, Tensor):
+        raise ConfigError(
+            f"The model returns a {type(outputs).__name__}: pass its logits (N, classes), or where "
+            "a metric= is taken, one that looks into it."
+        )
+    flat = outputs.ndim == 1 or (outputs.ndim == 2 and outputs.shape[1] == 1)
+    if not (flat or outputs.ndim == 2) or targets.shape != outputs.shape[:1] or not len(targets):
+        raise ConfigError(
+            f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}: pass logits "
+            "(N, classes) and classes (N,), or where a metric= is taken, one number a sample."
+        )
+    if targets.is_floating_point() or targets.is_complex():
+        raise ConfigError(f"targets are {targets.dtype}: pass classes, integers from 0.")
+    classes = 2 if flat else outputs.shape[1]
+    if int(targets.min()) < 0 or int(targets.max()) >= classes:
+        raise ConfigError(
+            f"Targets reach from {int(targets.min())} to {int(targets.max())}, and the model has "
+            f"{classes} classes: number them from 0."
+        )
+    return (named(outputs) == targets).double()
+
+
+def named(outputs: Tensor) -> Tensor:
+    """Return the class that logits (N, classes) name, (N,); a single logit is of class 1."""
+    if outputs.ndim > 1 and outputs.shape[1] > 1:
+        return outputs.argmax(1)
+    return (outputs > 0).long().flatten()
 
 
 def is_above_chance(accuracy: float, targets: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prifu_plugin.batches import pairs
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError
@@ -19,6 +20,7 @@ from prifu_plugin.graph.host import filter_of, is_folded, is_host
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.learned import are_right
 from prifu_plugin.ranks import spearman
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -88,7 +90,8 @@ def relevance(
     Args:
         model: a wrapped model; it is not changed.
         data: batches (x, target), x floating-point (N, C, ...).
-        loss: gives the loss of each sample, (N,); cross-entropy by default.
+        loss: gives the loss of each sample, (N,); by default cross-entropy of logits (N, classes),
+            or of one logit of two classes.
 
     Returns:
         AvgRI by filter and by input channel.
@@ -119,9 +122,9 @@ def relevance(
             parameter.requires_grad_(False)  # only gradients of activations are wanted
         for path, module, unit in _places(model):
             hooks.callback(_watch(module, unit, meters[path]).remove)
-        for x, target in data:
-            x = x.to(device).detach().requires_grad_()
-            losses = loss(model(x), target.to(device))
+        for given, target in pairs(data, device):
+            x = _differentiable(given)
+            losses = loss(model(x), target)
             if losses.shape != (len(x),):
                 raise ConfigError(
                     f"loss returns {tuple(losses.shape)} for {len(x)} samples: return one loss a "
@@ -149,7 +152,8 @@ def influence(model: nn.Module, x: Tensor, target: Tensor, loss: Loss | None = N
         model: any model, plain or wrapped; run in eval mode and not changed.
         x: floating-point inputs (N, C, ...).
         target: what the loss compares with.
-        loss: gives the loss of each sample, (N,); cross-entropy by default.
+        loss: gives the loss of each sample, (N,); by default cross-entropy of logits (N, classes),
+            or of one logit of two classes.
 
     Returns:
         The absolute gradients, shape, dtype and device of x.
@@ -162,13 +166,27 @@ def influence(model: nn.Module, x: Tensor, target: Tensor, loss: Loss | None = N
     with undisturbed(model), torch.enable_grad():
         model.eval()
         device = device_of(model)
-        moved = x.to(device).detach().requires_grad_()
+        moved = _differentiable(x.to(device))
         losses = (loss or _cross_entropy)(model(moved), target.to(device))
         (gradient,) = torch.autograd.grad(losses.sum(), moved)
     return gradient.abs().to(x.device)
 
 
+def _differentiable(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        raise ConfigError(
+            f"Inputs are {x.dtype}: influence is a gradient, which integers do not have. "
+            "Measure the part of the model behind its embedding."
+        )
+    return x.detach().requires_grad_()
+
+
 def _cross_entropy(output: Any, target: Tensor) -> Tensor:
+    if not isinstance(output, Tensor) or target.shape != output.shape:
+        are_right(output, target)  # or it says what does not fit
+    if output.ndim == 1 or output.shape[1] == 1:
+        truth = target.to(output.dtype)
+        return F.binary_cross_entropy_with_logits(output.flatten(), truth, reduction="none")
     return F.cross_entropy(output, target, reduction="none")
 
 

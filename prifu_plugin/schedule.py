@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from prifu_plugin.batches import inputs
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError, FilterError
@@ -165,7 +167,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         The model.
 
     Raises:
-        ConfigError: if there are no batches.
+        ConfigError: if there are no batches, or they are no tensors. Whatever fails, the statistics
+            are then what they were.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -173,29 +176,37 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         >>> norm.running_mean.tolist()
         [4.0, 4.0]
     """
-    remaining = iter(batches)
+    remaining = inputs(batches, device_of(model))
     first = next(remaining, None)
     if first is None:
         raise ConfigError("No batches to estimate statistics from: pass images.")
     cuts = [module for module in model.modules() if isinstance(module, CutFilter)]
     modes = {module: module.training for module in model.modules()}
+    momenta = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm)}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     stream = _counted(itertools.chain([first], remaining), cuts)
-    device = device_of(model)
     try:
         model.train()
-        update_bn(stream, model, device=device)
+        update_bn(stream, model)
         with torch.no_grad():
-            for batch in stream:  # update_bn takes none where no norm keeps statistics
-                model((batch[0] if isinstance(batch, list | tuple) else batch).to(device))
+            for x in stream:  # update_bn takes none where no norm keeps statistics
+                model(x)
+    except Exception:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
         for cut in cuts:
             cut.__dict__.pop("momentum", None)
     return model
 
 
-def _counted(batches: Iterable[Any], cuts: list[CutFilter]) -> Iterator[Any]:
+def _counted(batches: Iterable[Tensor], cuts: list[CutFilter]) -> Iterator[Tensor]:
     for seen, batch in enumerate(batches, 1):
         for cut in cuts:  # a cumulative average, as update_bn makes of the norms'
             cut.momentum = 1 / seen

@@ -71,7 +71,15 @@ class Split:
             x: the batch.
             dim: channel dimension of the upload; by default that of a filter on it, else the last
                 of tokens (N, T, C) and 1 of everything else.
+
+        Raises:
+            ConfigError: for one input, or where several tensors are uploaded.
         """
+        if not isinstance(x, Tensor) or len(x) < 2:
+            raise ConfigError(
+                "payload looks at which channels differ between inputs: pass a batch (N, ...) of "
+                "at least two different ones."
+            )
         with undisturbed(self.edge), torch.no_grad():
             z = self.edge.eval()(x)
         if not isinstance(z, Tensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prifu_plugin.batches import check_repeatable, pairs
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError, PrifuWarning
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
 from prifu_plugin.graph.undisturbed import undisturbed
-from prifu_plugin.learned import is_above_chance
+from prifu_plugin.learned import are_right, is_above_chance
 
 Data = Sequence[tuple[Tensor, Tensor]]
 Metric = Callable[[Tensor, Tensor], Tensor]
@@ -58,11 +59,12 @@ def sweep(
         macs: also prune at each threshold and count multiply-accumulates.
 
     Returns:
-        One `Threshold` for each alpha.
+        One `Threshold` for each alpha, measured with the same noise.
 
     Raises:
         OrderError: if the model is not wrapped.
-        ConfigError: for an alpha out of range, or no data.
+        ConfigError: for an alpha out of range, no data, or a metric that is not one number a
+            sample.
 
     Example:
         >>> import prifu_plugin as prifu
@@ -72,16 +74,38 @@ def sweep(
         [1.0, 1.0]
     """
     wrap_state(model)
-    if not len(data):
-        raise ConfigError("data is empty: pass batches (x, target).")
-    wrong = [alpha for alpha in alphas if not 0 <= alpha < 1]
-    if wrong:
-        raise ConfigError(f"alpha={wrong[0]} is not in [0, 1).")
+    check_repeatable(data)
+    if not isinstance(alphas, Iterable) or isinstance(alphas, str):
+        raise ConfigError(f"alphas={alphas!r}: pass a list of thresholds in [0, 1).")
+    alphas = list(alphas)
+    wrong = [a for a in alphas if not isinstance(a, int | float) or not 0 <= a < 1]
+    if wrong or not alphas:
+        raise ConfigError(f"alphas={alphas}: pass at least one threshold, all in [0, 1).")
+    _warn_of_closed(model, min(alphas))
+    return _measure(model, data, alphas, metric, macs)
+
+
+def _measure(
+    model: nn.Module, data: Data, alphas: Sequence[float], metric: Metric | None, macs: bool
+) -> list[Threshold]:
     found = []
     for alpha in tqdm(alphas, desc="thresholds", leave=False, disable=None):
         with _at(model, alpha):
-            found.append(_evaluate(model, data, alpha, metric or _is_right, macs))
+            found.append(_evaluate(model, data, alpha, metric or are_right, macs))
     return found
+
+
+def _warn_of_closed(model: nn.Module, least: float) -> None:
+    """Warn where a threshold is below one that training has filtered at."""
+    units = filters(model).values()
+    trained = [unit.alpha for unit in units if bool(unit.filtered.any())]
+    if trained and least < max(trained):
+        warnings.warn(
+            f"Training has filtered at alpha={max(trained):g}, and what was filtered stays closed: "
+            "thresholds below that open nothing. Train with a lower alpha to see more channels.",
+            PrifuWarning,
+            stacklevel=3,
+        )
 
 
 def fit_alpha(
@@ -112,12 +136,11 @@ def fit_alpha(
         OrderError: if the model is not wrapped.
         ConfigError: unless exactly one budget is given, or if it cannot be met.
     """
-    budgets = [budget is not None for budget in (max_drop, keep, macs)]
-    if sum(budgets) != 1:
-        raise ConfigError("Give one budget: max_drop=, keep= or macs=.")
+    _check_budget(max_drop, keep, macs, steps)
     wrap_state(model)
+    check_repeatable(data)
     present = max(unit.alpha for unit in filters(model).values())
-    reference = sweep(model, data, [present], metric=metric)[0].score
+    reference = _measure(model, data, [present], metric, False)[0].score
     if metric is None and not is_above_chance(reference, torch.cat([y for _, y in data])):
         warnings.warn(
             f"At the present alpha {present:g} the model is right in {100 * reference:.1f} % of "
@@ -140,19 +163,33 @@ def fit_alpha(
     best: Threshold | None = None
     for _ in range(steps):
         middle = (low + high) / 2
-        found = sweep(model, data, [middle], metric=metric, macs=macs is not None)[0]
+        found = _measure(model, data, [middle], metric, macs is not None)[0]
         fits = within(found)
         if fits and (best is None or (found.alpha > best.alpha) == (max_drop is not None)):
             best = found
         stronger = fits if max_drop is not None else not fits
         low, high = (middle, high) if stronger else (low, middle)
     if best is None and max_drop is not None:
-        best = sweep(model, data, [present], metric=metric)[0]
+        best = _measure(model, data, [present], metric, False)[0]
     if best is None:
         raise ConfigError("No threshold below 1 meets the budget: train with a larger dose.")
     for unit in filters(model).values():
         unit.alpha = best.alpha
     return best
+
+
+def _check_budget(
+    max_drop: float | None, keep: float | None, macs: float | None, steps: int
+) -> None:
+    if sum(budget is not None for budget in (max_drop, keep, macs)) != 1:
+        raise ConfigError("Give one budget: max_drop=, keep= or macs=.")
+    for name, share in (("keep", keep), ("macs", macs)):
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"{name}={share!r} is no share in (0, 1]: pass 0.5 for a half.")
+    if max_drop is not None and not max_drop >= 0:
+        raise ConfigError(f"max_drop={max_drop!r}: pass how far the metric may fall, 0 or more.")
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"steps={steps!r}: the search needs one step at least.")
 
 
 @contextmanager
@@ -171,12 +208,20 @@ def _at(model: nn.Module, alpha: float) -> Iterator[None]:
 def _evaluate(model: nn.Module, data: Data, alpha: float, metric: Metric, macs: bool) -> Threshold:
     device = device_of(model)
     total, count = 0.0, 0
-    with undisturbed(model), torch.no_grad():
+    devices = [device] if device.type == "cuda" else []
+    with undisturbed(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)  # noise on an upload is the same for every threshold
         model.eval()
         first = None
-        for x, target in data:
+        for x, target in pairs(data, device):
             first = x[:2] if first is None else first
-            values = metric(model(x.to(device)), target.to(device))
+            values = metric(model(x), target)
+            if not isinstance(values, Tensor) or values.shape != (len(x),):
+                what = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ConfigError(
+                    f"metric returns {what} for {len(x)} samples: return one number a sample, "
+                    f"({len(x)},), without averaging."
+                )
             total, count = total + float(values.double().sum()), count + len(x)
     units = filters(model).values()
     share = sum(int(u.open.sum()) for u in units) / sum(u.weight.numel() for u in units)
@@ -187,7 +232,3 @@ def _evaluate(model: nn.Module, data: Data, alpha: float, metric: Metric, macs: 
         before, pruned = report(prune(model, first)).macs
         after = pruned / before
     return Threshold(alpha, total / count, share, after)
-
-
-def _is_right(output: Tensor, target: Tensor) -> Tensor:
-    return (output.argmax(1) == target).double()

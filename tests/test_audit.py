@@ -15,10 +15,14 @@ import prifu_plugin as prifu
 from prifu_plugin.audit import checks
 from prifu_plugin.audit import run as audit_run
 from prifu_plugin.audit.controls import BROKEN, marks_of
+from prifu_plugin.audit.data import AuditData, split_off
+from prifu_plugin.audit.facts import facts_of
 from prifu_plugin.audit.render import html, verdict
 from prifu_plugin.audit.result import AuditReport
+from prifu_plugin.audit.sending import answers_of
 from prifu_plugin.audit.statistics import Interval
 from prifu_plugin.channel import Channel, Noise, Projection, Quantizer
+from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import ConfigError, OrderError, PrifuWarning
 
 
@@ -506,3 +510,36 @@ def test_labels_that_are_no_classes(label, said):
 def test_an_edge_that_is_no_module():
     with pytest.raises(ConfigError, match="edge is a function"):
         prifu.audit(lambda x: x, TRAIN, TEST, task="task", attributes=["private"])
+
+
+def test_bits_are_bounded_only_where_the_noise_is_what_is_sent():
+    images = torch.rand(2, 3, 16, 16)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    net = prifu.wrap(net, cut="2", noise=0.3, example_inputs=images).eval()
+    there, behind = (prifu.split(net, at, images).edge for at in ("2", "3"))
+    (cut,) = (m for m in there.modules() if isinstance(m, CutFilter))
+    places = 14 * 14
+    with torch.no_grad():
+        bound = facts_of(there(images), there, None, images, True).bits
+        assert facts_of(behind(images), behind, None, images, True).bits is None
+    assert bound == pytest.approx(float(cut.bits().sum()) * places)
+
+
+def test_a_cloud_that_is_broken_is_refused():
+    class Broken(nn.Module):
+        def forward(self, z):
+            return torch.full((len(z), 2), torch.nan)
+
+    with pytest.raises(ConfigError, match="NaN or infinite logits"):
+        answers_of(Broken(), torch.zeros(4, 3), torch.zeros(4))
+
+
+def test_rare_classes_are_in_both_parts_of_a_split():
+    label = torch.zeros(400, dtype=torch.long)
+    label[:4] = 1
+    for seed in range(20):
+        data = AuditData(torch.zeros(400, 1), {"rare": label})
+        parts = split_off(data, 0.25, seed, ["rare"])
+        assert all(part.labels["rare"].any() for part in parts)
+        assert sum(len(part) for part in parts) == 400

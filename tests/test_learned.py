@@ -66,3 +66,14 @@ def test_an_audit_marks_a_model_at_chance():
     assert "the model is at chance at its own task" in found.attributes[0].marks
     told = prifu.audit(edge, *parts, reconstruct=False, **settings)
     assert not [mark for mark in told.attributes[0].marks if "chance" in mark]
+
+
+@pytest.mark.parametrize("shape", [(40,), (40, 1)])
+def test_one_logit_of_two_classes(shape):
+    targets = torch.arange(40) % 2
+    assert prifu.learned((targets * 2.0 - 1).reshape(shape), targets)
+
+
+def test_classes_that_the_model_has_not_are_refused():
+    with pytest.raises(ConfigError, match="reach from 10 to 11"):
+        prifu.learned(torch.eye(2).repeat(20, 1), torch.arange(40) % 2 + 10)

@@ -191,3 +191,14 @@ def test_a_course_of_beta_is_scaled_to_a_dose():
     for settings in ({"dose": 1.0}, {"dose": 1.0, "rates": [0.1]}, {"dose": -1.0, "rates": rates}):
         with pytest.raises(ConfigError, match="dose"):
             prifu.FilterSchedule(model, steps=20, **settings)
+
+
+def test_a_recalibration_that_fails_leaves_everything_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    before = copy.deepcopy(model.state_dict())
+    for batches in ([torch.randn(8, 4), torch.randn(8, 5)], [torch.randn(8, 4), {"x": 1}]):
+        with pytest.raises((RuntimeError, ConfigError)):
+            prifu.recalibrate(model, batches)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert model[1].momentum == 0.1
+        assert not model.training

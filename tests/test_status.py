@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import prifu_plugin as prifu
-from prifu_plugin.errors import ConfigError, OrderError
+from prifu_plugin.errors import ConfigError, OrderError, PrifuWarning
 from prifu_plugin.status import MaskHistory
 from prifu_plugin.threshold import Threshold
 
@@ -70,7 +70,8 @@ def test_a_history_feeds_tensorboard_like_loggers():
 def test_sweep_changes_nothing_and_agrees_with_setting_alpha():
     model = trained()
     alphas = [0.0, 0.2, 0.5, 0.9]
-    found = prifu.sweep(model, data(), alphas, macs=True)
+    with pytest.warns(PrifuWarning, match="filtered at alpha=0.1.*open nothing"):
+        found = prifu.sweep(model, data(), alphas, macs=True)
     assert [one.alpha for one in found] == alphas
     assert {unit.alpha for unit in prifu.filters(model).values()} == {0.1}
     opened = [one.open_share for one in found]
@@ -123,7 +124,7 @@ def test_thresholds_read_any_loader_once():
 def test_bad_input():
     with pytest.raises(ConfigError, match="one budget"):
         prifu.fit_alpha(network(), data(), keep=0.5, macs=0.5)
-    with pytest.raises(ConfigError, match="not in"):
+    with pytest.raises(ConfigError, match=r"all in \[0, 1\)"):
         prifu.sweep(network(), data(), [1.0])
     with pytest.raises(ConfigError, match="empty"):
         prifu.sweep(network(), [], [0.1])
@@ -131,3 +132,42 @@ def test_bad_input():
     prifu.filters(model)["1"].weight.data.fill_(0.1)
     with pytest.raises(ConfigError, match="No threshold"):
         prifu.fit_alpha(model, data(), keep=0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 50}, "no share"),
+        ({"macs": 0.0}, "no share"),
+        ({"max_drop": -1}, "may fall"),
+        ({"keep": 0.5, "steps": 0}, "one step"),
+    ],
+)
+def test_impossible_budgets_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        prifu.fit_alpha(trained(), data(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda: iter(data()), "iterator"),
+        (lambda: data()[0], "one batch"),
+        (lambda: [{"x": x, "y": y} for x, y in data()], "is a dict"),
+        (lambda: [(x.numpy(), y) for x, y in data()], "ndarray"),
+        (lambda: [(x, y + 5) for x, y in data()], "classes: number"),
+        (lambda: [(x, y.float()) for x, y in data()], "float32"),
+        (lambda: [(x, y[:, None]) for x, y in data()], r"pass logits"),
+    ],
+)
+def test_batches_that_are_no_pairs_of_tensors_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        prifu.sweep(trained(), given(), [0.2])
+
+
+def test_a_metric_must_be_one_number_a_sample():
+    def mean(output, target):
+        return (output.argmax(1) == target).double().mean()
+
+    with pytest.raises(ConfigError, match="one number a sample"):
+        prifu.sweep(trained(), data(), [0.2], metric=mean)

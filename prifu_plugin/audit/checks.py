@@ -11,6 +11,9 @@ from prifu_plugin.audit.data import AuditData, check_disjoint, check_labels
 from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.errors import ConfigError, OrderError
 
+FEW = 4
+"""Items of a class below which nothing can be said of it."""
+
 
 def check(
     edge: nn.Module,
@@ -26,10 +29,13 @@ def check(
     if isinstance(attributes, str):
         raise ConfigError(f"attributes='{attributes}' is one string: pass ['{attributes}'].")
     for given, where in ((train, "train"), (test, "test")):
-        if not isinstance(given, AuditData) or not isinstance(given.images, Tensor):
+        if not isinstance(given, AuditData):
             raise ConfigError(
-                f"{where} is a {type(given).__name__}: pass prifu_plugin.AuditData(images, labels) "
-                "of tensors."
+                f"{where} is a {type(given).__name__}: pass prifu_plugin.AuditData(images, labels)."
+            )
+        if not isinstance(given.images, Tensor):
+            raise ConfigError(
+                f"The images of {where} are a {type(given.images).__name__}: pass a tensor."
             )
     strange = [key for key in others if key not in ("plain", "untrained", "input", "cloud")]
     if strange:
@@ -45,17 +51,26 @@ def check(
         if len(data) < 20:
             raise ConfigError(f"{where} has {len(data)} images: an audit needs hundreds.")
     check_disjoint(train, test)
-    for label in attributes:
+    data_of = {"train": train, "test": test}
+    if not attributes:
+        raise ConfigError("attributes is empty: name the private labels to attack.")
+    for label in dict.fromkeys([task, *attributes]):
         known, asked = train.labels[label].unique(), test.labels[label].unique()
         for classes, where in ((known, "train"), (asked, "test")):
             if len(classes) < 2:
                 raise ConfigError(
-                    f"Attribute '{label}' has one class only in {where}: nothing to infer."
+                    f"Label '{label}' has one class only in {where}: nothing to infer."
+                )
+            few = classes[data_of[where].labels[label].bincount()[classes] < FEW]
+            if len(few):
+                raise ConfigError(
+                    f"Class {int(few[0])} of '{label}' has fewer than {FEW} items in {where}: too "
+                    "few to learn it from, or to tell chance from a leak. Add some, or merge it."
                 )
         new = set(asked.tolist()) - set(known.tolist())
         if new:
             raise ConfigError(
-                f"Class {min(new)} of attribute '{label}' is in test but not in train: no attacker "
+                f"Class {min(new)} of '{label}' is in test but not in train: no attacker "
                 "can name it. Split so that every class is in both."
             )
 

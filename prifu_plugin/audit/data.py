@@ -86,11 +86,30 @@ def check_disjoint(train: AuditData, test: AuditData) -> None:
         )
 
 
-def split_off(data: AuditData, share: float, seed: int) -> tuple[AuditData, AuditData]:
-    """Split data at random; the second part has the share."""
+def split_off(
+    data: AuditData, share: float, seed: int, alike: Sequence[str] = ()
+) -> tuple[AuditData, AuditData]:
+    """Split data at random; the second part has the share.
+
+    Args:
+        data: what to split.
+        share: of the items that go into the second part.
+        seed: of the order.
+        alike: labels of which each class shall be in both parts, where it has two items.
+    """
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     count = int(len(data) * share)
-    return data.at(order[count:]), data.at(order[:count])
+    chosen, rest = order[:count].tolist(), order[count:].tolist()
+    for name in alike:
+        label = data.labels[name].tolist()
+        for wanting, giving in ((chosen, rest), (rest, chosen)):
+            there = {label[i] for i in wanting}
+            for value in sorted({label[i] for i in giving} - there):
+                members = [i for i in giving if label[i] == value]
+                if len(members) > 1:
+                    wanting.append(members[0])
+                    giving.remove(members[0])
+    return data.at(torch.tensor(rest)), data.at(torch.tensor(chosen))
 
 
 def uploads(edge: nn.Module, images: Tensor, what: str, batch: int = 250) -> Tensor:

@@ -47,19 +47,18 @@ def facts_of(
         rank,
         condition,
         stochastic,
-        _bits(edge, channel, sent[0], z[0]),
+        _bits(edge, channel, images[:1], z[0]),
         sent[0].numel() * 4,
         image_bytes(images[:_IMAGES].float()) if _are_images(images) else {},
     )
 
 
-def _bits(edge: nn.Module, channel: Channel | None, sent: Tensor, arrived: Tensor) -> float | None:
+def _bits(edge: nn.Module, channel: Channel | None, image: Tensor, arrived: Tensor) -> float | None:
     """Return the smaller bound on what one upload can hold, None if there is none."""
     bounds = []
-    cuts = [module for module in edge.modules() if isinstance(module, CutFilter)]
-    if cuts and cuts[-1].noise > 0:
-        channels = cuts[-1].bits()
-        bounds.append(float(channels.sum()) * sent.numel() / len(channels))
+    noisy = _noisy_bits(edge, image)
+    if noisy is not None:
+        bounds.append(noisy)
     if channel is not None:
         bounds += [
             float(step.bits * arrived.numel())
@@ -67,6 +66,30 @@ def _bits(edge: nn.Module, channel: Channel | None, sent: Tensor, arrived: Tenso
             if isinstance(step, Quantizer)
         ]
     return min(bounds, default=None)
+
+
+def _noisy_bits(edge: nn.Module, image: Tensor) -> float | None:
+    """Return the bound of a filter with noise, if what it puts out is what is uploaded.
+
+    Behind it others may follow, but then something else may go around it too.
+    """
+    made: list[tuple[CutFilter, Tensor]] = []
+    cuts = [m for m in edge.modules() if isinstance(m, CutFilter) and m.noise > 0]
+    hooks = [cut.register_forward_hook(lambda m, _, y: made.append((m, y.clone()))) for cut in cuts]
+    sent = _uploaded(edge, image)
+    for hook in hooks:
+        hook.remove()
+    if not made or made[-1][1].shape != sent.shape or not torch.equal(made[-1][1], sent):
+        return None
+    channels = made[-1][0].bits()
+    return float(channels.sum()) * sent[0].numel() / len(channels)
+
+
+def _uploaded(edge: nn.Module, image: Tensor) -> Tensor:
+    """Return the upload of one image as the edge makes it."""
+    with torch.no_grad():
+        upload: Tensor = edge(image.to(device_of(edge), copy=True))
+    return upload
 
 
 def _are_images(images: Tensor) -> bool:

@@ -104,7 +104,7 @@ def audit(
     train, test = integers(train), integers(test)
     data = fingerprint(train, test)
     _check_same_data(references, data)
-    parts = (*split_off(train, 0.25, seed), test)
+    parts = (*split_off(train, 0.25, seed, [task, *attributes]), test)
     sent = send(edge, channel, cloud, parts, task=task, queries=queries, name=name)
     reports = {k: v for k, v in references.items() if isinstance(v, AuditReport)}
     prepared = _prepared(sent, references, suite, cloud, device_of(edge))

@@ -13,8 +13,10 @@ from prifu_plugin.audit.data import AuditData, uploads
 from prifu_plugin.channel import Channel, Noise
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
+from prifu_plugin.errors import ConfigError
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.keyed import KeyedNoise
+from prifu_plugin.learned import named
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,12 @@ def answers_of(cloud: nn.Module | None, z: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         # Copies, since a cloud that begins in place would overwrite what is to be attacked.
         logits = torch.cat([cloud(part.clone().to(device)).cpu() for part in z.split(250)])
-    return (
-        logits.argmax(1)
-        if logits.ndim > 1 and logits.shape[1] > 1
-        else (logits > 0).long().flatten()
-    )
+    if not torch.isfinite(logits).all():
+        raise ConfigError(
+            "The cloud returns NaN or infinite logits for uploads of this data: its answers mean "
+            "nothing, and neither would a floor made of them."
+        )
+    return named(logits)
 
 
 def rebuilt(
