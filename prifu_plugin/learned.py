@@ -58,6 +58,7 @@ def are_right(outputs: Tensor, targets: Tensor) -> Tensor:
         ConfigError: for anything else.
 
     Example:
+        >>> import torch
         >>> are_right(torch.tensor([[2.0], [-1.0]]), torch.tensor([1, 1])).tolist()
         [1.0, 0.0]
     """

@@ -62,8 +62,7 @@ class Remembering(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if (func is F.linear or func in CONVOLUTIONS) and out.requires_grad:
             given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
-            place = 7 if func in TRANSPOSED else 6
-            groups = args[place] if len(args) > place else given.get("groups", 1)
+            groups = args[6] if len(args) > 6 else given.get("groups", 1)
             out.retain_grad()
             self.calls.append((func, given["input"].detach(), out, given["weight"], groups))
         return out
