@@ -182,10 +182,11 @@ def _differentiable(x: Tensor) -> Tensor:
 
 
 def _cross_entropy(output: Any, target: Tensor) -> Tensor:
-    if not isinstance(output, Tensor) or target.shape != output.shape:
+    soft = isinstance(output, Tensor) and target.is_floating_point()
+    if not soft or target.shape != output.shape:
         are_right(output, target)  # or it says what does not fit
     if output.ndim == 1 or output.shape[1] == 1:
-        truth = target.to(output.dtype)
+        truth = target.to(output.dtype).flatten()
         return F.binary_cross_entropy_with_logits(output.flatten(), truth, reduction="none")
     return F.cross_entropy(output, target, reduction="none")
 

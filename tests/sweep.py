@@ -349,7 +349,7 @@ def page(rows, versions):
         fp64 = f"{row['fp64']:.0e}" if "fp64" in row else ""
         why = "; ".join(row.get("kept", [])) or row.get("why", "")
         if not why and row.get("possible") and row["saved"] < 0.95 * row["possible"]:
-            why = "the probe's images leave more channels off than weights show"
+            why = "not explained; the bound is from 64 images at most"
         cells = [name, len(row["stands_for"]), row["outcome"], fp64, share]
         cells += [row.get("seconds_prune", ""), why.replace("|", "/")[:160]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -171,3 +171,21 @@ def test_a_metric_must_be_one_number_a_sample():
 
     with pytest.raises(ConfigError, match="one number a sample"):
         prifu.sweep(trained(), data(), [0.2], metric=mean)
+
+
+def test_influence_refuses_classes_that_one_logit_has_not():
+    x, net = torch.randn(4, 3), nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+    assert prifu.influence(net, x, torch.tensor([0, 1, 1, 0])).shape == x.shape
+    with pytest.raises(ConfigError, match="reach from 5 to 5"):
+        prifu.influence(net, x, torch.full((4,), 5))
+    with pytest.raises(ConfigError, match="influence is a gradient"):
+        prifu.influence(net, x.long(), torch.tensor([0, 1, 1, 0]))
+
+
+def test_settings_are_plain_numbers():
+    assert type(prifu.FilterConfig(alpha=torch.tensor(0.5)).alpha) is float
+    assert type(prifu.dose_to_beta(1.0, torch.full((4,), 0.1))) is float
+    with pytest.raises(ConfigError, match="no number"):
+        prifu.FilterConfig(alpha="0.1")
+    with pytest.raises(ConfigError, match="none below 0"):
+        prifu.dose_to_beta(1.0, [-0.1, 0.3])
