@@ -191,7 +191,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         with torch.no_grad():
             for x in stream:  # update_bn takes none where no norm keeps statistics
                 model(x)
-    except Exception:
+    except BaseException:  # an interruption too
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
