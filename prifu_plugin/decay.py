@@ -25,6 +25,7 @@ from torch.optim.optimizer import (
 from prifu_plugin.errors import ConfigError, FilterError, PrifuWarning
 from prifu_plugin.filter import LIVE_FILTERS, PriFU
 from prifu_plugin.ownership import check_ownership, note_step
+from prifu_plugin.sharded import is_sharded, own_part, own_rows, whole
 from prifu_plugin.shield import Before, check_groups, is_known, restore, shield
 
 Group = dict[str, Any]
@@ -129,6 +130,7 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
         return
     if was_shielded and not is_known(optimizer):
         check_groups(optimizer, remembered)
+    stepped = []
     with torch.no_grad():
         for unit, rate, before, grad in remembered:
             # Some steps free the gradients; closures make them.
@@ -138,9 +140,10 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
             if id(unit) not in decayed and unit.decay == "decoupled":
                 unit.weight.sub_(before, alpha=rate * unit.beta)
                 unit.dose += rate * unit.beta
-            for _, others in _RUNNING:
-                others.add(id(unit))
-            _filter(unit, optimizer)
+            stepped.append(unit)
+        for _, others in _RUNNING:
+            others.update(map(id, stepped))
+        _filter(stepped, optimizer)
     if _closures(args, kwargs):
         # A closure makes its gradients in the step, so that only now it is known who has some.
         filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
@@ -151,11 +154,13 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
 def _follow(optimizer: Optimizer, decayed: set[int]) -> None:
     """Note what other processes did to the filters of theirs, whose W has just arrived."""
     filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
+    arrived = []
+    for unit, group in _owned_filters(optimizer, filters):
+        if unit.weight.grad is not None and id(unit) not in decayed:
+            unit.dose += _rate(optimizer, group) * unit.beta
+            arrived.append(unit)
     with torch.no_grad():
-        for unit, group in _owned_filters(optimizer, filters):
-            if unit.weight.grad is not None and id(unit) not in decayed:
-                unit.dose += _rate(optimizer, group) * unit.beta
-                _filter(unit, optimizer)
+        _filter(arrived, optimizer)
 
 
 def _closures(args: tuple[Any, ...], kwargs: Group) -> list[Any]:
@@ -186,15 +191,17 @@ def _couple(optimizer: Optimizer, unit: PriFU, group: Group, closure: bool) -> N
         unit.dose += damped * rate * unit.beta / (1 - momentum)
 
 
-def _filter(unit: PriFU, optimizer: Optimizer) -> None:
+def _filter(units: list[PriFU], optimizer: Optimizer) -> None:
     """Zero what is filtered, for good."""
-    closed = unit.decided()
-    unit.weight.masked_fill_(closed, 0.0)
-    if closed.shape == unit.filtered.shape and not hasattr(closed, "placements"):
+    weights = whole([unit.weight.detach() for unit in units])
+    for unit, weight in zip(units, weights, strict=True):
+        closed = unit.decide(weight)
         unit.filtered.copy_(closed)
-    for value in optimizer.state.get(unit.weight, {}).values():
-        if isinstance(value, Tensor) and value.shape == closed.shape:
-            value.masked_fill_(closed, 0.0)
+        own = closed[own_rows(unit.weight)]
+        own_part(unit.weight).masked_fill_(own, 0.0)
+        for value in optimizer.state.get(unit.weight, {}).values():
+            if isinstance(value, Tensor) and value.shape == closed.shape:
+                own_part(value).masked_fill_(own, 0.0)
 
 
 def _rate(optimizer: Optimizer, group: Group) -> float:
@@ -258,11 +265,11 @@ def _check_finite(optimizer: Optimizer, filters: list[PriFU]) -> None:
     by_device: dict[torch.device, list[tuple[PriFU, Tensor]]] = {}
     for unit in filters:
         weight, grad = unit.weight.detach(), unit.weight.grad
-        if hasattr(weight, "placements"):  # a shard of FSDP2: each process looks at its own
-            local: Tensor = weight.to_local()  # type: ignore[attr-defined]
-            weight = torch.cat([local.flatten(), torch.ones(1).to(local)])
-            grad = None
-        peak = weight.amax()
+        if is_sharded(weight):  # each process looks at its own part, which may be empty
+            opened = (unit.filtered == 0).any()
+            peak, grad = opened + own_part(weight).sum() * 0, None
+        else:
+            peak = weight.amax()
         spread = grad.sum() * 0 if grad is not None and not scaled else 0
         by_device.setdefault(peak.device, []).append((unit, peak + spread))
     for found in by_device.values():

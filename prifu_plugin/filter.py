@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prifu_plugin.config import FilterConfig
 from prifu_plugin.errors import FilterError
+from prifu_plugin.sharded import is_sharded, own_part, own_rows
 
 LIVE_FILTERS: weakref.WeakSet[PriFU] = weakref.WeakSet()
 """Every filter in memory; the training hook finds an optimizer's filters here."""
@@ -134,22 +135,20 @@ class PriFU(nn.Module):
 
     @property
     def closed(self) -> Tensor:
-        """Mask of the channels that are zeroed, (C,), bool."""
-        weight = self.weight.detach()
-        if weight.dtype in _ROUNDED:
-            return weight <= 0
-        # "at most", and open what is not: a NaN stays visible instead of closing every channel.
-        closed = weight <= self.alpha * weight.amax(0)
-        # The shards of FSDP2 know their weights only.
-        return closed if hasattr(weight, "placements") else torch.logical_or(closed, self.filtered)
+        """Mask of the channels that are zeroed, (C,), bool.
 
-    def decided(self) -> Tensor:
-        """Return the mask that a step decides on, (C,): as `closed`, also for a W that was cast."""
+        Of a W that FSDP2 shards it is what the last step decided, without asking other processes.
+        """
         weight = self.weight.detach()
-        if weight.dtype not in _ROUNDED:
-            return self.closed
-        single = weight.float()
-        return torch.logical_or(single <= self.alpha * single.amax(0), self.filtered)
+        if is_sharded(weight):
+            return self.filtered.bool()
+        return weight <= 0 if weight.dtype in _ROUNDED else self.decide(weight)
+
+    def decide(self, weight: Tensor) -> Tensor:
+        """Return the mask that a step decides on, (C,), bool, given the whole W (Eq. 4)."""
+        weight = weight.float() if weight.dtype in _ROUNDED else weight
+        # "at most", and open what is not: a NaN stays visible instead of closing every channel.
+        return torch.logical_or(weight <= self.alpha * weight.amax(0), self.filtered)
 
     @property
     def open(self) -> Tensor:
@@ -158,9 +157,10 @@ class PriFU(nn.Module):
 
     def check_finite(self) -> None:
         """Raise FilterError if a weight is NaN or infinite."""
-        bad = ~torch.isfinite(self.weight.detach())
+        weight = self.weight.detach()
+        bad = ~torch.isfinite(own_part(weight))
         if bad.any():
-            channel = int(bad.nonzero()[0, 0])
+            channel = int(bad.nonzero()[0, 0]) + own_rows(weight).start
             raise FilterError(
                 f"W of the filter at '{self.path or 'PriFU'}' is not finite at channel {channel} "
                 f"of {self.weight.numel()}. Training diverged, or W was overwritten: lower the "

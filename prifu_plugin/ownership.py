@@ -16,10 +16,11 @@ from prifu_plugin.filter import WRAPPED, PriFU
 
 
 class _Steps:
-    """Who has stepped a filter, who did before, and how often."""
+    """Who has stepped a filter, who did before, how often, and at which alpha."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.alpha = 0.0
         self.last: weakref.ref[Optimizer] | None = None
         self.earlier: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -47,6 +48,15 @@ def note_step(optimizer: Optimizer, units: Sequence[PriFU], *, inside: bool) -> 
     for unit in units:
         steps = _STEPS.setdefault(unit, _Steps())
         steps.count += 1
+        if unit.alpha < steps.alpha and bool(unit.filtered.any()):
+            warnings.warn(
+                f"alpha of the filter at '{unit.path}' was lowered from {steps.alpha:g} to "
+                f"{unit.alpha:g}: channels filtered before stay closed. Zero its `filtered` and "
+                "give W new values there to let them learn again.",
+                PrifuWarning,
+                stacklevel=3,
+            )
+        steps.alpha = unit.alpha
         last = steps.last() if steps.last is not None else None
         if last is optimizer:
             continue

@@ -22,6 +22,7 @@ from prifu_plugin.graph.state import wrap_state
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.learned import are_right
 from prifu_plugin.ranks import spearman
+from prifu_plugin.sharded import check_unsharded
 
 Loss = Callable[[Any, Tensor], Tensor]
 """Model output and target -> losses of the samples, (N,)."""
@@ -109,6 +110,7 @@ def relevance(
         (torch.Size([3]), torch.Size([4]))
     """
     wrap_state(model)
+    check_unsharded(model, "relevance")
     loss = loss or _cross_entropy
     device = device_of(model)
     meters = {path: _Meter(unit.weight.numel()) for path, unit in filters(model).items()}

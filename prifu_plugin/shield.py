@@ -12,8 +12,12 @@ from torch.optim import Optimizer
 
 from prifu_plugin.errors import OrderError
 from prifu_plugin.filter import PriFU
+from prifu_plugin.sharded import is_sharded
 
 Group = dict[str, Any]
+
+_DECAYS = {"weight_decay", "lambd"}
+"""What optimizers call the share of a weight that each step takes off (lambd: ASGD)."""
 
 _SHIELDED: weakref.WeakKeyDictionary[Optimizer, list[tuple[Group, list[Tensor]]]] = (
     weakref.WeakKeyDictionary()
@@ -35,11 +39,12 @@ def shield(optimizer: Optimizer, filters: dict[int, PriFU]) -> None:
     extra: list[Group] = []
     for group in optimizer.param_groups:
         weights = [p for p in group["params"] if id(p) in filters]
-        if not weights or not group.get("weight_decay"):
+        if not weights or not any(group.get(name) for name in _DECAYS):
             continue
         shielded.append((group, group["params"]))
         own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
-        extra.append({**own, "params": weights, "weight_decay": 0.0})
+        off = dict.fromkeys(_DECAYS & own.keys(), 0.0)
+        extra.append({**own, "params": weights, **off})
         group["params"] = [p for p in group["params"] if id(p) not in filters]
     if not shielded:
         return
@@ -72,7 +77,7 @@ def _forget(optimizer: Optimizer) -> None:
 def check_groups(optimizer: Optimizer, remembered: Sequence[Before]) -> None:
     """Raise if a step that should have moved W did not: it knows its groups by their positions."""
     for unit, rate, before, grad in remembered:
-        if hasattr(before, "placements"):  # a shard of FSDP2, which asking would gather
+        if is_sharded(before):  # asking would gather it
             continue
         if grad is None or rate * float(grad.abs().max()) < 1e-5 * float(before.abs().max()):
             continue

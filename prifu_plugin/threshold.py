@@ -18,6 +18,7 @@ from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.learned import are_right, is_above_chance
+from prifu_plugin.sharded import check_unsharded
 
 Data = Sequence[tuple[Tensor, Tensor]]
 Metric = Callable[[Tensor, Tensor], Tensor]
@@ -62,7 +63,7 @@ def sweep(
         One `Threshold` for each alpha, measured with the same noise.
 
     Raises:
-        OrderError: if the model is not wrapped.
+        OrderError: if the model is not wrapped, or sharded over processes.
         ConfigError: for an alpha out of range, no data, or a metric that is not one number a
             sample.
 
@@ -74,6 +75,7 @@ def sweep(
         [1.0, 1.0]
     """
     wrap_state(model)
+    check_unsharded(model, "sweep")
     check_repeatable(data)
     if not isinstance(alphas, Iterable) or isinstance(alphas, str):
         raise ConfigError(f"alphas={alphas!r}: pass a list of thresholds in [0, 1).")
@@ -133,11 +135,12 @@ def fit_alpha(
         What was found.
 
     Raises:
-        OrderError: if the model is not wrapped.
+        OrderError: if the model is not wrapped, or sharded over processes.
         ConfigError: unless exactly one budget is given, or if it cannot be met.
     """
     _check_budget(max_drop, keep, macs, steps)
     wrap_state(model)
+    check_unsharded(model, "fit_alpha")
     check_repeatable(data)
     present = max(unit.alpha for unit in filters(model).values())
     reference = _measure(model, data, [present], metric, False)[0].score

@@ -57,6 +57,7 @@ def test_eq_11_with_sgd():
         lambda p: torch.optim.Adam(p, lr=RATE, weight_decay=0.1),
         lambda p: torch.optim.AdamW(p, lr=RATE, weight_decay=0.1),
         lambda p: torch.optim.AdamW(p, lr=RATE, weight_decay=0.1, foreach=True),
+        lambda p: torch.optim.ASGD(p, lr=RATE, lambd=0.2, alpha=0.0),
     ],
 )
 def test_decay_stands_beside_the_optimizer_and_other_decay_stays_away(build):
@@ -64,6 +65,8 @@ def test_decay_stands_beside_the_optimizer_and_other_decay_stays_away(build):
     twin = nn.Parameter(weight(net).detach().clone())
     optimizer, plain = build(net.parameters()), build([twin])
     plain.param_groups[0]["weight_decay"] = 0.0
+    if "lambd" in plain.param_groups[0]:  # ASGD's, which sets the step size as well
+        plain.param_groups[0]["lambd"] = 0.0
     for step in range(6):
         optimizer.zero_grad()
         loss_of(net, step).backward()

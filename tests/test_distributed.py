@@ -22,8 +22,9 @@ STEPS = 50
 
 def network():
     torch.manual_seed(0)
-    layers = nn.Linear(4, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 2)
-    return prifu.wrap(nn.Sequential(*layers), beta=0.2, alpha=0.3)
+    first, second = [nn.LayerNorm(16), nn.ReLU()], [nn.LayerNorm(5), nn.Linear(5, 2)]
+    layers = nn.Linear(4, 16), *first, nn.Linear(16, 5), *second
+    return prifu.wrap(nn.Sequential(*layers), beta=0.2, alpha=0.1)
 
 
 def batch(step):
@@ -32,7 +33,7 @@ def batch(step):
     return x, (x[:, 0] > 0).long()
 
 
-SETTINGS = {"lr": 0.2, "momentum": 0.9, "weight_decay": 0.01}
+SETTINGS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 
 
 def train(model, part, steps=STEPS, zero=False):
@@ -63,6 +64,33 @@ def late(kind):
     return f"nothing was said of {type(holder).__name__}"
 
 
+def narrow():
+    """Train a filter with fewer channels than processes."""
+    model = prifu.wrap(nn.Sequential(nn.Linear(4, 1), nn.LayerNorm(1), nn.Linear(1, 2)), beta=0.2)
+    fully_shard(model)
+    train(model, slice(0, 8), steps=2)
+    return prifu.status(model)
+
+
+def refused(model):
+    """Call what needs whole weights; return what is said."""
+    said = []
+    data = [batch(0)]
+    for call in (
+        lambda: prifu.sweep(model, data, [0.1]),
+        lambda: prifu.relevance(model, data),
+        lambda: prifu.prune(model, torch.zeros(2, 4)),
+        lambda: prifu.summary(model),
+    ):
+        try:
+            call()
+        except prifu.errors.OrderError as error:
+            said.append(str(error))
+    prifu.influence(model, *batch(0))
+    train(model, slice(0, 8), steps=2)  # which goes on
+    return said
+
+
 def main(kind, folder):
     """Train in one of the processes that torchrun started, and write down what came of it."""
     torch.set_num_threads(1)
@@ -76,14 +104,17 @@ def main(kind, folder):
         model = nn.parallel.DistributedDataParallel(model)
     train(model, slice(8 * rank, 8 * rank + 8), zero=kind == "zero")
     inner = model if kind == "fsdp2" else model.module
-    unit = prifu.filters(inner)["1"]
+    units = prifu.filters(inner)
     with CommDebugMode() as calls:
-        optimizer = torch.optim.SGD([unit.weight], lr=0.0)
+        optimizer = torch.optim.SGD([unit.weight for unit in units.values()], lr=0.0)
         optimizer.step()
-    weight = unit.weight.detach()
-    weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    found = {"weight": weight.tolist(), "dose": unit.dose, "said": said}
+        status = prifu.status(inner)
+    weights = [unit.weight.detach() for unit in units.values()]
+    weights = [w.full_tensor() if hasattr(w, "full_tensor") else w for w in weights]
+    found = {"weights": [w.tolist() for w in weights], "status": status, "said": said}
     found["calls"] = calls.get_total_counts()
+    found["narrow"] = narrow() if kind == "fsdp2" else None
+    found["refused"] = refused(inner) if kind == "fsdp2" else None
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     if kind == "ddp" and rank == 0:
         torch.save(inner.state_dict(), Path(folder) / "only_rank_0.pt")
@@ -102,18 +133,24 @@ def test_masks_agree_and_equal_one_process(kind, tmp_path):
     assert found[0] == found[1]
     alone = network()
     train(alone, slice(0, 16))
-    expected = prifu.filters(alone)["1"].weight.detach()
-    weight = torch.tensor(found[0]["weight"])
-    assert torch.equal(weight == 0, expected == 0)
-    assert (expected == 0).any()
-    torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-5)
-    # Replicated weights need no word between processes; of shards, the largest weight is asked.
+    for found_weight, unit in zip(found[0]["weights"], prifu.filters(alone).values(), strict=True):
+        weight, expected = torch.tensor(found_weight), unit.weight.detach()
+        assert torch.equal(weight == 0, expected == 0)
+        assert (expected == 0).any()
+        torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-5)
+    expected_status = prifu.status(alone)
+    assert found[0]["status"] == pytest.approx(expected_status, rel=1e-6)
+    # Replicated weights need no word between processes; shards are put together once a step.
     assert found[0]["calls"] == (1 if kind == "fsdp2" else 0)
     assert ("sharded by FSDP" if kind == "fsdp2" else "inside DDP") in found[0]["said"]
     if kind == "ddp":
         fresh = network()
         fresh.load_state_dict(torch.load(tmp_path / "only_rank_0.pt"))
-        assert torch.equal(prifu.filters(fresh)["1"].weight, weight)
+        assert torch.equal(prifu.filters(fresh)["4"].weight, weight)
+    if kind == "fsdp2":
+        assert found[0]["narrow"]["open"] == 1
+        assert len(found[0]["refused"]) == 4
+        assert all("Gather the weights" in said for said in found[0]["refused"])
 
 
 def test_a_copy_in_ddp_is_refused_by_name():

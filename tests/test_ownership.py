@@ -98,6 +98,16 @@ def test_the_user_may_reopen_a_channel():
     assert unit.open[channel]
 
 
+def test_an_alpha_lowered_in_mid_run_is_named():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    train(model, optimizer)
+    unit_of(model).alpha = 0.1
+    with pytest.warns(prifu.errors.PrifuWarning, match="lowered from 0.5 to 0.1"):
+        train(model, optimizer, steps=1)
+    train(model, optimizer, steps=1)  # once
+
+
 # What a checkpoint holds.
 
 

@@ -10,6 +10,7 @@ from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.host import is_folded
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
+from prifu_plugin.sharded import check_unsharded
 
 
 def absorb(model: nn.Module) -> dict[str, int]:
@@ -42,6 +43,7 @@ def absorb(model: nn.Module) -> dict[str, int]:
         ([1.0, -1.0, 1.0], [0.2, 0.1, 0.001])
     """
     wrap_state(model)
+    check_unsharded(model, "absorb")
     pairs = [
         (path, model.get_submodule(path), unit)
         for path, unit in filters(model).items()

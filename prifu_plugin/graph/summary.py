@@ -12,6 +12,7 @@ from prifu_plugin.graph.host import CHILD
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.norms import base_class
 from prifu_plugin.graph.state import wrap_state
+from prifu_plugin.sharded import check_unsharded
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def summary(model: nn.Module) -> Summary:
         model: a wrapped model.
 
     Raises:
-        OrderError: if the model is not wrapped.
+        OrderError: if the model is not wrapped, or sharded over processes (`status` works there).
         FilterError: if a weight is not finite.
 
     Example:
@@ -93,6 +94,7 @@ def summary(model: nn.Module) -> Summary:
         1 filters, 2 of 2 channels open
     """
     wrap_state(model)
+    check_unsharded(model, "summary")
     rows = []
     for path, unit in filters(model).items():
         unit.check_finite()

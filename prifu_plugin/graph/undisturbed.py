@@ -50,11 +50,14 @@ def run_undisturbed(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Return the containers of a module with copies of what they hold, None for nothing."""
+    """Return the containers of a module with copies of what they hold, None for nothing.
+
+    Not its parameters: no forward replaces them but FSDP's, which keeps account of where they are.
+    """
     return [
         (value, copy.copy(value) if value else None)
-        for value in module.__dict__.values()
-        if isinstance(value, list | dict | set)
+        for name, value in module.__dict__.items()
+        if isinstance(value, list | dict | set) and name != "_parameters"
     ]
 
 

@@ -23,6 +23,7 @@ from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.report import PruneReport, count_bytes, count_macs, count_parameters
 from prifu_plugin.prune.rewrite import rewrite
 from prifu_plugin.prune.sharing import separated
+from prifu_plugin.sharded import check_unsharded
 
 META = "_prifu_pruned"
 
@@ -65,7 +66,7 @@ def prune(
         The pruned model, in eval mode, on the device of `model`.
 
     Raises:
-        OrderError: if the model is not wrapped, or its weights have no values yet.
+        OrderError: if the model is not wrapped, or its weights have no values yet or are sharded.
         ConfigError: if the input shape is unknown, or the model refuses it.
         CaptureError: if neither the model nor any part of it can be traced.
         FilterError: if a weight is not finite.
@@ -85,6 +86,7 @@ def prune(
     if not isinstance(move_cost, int | float) or not move_cost >= 0:
         raise ConfigError(f"move_cost={move_cost} is not 0 or more multiply-accumulates.")
     check_present(model)
+    check_unsharded(model, "prune")
     for unit in filters(model).values():
         unit.check_finite()
     inputs = Inputs.for_model(model, example_inputs)
