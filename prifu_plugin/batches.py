@@ -28,6 +28,7 @@ def pairs(data: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, T
     """
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, Tensor) for x in data):
         raise ConfigError("data is one batch (x, target): pass a list of batches, [(x, target)].")
+    _check_iterable(data, "data", "(x, target)")
     for batch in data:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ConfigError(
@@ -47,8 +48,7 @@ def pairs(data: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, T
 
 def check_repeatable(data: Iterable[Any]) -> None:
     """Raise ConfigError unless data can be read several times and is not empty."""
-    if not isinstance(data, Iterable):
-        raise ConfigError(f"data is a {type(data).__name__}: pass batches (x, target).")
+    _check_iterable(data, "data", "(x, target)")
     if isinstance(data, Iterator):
         raise ConfigError(
             "data is an iterator, which can be read once, and it is read for each threshold: pass "
@@ -60,6 +60,7 @@ def check_repeatable(data: Iterable[Any]) -> None:
 
 def inputs(batches: Iterable[Any], device: torch.device) -> Iterator[Tensor]:
     """Yield the inputs of batches, each a tensor or a pair whose first is the input."""
+    _check_iterable(batches, "batches", "of inputs (N, ...)")
     for batch in batches:
         x = batch[0] if isinstance(batch, list | tuple) and batch else batch
         if not isinstance(x, Tensor):
@@ -67,6 +68,11 @@ def inputs(batches: Iterable[Any], device: torch.device) -> Iterator[Tensor]:
                 f"A batch is {_said(batch)}: pass tensors (N, ...), or pairs whose first is one."
             )
         yield x.to(device)
+
+
+def _check_iterable(data: Any, name: str, holding: str) -> None:
+    if not isinstance(data, Iterable):
+        raise ConfigError(f"{name} is a {type(data).__name__}: pass batches {holding}.")
 
 
 def _said(batch: Any) -> str:

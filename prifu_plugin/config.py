@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from prifu_plugin.arguments import number
 from prifu_plugin.errors import ConfigError
 
 
@@ -42,7 +43,7 @@ class FilterConfig:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "init", "noise"):  # plain floats go into plans as they are
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
+            object.__setattr__(self, name, number(name, getattr(self, name)))
         _check("alpha", self.alpha, 0 <= self.alpha < 1, "in [0, 1)")
         _check("beta", self.beta, self.beta >= 0, "at least 0")
         _check("init", self.init, self.init > 0, "above 0")
@@ -58,16 +59,6 @@ class FilterConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a dict that JSON can hold."""
         return asdict(self)
-
-
-def _number(name: str, value: Any) -> float:
-    """Return a number as a float: of Python, numpy or a tensor of one, but not of text."""
-    try:
-        if isinstance(value, str | bytes | bool):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ConfigError(f"{name}={value!r} is no number. Pass {name}= a float.") from None
 
 
 def _check(name: str, value: float, holds: bool, allowed: str) -> None:

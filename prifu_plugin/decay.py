@@ -22,6 +22,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from prifu_plugin.arguments import number
 from prifu_plugin.errors import ConfigError, FilterError, PrifuWarning
 from prifu_plugin.filter import LIVE_FILTERS, PriFU
 from prifu_plugin.ownership import check_ownership, note_step
@@ -56,8 +57,8 @@ def dose_to_beta(dose: float, learning_rates: Iterable[float]) -> float:
             f"learning_rates={learning_rates} is one number: pass the rate of every step, "
             f"[{learning_rates}] * steps where it is constant."
         )
-    rates = [float(rate) for rate in learning_rates]
-    total, dose = sum(rates), float(dose)
+    rates = [number("learning_rates", rate) for rate in learning_rates]
+    total, dose = sum(rates), number("dose", dose)
     finite = math.isfinite(dose) and math.isfinite(total)
     if not finite or dose < 0 or total <= 0 or min(rates) < 0:
         raise ConfigError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prifu_plugin.arguments import whole_number
 from prifu_plugin.config import FilterConfig
 from prifu_plugin.errors import FilterError
 from prifu_plugin.sharded import is_sharded, own_part, own_rows
@@ -71,6 +72,7 @@ class PriFU(nn.Module):
     ) -> None:
         super().__init__()
         config = config or FilterConfig(preserve=False)
+        num_features = whole_number("num_features", num_features)
         self.alpha = config.alpha
         self.beta = config.beta
         self.decay = config.decay

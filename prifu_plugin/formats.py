@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prifu_plugin.errors import ConfigError
 
 FORMAT = 1
 """Written into plans and reports; larger where an older reader would read something wrong."""
+
+
+def read_format(text: str, what: str, keys: Sequence[str]) -> dict[str, Any]:
+    """Read JSON text that holds what a plan or report needs.
+
+    Raises:
+        ConfigError: if it is another text, or a later version's.
+
+    Example:
+        >>> read_format('{"nodes": []}', "plan", ["nodes"])
+        {'nodes': []}
+    """
+    try:
+        data = json.loads(text)
+        missing = [key for key in keys if key not in dict(data)]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The {what} is not the text that to_json wrote: {error}.") from None
+    if missing:
+        raise ConfigError(f"The {what} has no '{missing[0]}': it is not the text of a {what}.")
+    check_format(data, what)
+    return dict(data)
 
 
 def check_format(data: Mapping[str, Any], what: str) -> None:

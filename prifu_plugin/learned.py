@@ -67,6 +67,8 @@ def are_right(outputs: Tensor, targets: Tensor) -> Tensor:
             f"The model returns a {type(outputs).__name__}: pass its logits (N, classes), or where "
             "a metric= is taken, one that looks into it."
         )
+    if not isinstance(targets, Tensor):
+        raise ConfigError(f"targets are a {type(targets).__name__}: pass a tensor of classes (N,).")
     flat = outputs.ndim == 1 or (outputs.ndim == 2 and outputs.shape[1] == 1)
     if not (flat or outputs.ndim == 2) or targets.shape != outputs.shape[:1] or not len(targets):
         raise ConfigError(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prifu_plugin.arguments import check_callable, check_model
 from prifu_plugin.batches import pairs
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
@@ -111,6 +112,7 @@ def relevance(
     """
     wrap_state(model)
     check_unsharded(model, "relevance")
+    check_callable("loss", loss, "output and target, the losses of the samples (N,)")
     loss = loss or _cross_entropy
     device = device_of(model)
     meters = {path: _Meter(unit.weight.numel()) for path, unit in filters(model).items()}
@@ -165,6 +167,11 @@ def influence(model: nn.Module, x: Tensor, target: Tensor, loss: Loss | None = N
         >>> influence(net, torch.randn(3, 2), torch.tensor([0, 1, 0])).shape
         torch.Size([3, 2])
     """
+    check_model(model)
+    check_callable("loss", loss, "output and target, the losses of the samples (N,)")
+    if not isinstance(x, Tensor) or not isinstance(target, Tensor):
+        kinds = f"{type(x).__name__} and {type(target).__name__}"
+        raise ConfigError(f"x and target are {kinds}: pass tensors.")
     with undisturbed(model), torch.enable_grad():
         model.eval()
         device = device_of(model)

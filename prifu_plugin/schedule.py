@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from prifu_plugin.arguments import check_model, number, whole_number
 from prifu_plugin.batches import inputs
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
@@ -76,15 +77,16 @@ class FilterSchedule:
     ) -> None:
         for one in (model, *also):
             wrap_state(one)
-        if steps < 1 or every < 1 or not 0 < until <= 1:
-            raise ConfigError(
-                f"steps={steps}, every={every}, until={until}: steps and every are at least 1, "
-                "until is a share in (0, 1]."
-            )
+        steps, every = whole_number("steps", steps), whole_number("every", every)
+        until = number("until", until)
+        if not 0 < until <= 1:
+            raise ConfigError(f"until={until} is not a share in (0, 1].")
         if dose is not None:
             beta = _dosed(beta or (1.0, 1.0), dose, rates, steps, until)
         given = {"alpha": alpha, "beta": beta, "gain": gain, "noise": noise}
-        self._courses = {name: course for name, course in given.items() if course is not None}
+        self._courses = {
+            name: _course(name, course) for name, course in given.items() if course is not None
+        }
         if not self._courses:
             raise ConfigError("Nothing is scheduled: pass alpha=, beta=, gain= or noise=.")
         every_module = [module for one in (model, *also) for module in one.modules()]
@@ -122,6 +124,8 @@ class FilterSchedule:
         Raises:
             FilterError: if it is of a model with other filters.
         """
+        if not {"done", "dose"} <= set(state):
+            raise FilterError("This is not the state of a schedule: pass its own state_dict().")
         if set(state["dose"]) != set(self._units):
             odd = sorted(set(state["dose"]) ^ set(self._units))
             raise FilterError(
@@ -176,6 +180,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         >>> norm.running_mean.tolist()
         [4.0, 4.0]
     """
+    check_model(model)
     remaining = inputs(batches, device_of(model))
     first = next(remaining, None)
     if first is None:
@@ -213,6 +218,17 @@ def _counted(batches: Iterable[Tensor], cuts: list[CutFilter]) -> Iterator[Tenso
         yield batch
 
 
+def _course(name: str, course: Any) -> Course:
+    if callable(course):
+        return course  # type: ignore[no-any-return]
+    if not isinstance(course, tuple | list) or len(course) != 2:
+        raise ConfigError(
+            f"{name}={course!r}: pass a pair, {name}=(first, last), or a function of the share of "
+            "training that is done."
+        )
+    return number(name, course[0]), number(name, course[1])
+
+
 def _at(course: Course, share: float, until: float) -> float:
     if callable(course):
         return float(course(share))
@@ -224,10 +240,12 @@ def _dosed(
     beta: Course, dose: float, rates: Sequence[float] | None, steps: int, until: float
 ) -> Course:
     """Scale a course of beta so that the sum of rate * beta over all steps is the dose."""
-    if rates is None or len(rates) != steps:
+    dose, beta = number("dose", dose), _course("beta", beta)
+    rates = [number("rates", rate) for rate in rates] if isinstance(rates, Iterable) else []
+    if len(rates) != steps:
         raise ConfigError(
             f"dose={dose} needs rates=, the learning rate of each of the {steps} steps; "
-            f"{'none' if rates is None else len(rates)} were given."
+            f"{len(rates) or 'none'} were given."
         )
     total = sum(rate * _at(beta, step / steps, until) for step, rate in enumerate(rates))
     if dose < 0 or total <= 0:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from prifu_plugin.arguments import check_model
 from prifu_plugin.claims import claim_of, guard, shown
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.cuts import (
@@ -131,6 +132,9 @@ def split(
         >>> torch.equal(cloud(edge(x)), net(x))
         True
     """
+    check_model(model)
+    if not isinstance(at, str):
+        raise ConfigError(f"at={at!r}: pass the path of a module, or the name of a graph node.")
     inputs = Inputs.for_model(model, example_inputs)
     captured = captured_at(model, inputs)
     node = find(captured, model, at)
@@ -172,6 +176,7 @@ def cut_points(model: nn.Module, example_inputs: Any = None) -> list[str]:
         >>> cut_points(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8))
         ['_0']
     """
+    check_model(model)
     inputs = Inputs.for_model(model, example_inputs)
     return points(captured_at(model, inputs).graph)
 

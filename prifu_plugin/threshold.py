@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prifu_plugin.arguments import check_callable, number, whole_number
 from prifu_plugin.batches import check_repeatable, pairs
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError, PrifuWarning
@@ -77,6 +78,7 @@ def sweep(
     wrap_state(model)
     check_unsharded(model, "sweep")
     check_repeatable(data)
+    check_callable("metric", metric, "outputs and targets, one number a sample")
     if not isinstance(alphas, Iterable) or isinstance(alphas, str):
         raise ConfigError(f"alphas={alphas!r}: pass a list of thresholds in [0, 1).")
     alphas = list(alphas)
@@ -142,6 +144,7 @@ def fit_alpha(
     wrap_state(model)
     check_unsharded(model, "fit_alpha")
     check_repeatable(data)
+    check_callable("metric", metric, "outputs and targets, one number a sample")
     present = max(unit.alpha for unit in filters(model).values())
     reference = _measure(model, data, [present], metric, False)[0].score
     if metric is None and not is_above_chance(reference, torch.cat([y for _, y in data])):
@@ -187,12 +190,11 @@ def _check_budget(
     if sum(budget is not None for budget in (max_drop, keep, macs)) != 1:
         raise ConfigError("Give one budget: max_drop=, keep= or macs=.")
     for name, share in (("keep", keep), ("macs", macs)):
-        if share is not None and not 0 < share <= 1:
+        if share is not None and not 0 < number(name, share) <= 1:
             raise ConfigError(f"{name}={share!r} is no share in (0, 1]: pass 0.5 for a half.")
-    if max_drop is not None and not max_drop >= 0:
+    if max_drop is not None and not number("max_drop", max_drop) >= 0:
         raise ConfigError(f"max_drop={max_drop!r}: pass how far the metric may fall, 0 or more.")
-    if not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"steps={steps!r}: the search needs one step at least.")
+    whole_number("steps", steps)
 
 
 @contextmanager

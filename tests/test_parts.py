@@ -8,7 +8,8 @@ import torchvision
 from torch import nn
 
 import prifu_plugin as prifu
-from prifu_plugin.errors import CaptureError, ConfigError, OrderError
+from prifu_plugin.errors import CaptureError, ConfigError, OrderError, VerificationError
+from prifu_plugin.prune.parts import _Work
 from prifu_plugin.prune.verify import difference
 
 
@@ -146,3 +147,37 @@ def test_a_detector():
         expected, found = model(x), pruned(x)
     assert difference(expected, found) < 1e-4
     assert prifu.report(pruned).parameters[1] < prifu.report(pruned).parameters[0]
+
+
+class Rounding(Deciding):
+    """Returns a digit of values that fp32 does not reach."""
+
+    def forward(self, x):
+        h = self.looked_into(self.body(x))
+        if float(h.detach().mean()) > 1e6:
+            h = h * 0
+        return (self.between(h) * 1e7).round() % 2
+
+
+def test_decisions_that_rounding_changes_are_judged_in_fp64():
+    torch.manual_seed(0)
+    model = half_off(prifu.wrap(Rounding(), bias=True), bias=True)
+    x = torch.randn(4, 3, 12, 12)
+    assert not torch.equal(model(x), copy.deepcopy(model).double()(x.double()))
+    report = prifu.report(prifu.prune(model, torch.zeros(2, 3, 12, 12)))
+    assert any("rounding changes" in why for _, why in report.notes)
+    assert {check.dtype for check in report.checks} == {"float64", "float32"}
+
+
+def test_a_whole_that_repeats_itself_must_agree(monkeypatch):
+    torch.manual_seed(0)
+    model = half_off(prifu.wrap(Deciding()))
+    keep = _Work._put
+
+    def spoiled(work, path, part, one):
+        one.model.register_forward_hook(lambda *given: given[-1] * 1.01)
+        return keep(work, path, part, one)
+
+    monkeypatch.setattr(_Work, "_put", spoiled)
+    with pytest.raises(VerificationError, match="float32"):
+        prifu.prune(model, torch.zeros(2, 3, 12, 12))

@@ -341,3 +341,18 @@ def test_branches_that_start_at_zero_are_named():
     norm.weight.data.zero_()
     notes = prifu.report(prifu.prune(net, torch.zeros(SHAPES[0]))).notes
     assert [why for _, why in notes if "own scale is 0" in why]
+
+
+def test_plain_attributes_and_the_memory_format_stay():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3))
+    net.num_classes, net.pretrained_cfg, net.owner = 2, {"mean": (0.5, 0.5, 0.5)}, object()
+    model = prifu.wrap(net).to(memory_format=torch.channels_last).eval()
+    prifu.filters(model)["1"].weight.data[:3] = 0
+    pruned = prifu.prune(model, torch.zeros(1, 3, 8, 8))
+    again = prifu.rebuild(net, prifu.plan(pruned), pruned.state_dict())
+    for one in (pruned, copy.deepcopy(pruned), again):
+        assert (one.num_classes, one.pretrained_cfg) == (2, {"mean": (0.5, 0.5, 0.5)})
+        assert not hasattr(one, "owner")  # others need not know its class
+    kernel = pruned.get_submodule("0").weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert not kernel.is_contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prifu_plugin.audit.reconstruction import Reconstruction, Similarity
 from prifu_plugin.audit.statistics import Interval
-from prifu_plugin.formats import FORMAT, check_format
+from prifu_plugin.formats import FORMAT, read_format
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,8 @@ class AuditReport:
 
     @classmethod
     def from_json(cls, text: str) -> AuditReport:
-        """Read what `to_json` wrote; raises ConfigError if a later version did."""
-        data = json.loads(text)
-        check_format(data, "audit")
+        """Read what `to_json` wrote; raises ConfigError for anything else."""
+        data = read_format(text, "audit", ("name", "task", "attributes"))
         attributes = tuple(_attribute(item) for item in data["attributes"])
         return cls(
             data["name"],

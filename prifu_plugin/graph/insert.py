@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prifu_plugin.arguments import check_model
 from prifu_plugin.config import FilterConfig
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import ConfigError, NoSiteError, PrifuWarning
@@ -95,6 +96,9 @@ def wrap(
     )
     if noise > 0 and cut is None:
         raise ConfigError(f"noise={noise} needs a cut: pass cut= the path of the uploaded module.")
+    if cut is not None and not isinstance(cut, str):
+        raise ConfigError(f"cut={cut!r}: pass the path of the module whose output is uploaded.")
+    check_model(model)
     check_wrappable(model)
     if inplace:
         check_alone(model)
@@ -165,6 +169,7 @@ def filters(model: nn.Module) -> dict[str, PriFU]:
         >>> filters(wrap(nn.Sequential(nn.BatchNorm1d(2))))
         {'0': PriFU(2, 2 open, alpha=0.1, beta=0.001)}
     """
+    check_model(model)
     found = {}
     for path, module in model.named_modules():
         if not is_host(module):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
+from prifu_plugin.arguments import check_model, check_strings
+from prifu_plugin.errors import CaptureError, NoSiteError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured, calls, capture
 from prifu_plugin.graph.functional import (
@@ -63,6 +64,7 @@ def sites(model: nn.Module) -> list[Site]:
         >>> [(site.path, site.channels) for site in sites(net)]
         [('1', 4)]
     """
+    check_model(model)
     graphs = list(_graphs(model))
     called = set().union(*(calls(captured) for captured in graphs)) if graphs else set()
     found = [
@@ -97,9 +99,8 @@ def select(
         >>> select(["layer1.0.bn1", "layer2.0.bn1"], ["layer1"], None)
         ['layer1.0.bn1']
     """
-    for name, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise ConfigError(f"{name}='{patterns}' is one string: pass {name}=['{patterns}'].")
+    check_strings("include", include)
+    check_strings("exclude", exclude)
     for pattern in [*(include or []), *(exclude or [])]:
         if not any(_matches(path, pattern) for path in candidates):
             raise no_match(pattern, candidates)

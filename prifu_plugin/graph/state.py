@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from prifu_plugin.arguments import check_model
 from prifu_plugin.config import FilterConfig
 from prifu_plugin.errors import OrderError
 from prifu_plugin.filter import WRAPPED
@@ -17,6 +18,8 @@ from prifu_plugin.graph.host import CHILD
 from prifu_plugin.graph.watch import check_filters_are_there, check_filters_train
 
 STATE = "_prifu_state"
+META = "_prifu_pruned"
+"""Where prune keeps plan and report on its result."""
 
 
 @dataclass
@@ -61,8 +64,14 @@ def copied(model: nn.Module) -> nn.Module:
 
 def wrap_state(model: nn.Module) -> WrapState:
     """Return what wrap remembered, or raise OrderError if the model is not wrapped."""
+    check_model(model)
     state = model.__dict__.get(STATE)
     if not isinstance(state, WrapState):
+        if META in model.__dict__:
+            raise OrderError(
+                f"This {type(model).__name__} is pruned already, and has no filters left. Pass the "
+                "wrapped model, or wrap the pruned one again to filter further."
+            )
         raise OrderError(
             f"{type(model).__name__} is not wrapped. Call prifu_plugin.wrap(model) first; if it "
             "is inside DDP, torch.compile or EMA, pass the module inside."

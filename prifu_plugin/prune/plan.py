@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prifu_plugin.formats import FORMAT, check_format
+from prifu_plugin.formats import FORMAT, read_format
 from prifu_plugin.prune.layout import Conform
 
 
@@ -185,9 +185,8 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote; raises ConfigError if a later version did."""
-        data = json.loads(text)
-        check_format(data, "plan")
+        """Read what `to_json` wrote; raises ConfigError for anything else."""
+        data = read_format(text, "plan", ("recipe", "nodes", "shapes", "notes"))
         nodes = []
         for item in data["nodes"]:
             fields = _frozen(item["kernel"])

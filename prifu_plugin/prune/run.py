@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from prifu_plugin.arguments import check_model, number, whole_number
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
 from prifu_plugin.graph.insert import apply_recipe, filters
 from prifu_plugin.graph.sites import norm_modules
-from prifu_plugin.graph.state import copied, wrap_state
+from prifu_plugin.graph.state import META, copied, wrap_state
 from prifu_plugin.graph.values import check_present
+from prifu_plugin.prune.attributes import keep_attributes, keep_memory_format
 from prifu_plugin.prune.hooks import take_off
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.ladder import recorded
@@ -24,8 +27,6 @@ from prifu_plugin.prune.report import PruneReport, count_bytes, count_macs, coun
 from prifu_plugin.prune.rewrite import rewrite
 from prifu_plugin.prune.sharing import separated
 from prifu_plugin.sharded import check_unsharded
-
-META = "_prifu_pruned"
 
 
 def prune(
@@ -40,13 +41,15 @@ def prune(
     """Remove the zeroed channels of a wrapped model; the outputs stay what they are in eval mode.
 
     The result is a plain torch.fx.GraphModule with the original submodule names: trainable,
-    exportable, without filters. Where the forward cannot be followed at all (detectors), it is a
-    copy of the model whose largest parts that can be are such modules; the report names them, and
-    such a result has no plan. It is compared with the filtered model on fresh inputs, in fp64
-    and in the model's own precision, at other batch sizes and, for one image input that the model
-    takes at another resolution, there too. What a forward does only at sizes that were not
-    compared is not certified; where torch.fx cannot follow a forward because it decides on sizes,
-    the sizes of the example decide, and the result refuses inputs for which they would not.
+    exportable, without filters, with the plain attributes of the original (num_classes,
+    pretrained_cfg; those that name widths inside name the original's). Where the forward cannot
+    be followed at all (detectors), it is a copy of the model whose largest parts that can be are
+    such modules; the report names them, and such a result has no plan. It is compared with the
+    filtered model on fresh inputs, in fp64 and in the model's own precision, at other batch sizes
+    and, for one image input that the model takes at another resolution, there too. What a forward
+    does only at sizes that were not compared is not certified; where torch.fx cannot follow a
+    forward because it decides on sizes, the sizes of the example decide, and the result refuses
+    inputs for which they would not.
     `prifu_plugin.report(pruned)` returns the certificate and the fate of every channel,
     `prifu_plugin.plan(pruned)` the plan from which `rebuild` makes the model again.
 
@@ -81,9 +84,9 @@ def prune(
         2
     """
     state = wrap_state(model)
-    if not isinstance(round_to, int) or round_to < 1:
-        raise ConfigError(f"round_to={round_to} is not a positive number of channels.")
-    if not isinstance(move_cost, int | float) or not move_cost >= 0:
+    round_to, seed = whole_number("round_to", round_to), whole_number("seed", seed, least=0)
+    move_cost = number("move_cost", move_cost)
+    if not move_cost >= 0:
         raise ConfigError(f"move_cost={move_cost} is not 0 or more multiply-accumulates.")
     check_present(model)
     check_unsharded(model, "prune")
@@ -98,7 +101,7 @@ def prune(
         size = count_parameters(filtered), count_bytes(filtered)
         runs = runs_of(filtered, inputs)
         settings: dict[str, Any] = {
-            **{"round_to": round_to, "move_cost": float(move_cost)},
+            **{"round_to": round_to, "move_cost": move_cost},
             **{"verify": verify, "seed": seed},
         }
         pruned: nn.Module
@@ -112,6 +115,7 @@ def prune(
             pruned, plan, checks, layers, notes = parts.model, None, *parts.said
         else:
             pruned, plan, checks, layers = whole.model, whole.plan, whole.checks, whole.layers
+            keep_attributes(model, whole.model)
             notes = whole.plan.notes
         report = PruneReport(
             checks,
@@ -125,6 +129,7 @@ def prune(
     # Plain data only: the result must not need prifu_plugin to be loaded.
     attached = {"plan": plan.to_json() if plan else None, "report": report.to_dict()}
     _attach(pruned, attached)
+    keep_memory_format(model, pruned)
     return pruned.to(device)
 
 
@@ -141,7 +146,7 @@ def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -
 
     Raises:
         NoSiteError: if the model is another architecture.
-        RuntimeError: from load_state_dict, if the weights are another model's.
+        ConfigError: if plan is none, or the weights are another model's.
 
     Example:
         >>> import prifu_plugin as prifu
@@ -151,8 +156,10 @@ def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -
         >>> torch.equal(again(torch.ones(1, 3, 8, 8)), small(torch.ones(1, 3, 8, 8)))
         True
     """
+    check_model(model)
     if isinstance(plan, str):
         plan = Plan.from_json(plan)
+    _check_kept(plan, state_dict)
     fresh = copied(model).cpu().eval()
     reference = next((v for v in state_dict.values() if v.is_floating_point()), torch.zeros(()))
     wrapped = plain_layers(apply_recipe(fresh, plan.recipe).to(reference.dtype))
@@ -164,9 +171,29 @@ def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -
             "for. Build the model that was wrapped, with the same arguments and versions."
         )
     pruned = rewrite(captured, plan)
-    pruned.load_state_dict(state_dict)
+    try:
+        pruned.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"state_dict is not of the model this plan made: {error} Pass the state_dict of the "
+            "pruned model whose plan this is."
+        ) from None
+    keep_attributes(model, pruned)
     _attach(pruned, {"plan": plan.to_json()})
     return pruned.to(device_of(model))
+
+
+def _check_kept(plan: Any, state_dict: Any) -> None:
+    if not isinstance(plan, Plan):
+        raise ConfigError(
+            f"plan is a {type(plan).__name__}: pass what prifu_plugin.plan(pruned) returned, or "
+            "the text of its to_json()."
+        )
+    if not isinstance(state_dict, Mapping):
+        raise ConfigError(
+            f"state_dict is a {type(state_dict).__name__}: pass pruned.state_dict(), as a file of "
+            "safetensors or torch.load(weights_only=True) gives it."
+        )
 
 
 def report(pruned: nn.Module) -> PruneReport:
@@ -204,6 +231,7 @@ def _without_scale(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _attached(pruned: nn.Module) -> dict[str, Any]:
+    check_model(pruned, "pruned")
     data = pruned.__dict__.get(META)
     if data is None and isinstance(pruned, fx.GraphModule):
         data = pruned.meta.get(META)

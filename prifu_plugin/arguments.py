@@ -1,0 +1,81 @@
+"""Arguments of public functions, checked at the edge: what was given, and what to give instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from prifu_plugin.errors import ConfigError
+
+
+def check_model(model: Any, name: str = "model") -> None:
+    """Raise ConfigError unless a model is a module.
+
+    Example:
+        >>> check_model(nn.Identity())
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{name} is {_shown(model)}: pass a torch.nn.Module.")
+
+
+def number(name: str, value: Any) -> float:
+    """Return a number as a float: of Python, numpy or a tensor of one, but not of text.
+
+    Raises:
+        ConfigError: for anything else.
+
+    Example:
+        >>> number("alpha", 1)
+        1.0
+    """
+    try:
+        if isinstance(value, str | bytes | bool):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"{name}={value!r} is no number. Pass {name}= a float.") from None
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """Return an integer that is not below the least.
+
+    Raises:
+        ConfigError: for anything else.
+
+    Example:
+        >>> whole_number("steps", 3)
+        3
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ConfigError(f"{name}={value!r} is no whole number. Pass {name}= an integer.")
+    if int(value) < least:
+        raise ConfigError(f"{name}={value!r}: pass {name}= an integer of at least {least}.")
+    return int(value)
+
+
+def check_strings(name: str, value: Any) -> None:
+    """Raise ConfigError unless a value is None or several strings.
+
+    Example:
+        >>> check_strings("include", ["layer1"])
+    """
+    if isinstance(value, str):
+        raise ConfigError(f"{name}='{value}' is one string: pass {name}=['{value}'].")
+    listed = list(value) if isinstance(value, Iterable) else [value]
+    odd = next((item for item in listed if not isinstance(item, str)), None)
+    if value is not None and odd is not None:
+        raise ConfigError(f"{name} holds {_shown(odd)}: pass a list of strings, paths or patterns.")
+
+
+def check_callable(name: str, value: Any, takes: str) -> None:
+    """Raise ConfigError unless a value is None or can be called."""
+    if value is not None and not callable(value):
+        raise ConfigError(f"{name} is {_shown(value)}: pass a function of {takes}.")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str | int | float | type(None)):
+        return repr(value)
+    return f"a {type(value).__name__}"

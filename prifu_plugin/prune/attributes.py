@@ -1,0 +1,40 @@
+"""What a pruned model keeps of its original: plain attributes and the memory format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+def keep_attributes(original: nn.Module, graph: fx.GraphModule) -> None:
+    """Give a graph what others ask its original for, such as num_classes and pretrained_cfg.
+
+    Args:
+        original: whose attributes they are; those that hold more than plain data are left out.
+        graph: what takes its place; copies of it keep them.
+    """
+    kept = {
+        name: value
+        for name, value in vars(original).items()
+        if not name.startswith("_") and _is_plain(value) and not hasattr(graph, name)
+    }
+    graph.meta["_user_preserved_attributes"] = kept  # torch's name for it
+    for name, value in kept.items():
+        setattr(graph, name, value)
+
+
+def keep_memory_format(original: nn.Module, pruned: nn.Module) -> None:
+    """Put kernels channels last where the original's are."""
+    kernels = [p for p in original.parameters() if p.ndim == 4 and max(p.shape[2:]) > 1]
+    if any(p.is_contiguous(memory_format=torch.channels_last) for p in kernels):
+        pruned.to(memory_format=torch.channels_last)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,121 @@
+"""Arguments that cannot be right: each is refused at the edge, by name, with what to type."""
+
+import pytest
+import torch
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import ConfigError, FilterError, OrderError
+
+
+def network():
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 2))
+
+
+X = torch.randn(2, 3, 8, 8)
+DATA = [(X, torch.tensor([0, 1]))]
+
+
+@pytest.fixture(scope="module")
+def wrapped():
+    return prifu.wrap(network()).eval()
+
+
+@pytest.fixture(scope="module")
+def pruned(wrapped):
+    return prifu.prune(wrapped, X)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        prifu.wrap,
+        prifu.unwrap,
+        prifu.filters,
+        prifu.sites,
+        prifu.status,
+        prifu.summary,
+        prifu.absorb,
+        prifu.report,
+        prifu.plan,
+        prifu.cut_points,
+        lambda m: prifu.prune(m, X),
+        lambda m: prifu.split(m, "0", X),
+        lambda m: prifu.recalibrate(m, [X]),
+        lambda m: prifu.relevance(m, DATA),
+        lambda m: prifu.influence(m, *DATA[0]),
+        lambda m: prifu.sweep(m, DATA, [0.1]),
+    ],
+)
+def test_what_is_no_module(call):
+    with pytest.raises(ConfigError, match=r"pass a torch\.nn\.Module"):
+        call(None)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m: prifu.wrap(network(), include=5), "include holds 5"),
+        (lambda m: prifu.wrap(network(), exclude=[5]), "exclude holds 5"),
+        (lambda m: prifu.wrap(network(), exclude="1"), r"pass exclude=\['1'\]"),
+        (lambda m: prifu.wrap(network(), cut=5), "cut=5"),
+        (lambda m: prifu.split(m, 5, X), "at=5"),
+        (lambda m: prifu.prune(m, X, round_to="8"), "round_to='8' is no whole number"),
+        (lambda m: prifu.prune(m, X, round_to=True), "round_to=True is no whole number"),
+        (lambda m: prifu.prune(m, X, round_to=0), "at least 1"),
+        (lambda m: prifu.prune(m, X, move_cost="a"), "move_cost='a'"),
+        (lambda m: prifu.prune(m, X, seed="a"), "seed='a'"),
+        (lambda m: prifu.prune(m, {"x": X}), "example_inputs is a dict"),
+        (lambda m: prifu.sweep(m, DATA, [0.1], metric="accuracy"), "metric is 'accuracy'"),
+        (lambda m: prifu.sweep(m, None, [0.1]), "data is a NoneType"),
+        (lambda m: prifu.fit_alpha(m, DATA, keep="a"), "keep='a'"),
+        (lambda m: prifu.fit_alpha(m, DATA, max_drop="a"), "max_drop='a'"),
+        (lambda m: prifu.fit_alpha(m, DATA, keep=0.5, steps=0), "steps=0"),
+        (lambda m: prifu.relevance(m, None), "data is a NoneType"),
+        (lambda m: prifu.relevance(m, DATA, loss=3), "loss is 3"),
+        (lambda m: prifu.influence(m, None, None), "pass tensors"),
+        (lambda m: prifu.recalibrate(m, None), "batches is a NoneType"),
+        (lambda m: prifu.FilterSchedule(m, "10", alpha=(0, 0.1)), "steps='10'"),
+        (lambda m: prifu.FilterSchedule(m, 1.5, alpha=(0, 0.1)), "steps=1.5"),
+        (lambda m: prifu.FilterSchedule(m, 10, alpha=0.1), "pass a pair"),
+        (lambda m: prifu.FilterSchedule(m, 10, alpha=("a", 0.1)), "alpha='a' is no number"),
+        (lambda m: prifu.FilterSchedule(m, 10, alpha=(0, 0.1), until=2), "until=2"),
+        (lambda m: prifu.FilterSchedule(m, 2, dose=1.0, rates=0.1), "needs rates="),
+        (lambda m: prifu.FilterSchedule(m, 2, dose="a", rates=[0.1, 0.1]), "dose='a'"),
+        (lambda m: prifu.dose_to_beta("a", [0.1]), "dose='a'"),
+        (lambda m: prifu.dose_to_beta(1.0, ["a"]), "learning_rates='a'"),
+        (lambda m: prifu.PriFU(0), "num_features=0"),
+        (lambda m: prifu.learned(torch.randn(3, 2), [0, 1, 1]), "targets are a list"),
+    ],
+)
+def test_it_is_named(wrapped, call, said):
+    with pytest.raises(ConfigError, match=said):
+        call(wrapped)
+
+
+def test_a_pruned_model_is_pruned(pruned):
+    with pytest.raises(OrderError, match="pruned already"):
+        prifu.prune(pruned, X)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda plan, state: ("{", state), "not the text"),
+        (lambda plan, state: ("{}", state), "has no 'recipe'"),
+        (lambda plan, state: (None, state), "plan is a NoneType"),
+        (lambda plan, state: (plan, None), "state_dict is a NoneType"),
+        (lambda plan, state: (plan, {}), "not of the model this plan made"),
+    ],
+)
+def test_what_rebuild_is_given(pruned, change, said):
+    plan, state = change(prifu.plan(pruned), pruned.state_dict())
+    with pytest.raises(ConfigError, match=said):
+        prifu.rebuild(network(), plan, state)
+
+
+def test_the_state_of_something_else(wrapped):
+    with pytest.raises(FilterError, match="state of a schedule"):
+        prifu.FilterSchedule(wrapped, 10, alpha=(0, 0.1)).load_state_dict({})
+
