@@ -140,7 +140,7 @@ def test_bad_input():
         ({"keep": 50}, "no share"),
         ({"macs": 0.0}, "no share"),
         ({"max_drop": -1}, "may fall"),
-        ({"keep": 0.5, "steps": 0}, "one step"),
+        ({"keep": 0.5, "steps": 0}, "at least 1"),
     ],
 )
 def test_impossible_budgets_are_refused(settings, message):

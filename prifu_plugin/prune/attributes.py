@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 
 def keep_attributes(original: nn.Module, graph: fx.GraphModule) -> None:
@@ -27,9 +27,15 @@ def keep_attributes(original: nn.Module, graph: fx.GraphModule) -> None:
 
 def keep_memory_format(original: nn.Module, pruned: nn.Module) -> None:
     """Put kernels channels last where the original's are."""
-    kernels = [p for p in original.parameters() if p.ndim == 4 and max(p.shape[2:]) > 1]
-    if any(p.is_contiguous(memory_format=torch.channels_last) for p in kernels):
-        pruned.to(memory_format=torch.channels_last)
+    if any(_is_channels_last(parameter) for parameter in original.parameters()):
+        for parameter in pruned.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def _is_channels_last(kernel: Tensor) -> bool:
+    last = kernel.ndim == 4 and kernel.is_contiguous(memory_format=torch.channels_last)
+    return last and not kernel.is_contiguous()  # one channel, or one place, is both
 
 
 def _is_plain(value: Any) -> bool:
