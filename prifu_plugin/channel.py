@@ -172,10 +172,11 @@ class Quantizer(nn.Module):
 class Noise(nn.Module):
     """Gaussian noise of a fixed scale, drawn once for each upload.
 
-    In eval mode the draw is a function of the upload, to the last bit, and of a secret key: the
-    very same query returns the very same answer. A query that differs a little, or the same image
-    computed in another batch, is drawn anew, so that averaging over *varied* queries still helps
-    an attacker; `prifu_plugin.audit` tries that. In training the draw is fresh.
+    In eval mode the draw is a function of the upload, in steps of about 1/16 of its deviation, and
+    of a secret key: the same query returns the same answer, in another batch too (but for the few
+    uploads with a value on the border of two steps). A query that differs a little is drawn anew,
+    so that averaging over *varied* queries still helps an attacker; `prifu_plugin.audit` tries
+    that. In training the draw is fresh.
 
     Args:
         scale: standard deviation, in units of z.

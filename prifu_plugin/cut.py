@@ -22,7 +22,7 @@ class CutFilter(nn.Module):
 
     Noise is drawn in training and at inference, anew for each query, so that averages over
     repeated queries undo it. With a secret `key`, what is drawn at inference is a function of the
-    tensor and the key: the very same query gets the very same answer.
+    tensor, in coarse steps, and the key: the same query gets the same answer.
 
     Args:
         num_features: channels C of the uploaded tensor.

@@ -202,9 +202,28 @@ def test_ranges_that_fp32_cannot_divide_are_refused():
         Quantizer(4).fit(torch.tensor([3e38, -3e38]))
 
 
-def test_every_bit_of_an_upload_counts_for_its_noise():
-    z = torch.randn(1, 8, dtype=torch.float64)
-    assert not torch.equal(keyed_gaussian(z, KEY), keyed_gaussian(z + 1e-12, KEY))
+def test_the_same_image_in_another_batch_gets_the_same_noise():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 32, 3, stride=2), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2), nn.ReLU()
+    edge = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten()).eval()
+    images = torch.rand(64, 3, 32, 32)
+    with torch.no_grad():
+        together, alone = edge(images), torch.cat([edge(image[None]) for image in images])
+        assert not torch.equal(together, alone)
+        first, second = keyed_gaussian(together, KEY), keyed_gaussian(alone, KEY)
+        same = (first == second).flatten(1).all(1)
+        assert same.float().mean() > 0.95
+        # One that differs a little is another one.
+        other = keyed_gaussian(edge(images + 0.01 * torch.rand_like(images)), KEY)
+    assert not (first == other).flatten(1).all(1).any()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_steps_follow_the_scale_of_an_upload(scale):
+    z = torch.randn(2, 64, dtype=torch.float64) * scale
+    drawn = keyed_gaussian(z, KEY)
+    assert torch.equal(drawn, keyed_gaussian(z * (1 + 1e-12), KEY))
+    assert torch.equal(drawn[0], drawn[1]) == (scale == 0)
 
 
 def test_half_uploads_are_projected():
