@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import prifu_plugin as prifu
-from prifu_plugin.audit.render import html
+from prifu_plugin.audit.page import html
 from prifu_plugin.channel import Channel, Quantizer
 from prifu_plugin.data.faces import generate_faces
 

@@ -44,7 +44,13 @@ class Channel(nn.Module):
         return z
 
     def encode(self, z: Tensor) -> bytes:
-        """Return the bytes on the wire for a batch of uploads."""
+        """Return the bytes on the wire for a batch of uploads.
+
+        Raises:
+            ConfigError: if an upload is not finite.
+        """
+        if not torch.isfinite(z).all():
+            raise ConfigError("An upload is NaN or infinite: nothing is sent. Look at its input.")
         for step in self.steps:
             if isinstance(step, Quantizer):
                 return step.pack(step.levels(z))

@@ -17,10 +17,11 @@ from prifu_plugin.audit import run as audit_run
 from prifu_plugin.audit.controls import BROKEN, marks_of
 from prifu_plugin.audit.data import AuditData, split_off
 from prifu_plugin.audit.facts import facts_of
-from prifu_plugin.audit.render import html, verdict
+from prifu_plugin.audit.page import html
 from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.audit.sending import answers_of
 from prifu_plugin.audit.statistics import Interval
+from prifu_plugin.audit.words import verdict
 from prifu_plugin.channel import Channel, Noise, Projection, Quantizer
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import ConfigError, OrderError, PrifuWarning
@@ -133,6 +134,33 @@ def test_an_attribute_that_is_the_task():
     assert report.attributes[0].task_only > 0.98
 
 
+def test_an_attribute_that_is_nearly_the_task():
+    parts = []
+    for part in (TRAIN, TEST):
+        odd = torch.arange(len(part)) % 40 == 0
+        alike = torch.where(odd, 1 - part.labels["task"], part.labels["task"])
+        labels = {"task": part.labels["task"], "alike": alike}
+        parts.append(prifu.AuditData(part.images, labels))
+    settings = {"suite": "quick", "seeds": 1, "reconstruct": False}
+    report = prifu.audit(Edge().eval(), *parts, task="task", attributes=["alike"], **settings)
+    assert any("nearly the task itself" in mark for mark in report.attributes[0].marks)
+
+
+def test_a_class_that_hardly_occurs_is_refused():
+    rare = torch.zeros(len(TEST), dtype=torch.long)
+    rare[:3] = 1
+    test = prifu.AuditData(TEST.images, {**TEST.labels, "rare": rare})
+    train = prifu.AuditData(TRAIN.images, {**TRAIN.labels, "rare": TRAIN.labels["coin"]})
+    with pytest.raises(ConfigError, match="fewer than 4 items in test"):
+        prifu.audit(Edge().eval(), train, test, task="task", attributes=["rare"], suite="quick")
+
+
+def test_a_task_of_one_class_is_refused():
+    test = prifu.AuditData(TEST.images, {**TEST.labels, "task": TEST.labels["task"] * 0})
+    with pytest.raises(ConfigError, match="'task' has one class only in test"):
+        prifu.audit(Edge().eval(), TRAIN, test, task="task", attributes=["coin"], suite="quick")
+
+
 def test_a_cloud_that_begins_in_place_hides_nothing():
     class Signed(nn.Module):
         def forward(self, x):
@@ -205,12 +233,13 @@ def test_nothing_of_the_users_is_changed():
     assert all(p.grad is None for p in edge.parameters())
 
 
-def test_near_duplicates_are_refused():
-    near = prifu.AuditData(
-        (TRAIN.images[:300] + 1e-6).clamp(0, 1), TEST.at(torch.arange(300)).labels
-    )
+@pytest.mark.parametrize("count", [60, 700])
+def test_near_duplicates_are_refused(count):
+    train = TRAIN.at(torch.arange(count))
+    some = torch.arange(min(300, count))
+    near = prifu.AuditData((train.images[some] + 1e-6).clamp(0, 1), TEST.at(some).labels)
     with pytest.raises(ConfigError, match="almost the same"):
-        prifu.audit(Edge().eval(), TRAIN, near, task="task", attributes=["private"], suite="quick")
+        prifu.audit(Edge().eval(), train, near, task="task", attributes=["private"], suite="quick")
 
 
 def test_a_constant_upload():
@@ -237,6 +266,7 @@ def test_reconstruction_and_its_floors():
     assert AuditReport.from_json(report.to_json()) == report
     assert report.upload.bytes_as_image["jpeg"] > 0
     assert report.upload.bytes_as_float == 4 * 6
+    assert "| floor: the mean image |" in report.to_markdown()
     assert "peak 1" in report.to_markdown()
     assert "as JPEG" in report.to_markdown()
     dark = prifu.AuditData(TRAIN.images - 1, TRAIN.labels)
@@ -249,7 +279,12 @@ def test_what_is_written_can_be_read(plain):
     again = AuditReport.from_json(text)
     assert again == plain
     assert "right" not in json.loads(text)["attributes"][0]
-    assert "| private |" in plain.to_markdown()
+    text = plain.to_markdown()
+    row = plain.attributes[0]
+    assert "| private |" in text
+    assert f"| {row.balanced:.3f} | {row.auc} | {row.bits:.2f} | {row.majority:.3f} |" in text
+    assert f"ceiling: {next(iter(row.ceilings))}" in text
+    assert "suite quick" in text
     assert "Empirical" in str(plain)
 
 

@@ -226,5 +226,11 @@ def test_steps_follow_the_scale_of_an_upload(scale):
     assert torch.equal(drawn[0], drawn[1]) == (scale == 0)
 
 
+@pytest.mark.parametrize("channel", [Channel(), Channel(Quantizer(4).fit(torch.randn(9, 3)))])
+def test_what_is_not_finite_is_not_sent(channel):
+    with pytest.raises(ConfigError, match="nothing is sent"):
+        channel.encode(torch.tensor([[1.0, float("nan"), 0.0]]))
+
+
 def test_half_uploads_are_projected():
     assert Projection(nn.Linear(8, 2))(torch.randn(3, 8).half()).dtype == torch.float16

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from test_audit import Edge, run
 
-from prifu_plugin.audit.render import html
+from prifu_plugin.audit.page import html
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)

@@ -127,7 +127,8 @@ def uploads(edge: nn.Module, images: Tensor, what: str, batch: int = 250) -> Ten
             z = edge(part.to(device, copy=True))
             if not isinstance(z, Tensor):
                 raise ConfigError(
-                    f"The edge returns {type(z).__name__}: audit one tensor at a time."
+                    f"The edge returns a {type(z).__name__}: let it return one tensor, of several "
+                    "torch.cat([part.flatten(1) for part in parts], 1)."
                 )
             found.append(_as_float(z.detach(), what).cpu())
     shapes = {tuple(z.shape[1:]) for z in found}
@@ -163,8 +164,9 @@ def _as_float(z: Tensor, what: str) -> Tensor:
 def _near_duplicates(train: Tensor, test: Tensor) -> int:
     """Count test images a thousand times nearer to one of train than images of train are."""
     known, asked = (x.float().flatten(1)[:limit] for x, limit in ((train, 4000), (test, 300)))
-    usual = torch.cdist(known[:300], known[300:600]).amin(1).median() if len(known) >= 600 else None
-    if usual is None or usual == 0:
+    half = min(300, len(known) // 2)
+    usual = torch.cdist(known[:half], known[half : 2 * half]).amin(1).median()
+    if usual == 0:
         return 0
     nearest = torch.cdist(asked, known, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
     return int((nearest < 1e-3 * usual).sum())

@@ -75,8 +75,7 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
     truths = evidence.labels(evidence.task)[2]
     if not is_above_chance(float((evidence.answers[2] == truths).double().mean()), truths):
         marks = ("the model is at chance at its own task", *marks)
-    if _same_partition(truths, truth):
-        marks = ("it is the task itself", *marks)
+    marks = (*_of_the_task(evidence, labels), *marks)
     return AttributeResult(
         label,
         classes,
@@ -186,7 +185,18 @@ def _floors(
     return majority_guess(learned, truth), task_guess(known, (answers, truth)), task_auc
 
 
-def _same_partition(task: Tensor, label: Tensor) -> bool:
-    """Whether a label is the task under other names."""
-    pairs = torch.stack([task, label], 1).unique(dim=0)
-    return len(pairs) == len(task.unique()) == len(label.unique())
+def _of_the_task(evidence: Evidence, labels: tuple[Tensor, Tensor, Tensor]) -> tuple[str, ...]:
+    """Mark a label that is the task under other names, or nearly."""
+    tasks = evidence.labels(evidence.task)
+    known = torch.cat(tasks[:2]), torch.cat(labels[:2])
+    told = float(task_guess(known, (tasks[2], labels[2])).mean())
+    majority = float(majority_guess(known[1], labels[2]).mean())
+    if told == 1.0 > majority:
+        return ("it is the task itself",)
+    if told - majority > NEARLY * (1 - majority):
+        return (f"it is nearly the task itself: the true answer tells {100 * told:.0f} % of it",)
+    return ()
+
+
+NEARLY = 0.9
+"""Share of what the majority leaves open that the task's true answer may tell of a label."""

@@ -173,13 +173,13 @@ class AuditReport:
 
     def to_markdown(self) -> str:
         """Return the report as Markdown tables."""
-        from prifu_plugin.audit.render import markdown
+        from prifu_plugin.audit.markdown import markdown
 
         return markdown([self])
 
     def to_html(self) -> str:
         """Return the report as one self-contained page."""
-        from prifu_plugin.audit.render import html
+        from prifu_plugin.audit.page import html
 
         return html([self])
 

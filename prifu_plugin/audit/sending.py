@@ -66,7 +66,10 @@ def send(
     answers = tuple(answers_of(cloud, z, part.labels[task]) for z, part in pairs)
     means = None
     if queries > 1 and noisy:
-        means = tuple(mean_of_queries(edge, channel, part.images, queries) for part in parts)
+        amplitude = amplitude_for(edge, channel, parts[0].images[:64])
+        means = tuple(
+            mean_of_queries(edge, channel, part.images, queries, amplitude) for part in parts
+        )
     return Sent(parts, uploads, answers, means, stochastic)
 
 
@@ -96,18 +99,40 @@ def is_keyed(module: nn.Module) -> bool:
 
 
 def mean_of_queries(
-    edge: nn.Module, channel: Channel | None, images: Tensor, queries: int
+    edge: nn.Module, channel: Channel | None, images: Tensor, queries: int, amplitude: float
 ) -> Tensor:
     """Ask again and again, each time a little differently: noise drawn once is drawn anew."""
     generator = torch.Generator().manual_seed(0)
     total = arrived(edge, channel, images, "repeated queries")
     for _ in range(queries - 1):
-        varied = images
-        if images.is_floating_point():
-            noise = torch.randn(images.shape, generator=generator).to(images)
-            varied = images + 1e-3 * noise
+        varied = _varied(images, amplitude, generator)
         total = total + arrived(edge, channel, varied, "repeated queries")
     return total / queries
+
+
+AMPLITUDES = (1e-3, 4e-3, 1.6e-2, 6.4e-2)
+
+
+def amplitude_for(edge: nn.Module, channel: Channel | None, images: Tensor) -> float:
+    """Return the least variation of images that draws nearly all keyed noise anew."""
+    first = arrived(edge, channel, images, "a probe")
+    changes = []
+    for amplitude in AMPLITUDES:
+        varied = _varied(images, amplitude, torch.Generator().manual_seed(1))
+        changes.append(float((arrived(edge, channel, varied, "a probe") - first).abs().mean()))
+    enough = (
+        a for a, change in zip(AMPLITUDES, changes, strict=True) if change > 0.9 * max(changes)
+    )
+    return next(enough, AMPLITUDES[0])
+
+
+def _varied(images: Tensor, amplitude: float, generator: torch.Generator) -> Tensor:
+    """Add noise to each value and to each image as a whole, which averages over values miss."""
+    if not images.is_floating_point():
+        return images
+    values = torch.randn(images.shape, generator=generator)
+    whole = torch.randn(len(images), *[1] * (images.ndim - 1), generator=generator)
+    return images + amplitude * (values + whole).to(images)
 
 
 def answers_of(cloud: nn.Module | None, z: Tensor, labels: Tensor) -> Tensor:

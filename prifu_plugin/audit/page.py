@@ -1,4 +1,4 @@
-"""Show audit reports: Markdown tables, and one self-contained page with pictures."""
+"""Audit reports as one self-contained page with pictures."""
 
 from __future__ import annotations
 
@@ -8,53 +8,10 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from prifu_plugin.audit.controls import BROKEN, CONSTANT
-from prifu_plugin.audit.result import AttributeResult, AuditReport
+from prifu_plugin.audit.result import AuditReport
+from prifu_plugin.audit.words import upload_in_words, verdict
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.figures import new_figure
-
-
-def markdown(reports: Sequence[AuditReport]) -> str:
-    """Return reports of the same attributes as Markdown."""
-    lines = []
-    for report in reports:
-        lines += [f"## {report.name}", ""]
-        lines += [
-            f"task {report.task}: {report.utility or 'not measured'}; "
-            f"{upload_in_words(report)}; attackers trained on {report.sizes[0]} images, chosen on "
-            f"{report.sizes[1]}, judged on {report.sizes[2]}",
-            "",
-            "| attribute | read | by seed | floor | AUC | bits | plain | leak | verdict "
-            "| strongest attacker |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for row in report.attributes:
-            plain = row.ceilings.get("plain")
-            cells = [
-                row.name,
-                str(row.accuracy),
-                ", ".join(f"{value:.3f}" for value in row.seeds),
-                f"{row.floor:.3f}",
-                str(row.auc),
-                f"{row.bits:.2f}",
-                "" if plain is None else f"{plain:.3f}",
-                str(row.leak or ""),
-                "; ".join([verdict(row), *row.marks]),
-                row.winner,
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        found = report.reconstruction
-        if found is not None:
-            lines += [
-                "",
-                f"reconstruction, peak 1: PSNR {found.best.psnr:.2f} dB (floor "
-                f"{found.task_mean.psnr:.2f}), SSIM {found.best.ssim:.3f} (floor "
-                f"{found.task_mean.ssim:.3f}), linkage {found.linkage:.3f} "
-                f"(chance {found.chance:.3f})",
-            ]
-        lines += ["", f"Not tested: {'; '.join(report.not_tested)}.", ""]
-    lines.append("Empirical: a stronger attacker may read more.")
-    return "\n".join(lines) + "\n"
 
 
 def html(reports: Sequence[AuditReport], title: str = "Privacy audit") -> str:
@@ -84,42 +41,6 @@ def html(reports: Sequence[AuditReport], title: str = "Privacy audit") -> str:
         bubbles=_picture(_bubbles(reports)),
         galleries=[_picture(_gallery(report), "png") for report in reports],
     )
-
-
-def verdict(row: AttributeResult) -> str:
-    """Say in words what a row shows."""
-    if row.accuracy.low != row.accuracy.low:
-        return "too few items to say"
-    if BROKEN in row.marks:
-        return "no evidence: the control failed"
-    if CONSTANT in row.marks:
-        return "no evidence either way"
-    if row.gain.low > 0 or row.auc.low > max(0.5, row.task_auc) + 0.01:
-        return "leaks: read above the floor"
-    if row.marks:
-        return "no evidence either way"
-    return "not read above the floor by these attackers"
-
-
-def upload_in_words(report: AuditReport) -> str:
-    """Say how large an upload is, next to the image, and what it can hold."""
-    upload = report.upload
-    said = [f"{upload.bytes} bytes a sample"]
-    others = {"in fp32": upload.bytes_as_float, **_named(upload.bytes_as_image)}
-    compared = [f"{value:.0f} {name}" for name, value in others.items() if value]
-    said[0] += f" ({', '.join(compared)})" if compared else ""
-    said.append(f"{upload.constant} of {upload.values} values constant")
-    said.append(f"rank {upload.rank}")
-    if upload.rank:
-        said[-1] += f", the strongest direction {upload.condition:.3g} times the weakest"
-    if upload.bits is not None:
-        said.append(f"at most {upload.bits:.0f} bits")
-    return ", ".join(said)
-
-
-def _named(sizes: dict[str, float]) -> dict[str, float]:
-    names = {"png": "the image as PNG", "jpeg": "as JPEG"}
-    return {names[key]: value for key, value in sizes.items() if key in names}
 
 
 def _bars(reports: Sequence[AuditReport]) -> Any:
