@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from prifu_plugin.arguments import check_callable, check_model
 from prifu_plugin.batches import pairs
@@ -126,7 +127,9 @@ def relevance(
             parameter.requires_grad_(False)  # only gradients of activations are wanted
         for path, module, unit in _places(model):
             hooks.callback(_watch(module, unit, meters[path]).remove)
-        for given, target in pairs(data, device):
+        count = len(data) if isinstance(data, Sized) else None
+        bar = tqdm(pairs(data, device), "relevance", count, leave=False, disable=None)
+        for given, target in bar:
             x = _differentiable(given)
             losses = loss(model(x), target)
             if losses.shape != (len(x),):

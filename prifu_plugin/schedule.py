@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
+from tqdm import tqdm
 
 from prifu_plugin.arguments import check_model, number, whole_number
 from prifu_plugin.batches import inputs
@@ -189,7 +190,14 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     modes = {module: module.training for module in model.modules()}
     momenta = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm)}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    stream = _counted(itertools.chain([first], remaining), cuts)
+    every = tqdm(
+        itertools.chain([first], remaining),
+        "recalibrating",
+        len(batches) if isinstance(batches, Sized) else None,
+        leave=False,
+        disable=None,
+    )
+    stream = _counted(every, cuts)
     try:
         model.train()
         update_bn(stream, model)

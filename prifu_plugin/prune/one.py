@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from tqdm import tqdm
 
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import CaptureError, ConfigError, PrifuError, VerificationError
@@ -74,20 +75,25 @@ def prune_graph(
         CaptureError: if it cannot be traced or analysed.
         VerificationError: if the pruned model differs.
     """
-    with explained(filtered):
+    passes = ("capture", "facts", "plan", "rewrite", *(["verify"] if verify else []))
+    checks: tuple[Check, ...] = ()
+    with explained(filtered), _shown(passes) as begin:
+        begin("capture")
         check_memory(filtered, runs[0])
         captured, runs = recorded(filtered, runs)
         exact = precise(captured)
+        begin("facts")
         analysis = analyse(exact.root, exact.graph)
+        begin("plan")
         made_of = {"inputs": runs[0].to_dict(), "graph": fingerprint(captured)}
         plan = make_plan(analysis, {**recipe, **made_of}, round_to, move_cost)
+        begin("rewrite")
         pruned = rewrite(captured, plan)
         twin = rewrite(exact, plan) if verify else pruned
-    checks: tuple[Check, ...] = ()
-    if verify:
-        original = captured.root if original is None else original
-        both = (pruned, twin)
-        with explained(filtered):
+        if verify:
+            begin("verify")
+            original = captured.root if original is None else original
+            both = (pruned, twin)
             checks = _certify(analysis, original, captured, exact, plan, both, runs, seed)
     return Pruned(pruned, twin, plan, checks, fates(analysis, plan))
 
@@ -104,6 +110,18 @@ def explained(model: nn.Module) -> Iterator[None]:
             f"prune cannot analyse this {type(model).__name__} ({type(error).__name__}: {error}), "
             "and leaves it as it is. Please report the model."
         ) from error
+
+
+@contextmanager
+def _shown(passes: Sequence[str]) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal which pass is running; yields what a pass calls when it begins."""
+    with tqdm(total=len(passes), leave=False, disable=None, bar_format="{desc} {bar:12}") as bar:
+
+        def begin(name: str) -> None:
+            bar.n = passes.index(name)
+            bar.set_description_str(f"prune: {name}")
+
+        yield begin
 
 
 def runs_of(filtered: nn.Module, inputs: Inputs) -> tuple[Inputs, ...]:
