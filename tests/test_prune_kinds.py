@@ -307,6 +307,21 @@ def test_outputs_that_are_dictionaries_of_a_class():
     assert difference(model(x).logits, found.logits) <= 1e-6
 
 
+class Ordered(Net):
+    def forward(self, x):
+        y = self.o(self.n(self.n0(x)))
+        return collections.OrderedDict(out=y, inplace=y + 1, input=x)
+
+
+def test_outputs_stay_ordered_whatever_their_keys():
+    model = half_off(prifu.wrap(Ordered()))
+    x = torch.randn(3, 5, 8)
+    found = prifu.prune(model, x)(x)
+    assert type(found) is collections.OrderedDict
+    assert list(found) == ["out", "inplace", "input"]
+    assert difference(dict(model(x)), dict(found)) <= 1e-6
+
+
 @pytest.mark.parametrize(
     ("net", "inputs", "error"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -84,7 +85,8 @@ class ModelTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Record an argument; a dictionary with a class of its own is made by that class."""
-        if isinstance(a, dict) and is_dataclass(a):
+        named = isinstance(a, OrderedDict) and all(isinstance(key, str) for key in a)
+        if named or (isinstance(a, dict) and is_dataclass(a)):
             items = {key: self.create_arg(value) for key, value in a.items()}
             return self.create_node("call_function", type(a), (), items)
         return super().create_arg(a)

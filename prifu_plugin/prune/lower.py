@@ -127,6 +127,8 @@ _PURE_FUNCTIONS: dict[Any, Callable[..., Any]] = {
 
 def _make_pure(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
     """Replace an in-place operation; whoever reads its operand afterwards reads the result."""
+    if isinstance(node.target, type):  # a container is made, whatever its keys are called
+        return
     if not node.args and "input" in node.kwargs:
         node.args = (node.kwargs["input"],)
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "input"}
