@@ -126,6 +126,9 @@ def finetuning(scale: Scale) -> list[Run]:
         ("PriFU", {**moved, "init": 0.3}),
         ("PriFU", {**kept, "recalibrated": True}),
         ("PriFU", {**kept, "init": 0.5, "cut_filter": True, "noise": 1.5}),
+        # Gentle steps of W, and a factor or noise that changes over the first half of training.
+        ("PriFU", {**kept, "init": 0.3, "gain_to": 1.0}),
+        ("PriFU", {**kept, "init": 0.5, **upload, "ramped": True}),
     ]
     more = [
         ("PriFU", {**kept, "init": 1.0}),
