@@ -146,42 +146,64 @@ def fit_alpha(
     check_repeatable(data)
     check_callable("metric", metric, "outputs and targets, one number a sample")
     present = max(unit.alpha for unit in filters(model).values())
-    reference = _measure(model, data, [present], metric, False)[0].score
-    if metric is None and not is_above_chance(reference, torch.cat([y for _, y in data])):
-        warnings.warn(
-            f"At the present alpha {present:g} the model is right in {100 * reference:.1f} % of "
-            "cases, no more than by chance: train before choosing a threshold.",
-            PrifuWarning,
-            stacklevel=2,
+    reference = _measure(model, data, [present], metric, False)[0]
+    _warn_at_chance(reference, data, metric)
+    if max_drop is not None:
+        least = reference.score - max_drop
+        best = _bisect(
+            lambda alpha: _measure(model, data, [alpha], metric, False)[0],
+            lambda found: found.score >= least,
+            (present, 1.0),
+            steps,
+            strongest=True,
         )
-
-    def within(found: Threshold) -> bool:
-        if max_drop is not None:
-            return found.score >= reference - max_drop
-        share = found.open_share if keep is not None else found.macs_share
-        budget = keep if keep is not None else macs
-        assert share is not None
-        assert budget is not None
-        return share <= budget
-
-    # Accuracy falls and sizes shrink with alpha, nearly always: one bisection for both.
-    low, high = (present if max_drop is not None else 0.0), 1.0
-    best: Threshold | None = None
-    for _ in range(steps):
-        middle = (low + high) / 2
-        found = _measure(model, data, [middle], metric, macs is not None)[0]
-        fits = within(found)
-        if fits and (best is None or (found.alpha > best.alpha) == (max_drop is not None)):
-            best = found
-        stronger = fits if max_drop is not None else not fits
-        low, high = (middle, high) if stronger else (low, middle)
-    if best is None and max_drop is not None:
-        best = _measure(model, data, [present], metric, False)[0]
+        best = best or reference
+    else:
+        share = "open_share" if keep is not None else "macs_share"
+        most = keep if keep is not None else macs
+        best = _bisect(
+            lambda alpha: _measure(model, data, [alpha], metric, macs is not None)[0],
+            lambda found: getattr(found, share) <= most,
+            (0.0, 1.0),
+            steps,
+            strongest=False,
+        )
     if best is None:
         raise ConfigError("No threshold below 1 meets the budget: train with a larger dose.")
     for unit in filters(model).values():
         unit.alpha = best.alpha
     return best
+
+
+def _bisect(
+    measure: Callable[[float], Threshold],
+    fits: Callable[[Threshold], bool],
+    between: tuple[float, float],
+    steps: int,
+    *,
+    strongest: bool,
+) -> Threshold | None:
+    """Return the strongest or weakest threshold that fits; accuracy and sizes fall with alpha."""
+    low, high = between
+    best: Threshold | None = None
+    for _ in range(steps):
+        middle = (low + high) / 2
+        found = measure(middle)
+        fit = fits(found)
+        if fit and (best is None or (found.alpha > best.alpha) == strongest):
+            best = found
+        low, high = (middle, high) if fit == strongest else (low, middle)
+    return best
+
+
+def _warn_at_chance(found: Threshold, data: Data, metric: Metric | None) -> None:
+    if metric is None and not is_above_chance(found.score, torch.cat([y for _, y in data])):
+        warnings.warn(
+            f"At the present alpha {found.alpha:g} the model is right in {100 * found.score:.1f} % "
+            "of cases, no more than by chance: train before choosing a threshold.",
+            PrifuWarning,
+            stacklevel=3,
+        )
 
 
 def _check_budget(

@@ -449,7 +449,7 @@ def test_the_bound_of_a_noisy_cut_is_reported():
 
 
 def test_what_is_no_list_or_no_data_is_said():
-    with pytest.raises(ConfigError, match=r"one string: pass \['private'\]"):
+    with pytest.raises(ConfigError, match=r"one string: pass attributes=\['private'\]"):
         run(Edge(), attributes="private")
     with pytest.raises(ConfigError, match="train is a Tensor: pass prifu_plugin.AuditData"):
         prifu.audit(Edge().eval(), TRAIN.images, TEST, task="task", attributes=["private"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 from torch import Tensor, nn
 
+from prifu_plugin.arguments import check_strings
 from prifu_plugin.audit.data import AuditData, check_disjoint, check_labels
 from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.errors import ConfigError, OrderError
@@ -26,17 +28,9 @@ def check(
     """Raise for modules in train mode, and for labels or images that do not fit."""
     if not isinstance(edge, nn.Module):
         raise ConfigError(f"edge is a {type(edge).__name__}: pass a torch.nn.Module, images -> z.")
-    if isinstance(attributes, str):
-        raise ConfigError(f"attributes='{attributes}' is one string: pass ['{attributes}'].")
-    for given, where in ((train, "train"), (test, "test")):
-        if not isinstance(given, AuditData):
-            raise ConfigError(
-                f"{where} is a {type(given).__name__}: pass prifu_plugin.AuditData(images, labels)."
-            )
-        if not isinstance(given.images, Tensor):
-            raise ConfigError(
-                f"The images of {where} are a {type(given.images).__name__}: pass a tensor."
-            )
+    check_strings("attributes", attributes)
+    if not attributes:
+        raise ConfigError("attributes is empty: name the private labels to attack.")
     strange = [key for key in others if key not in ("plain", "untrained", "input", "cloud")]
     if strange:
         raise ConfigError(f"The reference '{strange[0]}' is not 'plain', 'untrained' or 'input'.")
@@ -47,32 +41,44 @@ def check(
                 "something else. Call its eval() first."
             )
     for data, where in ((train, "train"), (test, "test")):
+        _check_data(data, where)
         check_labels(data, [task, *attributes], where)
         if len(data) < 20:
             raise ConfigError(f"{where} has {len(data)} images: an audit needs hundreds.")
     check_disjoint(train, test)
-    data_of = {"train": train, "test": test}
-    if not attributes:
-        raise ConfigError("attributes is empty: name the private labels to attack.")
     for label in dict.fromkeys([task, *attributes]):
-        known, asked = train.labels[label].unique(), test.labels[label].unique()
-        for classes, where in ((known, "train"), (asked, "test")):
-            if len(classes) < 2:
-                raise ConfigError(
-                    f"Label '{label}' has one class only in {where}: nothing to infer."
-                )
-            few = classes[data_of[where].labels[label].bincount()[classes] < FEW]
-            if len(few):
-                raise ConfigError(
-                    f"Class {int(few[0])} of '{label}' has fewer than {FEW} items in {where}: too "
-                    "few to learn it from, or to tell chance from a leak. Add some, or merge it."
-                )
-        new = set(asked.tolist()) - set(known.tolist())
-        if new:
+        _check_classes(label, train.labels[label], test.labels[label])
+
+
+def _check_data(data: Any, where: str) -> None:
+    if not isinstance(data, AuditData):
+        raise ConfigError(
+            f"{where} is a {type(data).__name__}: pass prifu_plugin.AuditData(images, labels)."
+        )
+    if not isinstance(data.images, Tensor):
+        raise ConfigError(
+            f"The images of {where} are a {type(data.images).__name__}: pass a tensor."
+        )
+
+
+def _check_classes(label: str, train: Tensor, test: Tensor) -> None:
+    """Raise unless a label has classes that can be learned from one part and judged on another."""
+    for values, where in ((train, "train"), (test, "test")):
+        classes = values.unique()
+        if len(classes) < 2:
+            raise ConfigError(f"Label '{label}' has one class only in {where}: nothing to infer.")
+        few = classes[values.bincount()[classes] < FEW]
+        if len(few):
             raise ConfigError(
-                f"Class {min(new)} of '{label}' is in test but not in train: no attacker "
-                "can name it. Split so that every class is in both."
+                f"Class {int(few[0])} of '{label}' has fewer than {FEW} items in {where}: too "
+                "few to learn it from, or to tell chance from a leak. Add some, or merge it."
             )
+    new = set(test.unique().tolist()) - set(train.unique().tolist())
+    if new:
+        raise ConfigError(
+            f"Class {min(new)} of '{label}' is in test but not in train: no attacker "
+            "can name it. Split so that every class is in both."
+        )
 
 
 def check_packages(suite: str, *, reconstructs: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,9 +23,10 @@ from prifu_plugin.prune.lower import plain_layers
 from prifu_plugin.prune.one import fingerprint, prune_graph, runs_of
 from prifu_plugin.prune.parts import prune_parts
 from prifu_plugin.prune.plan import Plan
-from prifu_plugin.prune.report import PruneReport, count_bytes, count_macs, count_parameters
+from prifu_plugin.prune.report import Fate, PruneReport, count_bytes, count_macs, count_parameters
 from prifu_plugin.prune.rewrite import rewrite
 from prifu_plugin.prune.sharing import separated
+from prifu_plugin.prune.verify import Check
 from prifu_plugin.sharded import check_unsharded
 
 
@@ -83,7 +84,7 @@ def prune(
         >>> prune(net, torch.zeros(1, 3, 8, 8)).get_submodule("0").out_channels
         2
     """
-    state = wrap_state(model)
+    wrap_state(model)
     round_to, seed = whole_number("round_to", round_to), whole_number("seed", seed, least=0)
     move_cost = number("move_cost", move_cost)
     if not move_cost >= 0:
@@ -93,44 +94,60 @@ def prune(
     for unit in filters(model).values():
         unit.check_finite()
     inputs = Inputs.for_model(model, example_inputs)
-    device = next(model.parameters()).device
+    settings = {"round_to": round_to, "move_cost": move_cost, "verify": verify, "seed": seed}
     # Layers that are made on the way draw initial values.
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         filtered = plain_layers(copied(model).cpu().eval())
         lost = take_off(filtered)
         size = count_parameters(filtered), count_bytes(filtered)
         runs = runs_of(filtered, inputs)
-        settings: dict[str, Any] = {
-            **{"round_to": round_to, "move_cost": move_cost},
-            **{"verify": verify, "seed": seed},
-        }
-        pruned: nn.Module
-        try:
-            original = copied(model).cpu().eval() if verify else None
-            if original is not None:
-                take_off(original)
-            whole = prune_graph(filtered, runs, state.recipe(), original=original, **settings)
-        except CaptureError as error:
-            parts = prune_parts(filtered, runs[0], error, **settings)
-            pruned, plan, checks, layers, notes = parts.model, None, *parts.said
-        else:
-            pruned, plan, checks, layers = whole.model, whole.plan, whole.checks, whole.layers
-            keep_attributes(model, whole.model)
-            notes = whole.plan.notes
+        found = _pruned(model, filtered, runs, settings)
         report = PruneReport(
-            checks,
+            found.checks,
             seed,
-            layers,
-            (*lost, *_without_scale(filtered), *separated(filtered, pruned), *notes),
-            (size[0], count_parameters(pruned)),
-            (count_macs(filtered, runs[0]), count_macs(pruned, runs[0])),
-            (size[1], count_bytes(pruned)),
+            found.layers,
+            (
+                *lost,
+                *_without_scale(filtered),
+                *separated(filtered, found.model),
+                *found.notes,
+            ),
+            (size[0], count_parameters(found.model)),
+            (count_macs(filtered, runs[0]), count_macs(found.model, runs[0])),
+            (size[1], count_bytes(found.model)),
         )
     # Plain data only: the result must not need prifu_plugin to be loaded.
-    attached = {"plan": plan.to_json() if plan else None, "report": report.to_dict()}
-    _attach(pruned, attached)
-    keep_memory_format(model, pruned)
-    return pruned.to(device)
+    plan = found.plan.to_json() if found.plan else None
+    _attach(found.model, {"plan": plan, "report": report.to_dict()})
+    keep_memory_format(model, found.model)
+    return found.model.to(next(model.parameters()).device)
+
+
+class _Found(NamedTuple):
+    """What came of pruning: as one graph with a plan, or in parts without."""
+
+    model: nn.Module
+    plan: Plan | None
+    checks: tuple[Check, ...]
+    layers: tuple[Fate, ...]
+    notes: tuple[tuple[str, str], ...]
+
+
+def _pruned(
+    model: nn.Module, filtered: nn.Module, runs: tuple[Inputs, ...], settings: dict[str, Any]
+) -> _Found:
+    """Prune a model as one graph; in parts where its forward cannot be followed."""
+    original = copied(model).cpu().eval() if settings["verify"] else None
+    if original is not None:
+        take_off(original)
+    recipe = wrap_state(model).recipe()
+    try:
+        whole = prune_graph(filtered, runs, recipe, original=original, **settings)
+    except CaptureError as error:
+        parts = prune_parts(filtered, runs[0], error, **settings)
+        return _Found(parts.model, None, *parts.said)
+    keep_attributes(model, whole.model)
+    return _Found(whole.model, whole.plan, whole.checks, whole.layers, whole.plan.notes)
 
 
 def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -> fx.GraphModule:

@@ -80,27 +80,15 @@ class LinearRule(LinearFacts):
         padded_rows = tuple(r for m in group_rows for r in m + [FILL] * (height - len(m)))
         pick = tuple(p for p, row in enumerate(padded_rows) if row != FILL)
         spots = tuple(p for p, row in enumerate(padded_rows) if row == FILL or row in constant)
-        absent = [
-            g * per_in + i
-            for g, c in zip(groups, columns, strict=True)
-            for i in range(per_in)
-            if i not in c
-        ]
-        bias = planner.constant(
-            f"{self._name(analysis)}__bias",
-            self._bias(analysis, padded_rows, absent, spots),
-        )
+        absent = _absent(groups, columns, per_in)
+        values = self._bias(analysis, padded_rows, absent, spots)
+        bias = planner.constant(f"{self._name(analysis)}__bias", values)
         delta = border_map = ""
         if any(borders) and as_map:
             border_map = self._border_map(planner, padded_rows, borders, groups)
         elif any(borders):
             delta = self._carry(planner, padded_rows, padded_columns, borders, groups)
-        # A pad column has weight 0, so any channel of the group that exists may stand there.
-        feed = tuple(
-            g * per_in + (i if i != FILL else c[0] if c and c[0] != FILL else 0)
-            for g, c in zip(groups, padded_columns, strict=True)
-            for i in c
-        )
+        feed = _feed(groups, padded_columns, per_in)
         kernel = SliceLinear(
             padded_rows,
             padded_columns,
@@ -308,3 +296,24 @@ def _rows_of(
     height = len(rows) // groups
     places = [p for p in range(group * height, (group + 1) * height) if rows[p] != FILL]
     return places, weight[[rows[p] for p in places]][:, list(inputs)]
+
+
+def _absent(groups: list[int], columns: list[list[int]], per_group: int) -> list[int]:
+    """Return the inputs of some groups that are not among their columns."""
+    return [
+        group * per_group + i
+        for group, taken in zip(groups, columns, strict=True)
+        for i in range(per_group)
+        if i not in taken
+    ]
+
+
+def _feed(
+    groups: list[int], columns: tuple[tuple[int, ...], ...], per_group: int
+) -> tuple[int, ...]:
+    """Return which inputs the columns read: where one is padding of weight 0, any that exists."""
+    return tuple(
+        group * per_group + (i if i != FILL else own[0] if own and own[0] != FILL else 0)
+        for group, own in zip(groups, columns, strict=True)
+        for i in own
+    )
