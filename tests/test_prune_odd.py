@@ -39,7 +39,17 @@ def assignment(t, x, a, b):
     return t(b)
 
 
+def filled(t, x, a, b):
+    ones, some = torch.ones_like(b), torch.empty_like(a).zero_()
+    some.fill_(0.5)
+    return t(b * ones + some * a + torch.full_like(a, 3.0)), torch.zeros_like(b) + a
+
+
 EXACT = {
+    "filled": filled,
+    "filled alone": lambda t, x, a, b: t(torch.ones_like(a)) + b.mean(),
+    "filled by a size": lambda t, x, a, b: t(b + torch.full_like(a, x.shape[-1])),
+    "filled, then joined": (lambda t, x, a, b: t(torch.cat([a, torch.ones_like(b)], 1)), 16),
     "assignment": assignment,
     "operand read before and after": read_twice,
     "functional in place": lambda t, x, a, b: t(F.leaky_relu_(b) + b),

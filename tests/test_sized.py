@@ -264,6 +264,21 @@ def made_of_sizes(y):
     return shifted + y
 
 
+def parts_in_place(y):
+    y[:, 2:4].zero_()
+    y[:, :, 1:].add_(1.0)
+    y[:, 5].copy_(y[:, 6])
+    y[:, 7:, ::2].fill_(2.0)
+    doubled = y[:, 1:3].mul_(2.0)
+    return y + doubled.mean(1, keepdim=True)
+
+
+def reads_what_was_written(y):
+    part = y[:, 2:]
+    part.zero_()
+    return y + part.mean()
+
+
 def reads_another_chunk(y):
     left, right = y.chunk(2, 1)
     pair = y.chunk(2, 1)
@@ -277,7 +292,10 @@ def reads_an_old_view(y):
     return y + old.mean()
 
 
-@pytest.mark.parametrize("body", [rows_and_columns, channels, made_of_sizes])
+BODIES = [rows_and_columns, channels, made_of_sizes, parts_in_place]
+
+
+@pytest.mark.parametrize("body", BODIES)
 def test_assignments_become_nodes(body):
     torch.manual_seed(0)
     model = prifu.wrap(Assigns(body)).eval()
@@ -290,7 +308,7 @@ def test_assignments_become_nodes(body):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("body", [reads_an_old_view, reads_another_chunk])
+@pytest.mark.parametrize("body", [reads_an_old_view, reads_another_chunk, reads_what_was_written])
 def test_a_view_of_what_was_overwritten_is_not_followed(body):
     model = prifu.wrap(Assigns(body)).eval()
     prifu.filters(model)["stem.1"].weight.data[::2] = 0.0

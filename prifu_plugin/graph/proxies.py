@@ -44,6 +44,11 @@ class SizedProxy(fx.Proxy):
             [create("call_function", operator.getitem, (self, at), {}) for at in range(len(self))]
         )
 
+    def __getitem__(self, key: Any) -> Any:
+        part = self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+        part.__dict__["part_of"] = self, key  # for what is written into the part in place
+        return part
+
     def __setitem__(self, key: Any, value: Any) -> None:
         """Write into a constant made of sizes alone, or stand for the changed tensor."""
         tensor = isinstance(value, SizedProxy) and isinstance(value.value, Tensor)
@@ -118,7 +123,23 @@ class _SizedAttribute(SizedProxy):
         return bool(self._read().of_values)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        in_place = self.attr.endswith("_") and not self.attr.endswith("__")
+        if in_place and "part_of" in self.root.__dict__:
+            whole, key = self.root.__dict__["part_of"]
+            whole[key] = self._to_write(args, kwargs)
+            return whole[key]
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+    def _to_write(self, args: Any, kwargs: Any) -> Any:
+        """Return what an operation in place leaves, without side effect."""
+        if self.attr == "zero_":
+            return 0
+        if self.attr in ("fill_", "copy_"):
+            return args[0] if args else next(iter(kwargs.values()))
+        pure = self.attr.removesuffix("_")
+        if not hasattr(Tensor, pure):
+            raise TraceError(f"'{self.root.node.name}' is overwritten in place ({self.attr}).")
+        return self.tracer.create_proxy("call_method", pure, (self.root, *args), kwargs)
 
     def _read(self) -> Any:
         if self._proxy is None:

@@ -125,6 +125,10 @@ _PURE_FUNCTIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
+_PURE_METHODS: dict[Any, Callable[..., Any]] = {"zero_": torch.zeros_like, "fill_": torch.full_like}
+"""Those whose pure twins have another name."""
+
+
 def _make_pure(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
     """Replace an in-place operation; whoever reads its operand afterwards reads the result."""
     if isinstance(node.target, type):  # a container is made, whatever its keys are called
@@ -136,6 +140,8 @@ def _make_pure(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
         return
     if node.op == "call_function":
         node.target = _pure_function(node)
+    elif node.op == "call_method" and node.target in _PURE_METHODS:
+        node.op, node.target = "call_function", _PURE_METHODS[str(node.target)]
     elif node.op == "call_method":
         node.target = str(node.target).removesuffix("_")
         if not hasattr(torch.Tensor, node.target):

@@ -22,10 +22,13 @@ from prifu_plugin.prune.rules.moving import cheaper_computed, work_before
 PRODUCTS = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
 SCALINGS = {*PRODUCTS, operator.truediv, torch.div, torch.true_divide, "div", "true_divide"}
 SUMS = {operator.add, torch.add, "add"}
+FILLS = {torch.zeros_like, torch.ones_like, torch.full_like}
+"""What takes only the shape of its operand."""
 
 POINTWISE: set[Any] = {
     *PRODUCTS,
     *SUMS,
+    *FILLS,
     *(operator.sub, operator.truediv, operator.neg, operator.pow),
     *(torch.sub, torch.div, torch.true_divide, torch.neg, torch.pow, torch.square, torch.abs),
     *(torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.sqrt, torch.rsqrt),
@@ -100,7 +103,7 @@ class PointwiseRule(Rule):
         known = {n: _right(fact.known, len(shape)) for n, fact in facts.items()}
         out = run(analysis, self.node, lambda n: known[n] if n in known else analysis.values[n])
         live = torch.zeros([1] * len(shape), dtype=torch.bool)
-        for fact in facts.values():
+        for fact in facts.values() if self.node.target not in FILLS else ():
             live = live | _right(fact.live, len(shape))
         if self.node.target in PRODUCTS:
             for source in facts:
@@ -125,7 +128,9 @@ class PointwiseRule(Rule):
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Need what is needed here, but not where the other factor is a known 0."""
         wanted = analysis.wanted(self.node)
-        needs = {}
+        needs: dict[fx.Node, Tensor] = {}
+        if self.node.target in FILLS:
+            return needs
         sources = list(tensor_inputs(self.node, analysis.values))
         for source in sources:
             mask = wanted
