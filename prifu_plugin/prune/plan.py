@@ -31,7 +31,13 @@ class Keep:
 
 @dataclass(frozen=True)
 class Alias:
-    """No operation: the conformed operand is the result."""
+    """No operation: an operand, conformed, is the result.
+
+    Attributes:
+        source: the node that is the operand.
+    """
+
+    source: str
 
 
 @dataclass(frozen=True)

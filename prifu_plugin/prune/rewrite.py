@@ -1,4 +1,4 @@
-"""Carry out a plan: build the pruned model, node by node. Nothing is decided here."""
+"""Carry out a plan: build the pruned model, node by node. What exists is decided before."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ class _Rewriter:
         self.root = captured.root
         self.old = captured.graph
         self.plan = plan
+        self.named = {node.name: node for node in self.old.nodes}
         self.plans = {node.name: node for node in plan.nodes}
         self.new = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
@@ -91,7 +92,8 @@ class _Rewriter:
         kernel = plan.kernel
         operands = {name: self._conformed(node, name, c) for name, c in plan.operands}
         if isinstance(kernel, Alias):
-            return self._alias(node, plan, operands)
+            name = kernel.source
+            return operands[name] if name in operands else self.values[self.named[name]]
         if isinstance(kernel, Parameter):
             value = value_at(self.root, str(node.target))
             origin = (node.target, kernel.select)
@@ -230,12 +232,6 @@ class _Rewriter:
 
     # Operands.
 
-    def _alias(self, node: fx.Node, plan: NodePlan, operands: dict[str, Any]) -> Any:
-        if plan.operands:
-            return operands[plan.operands[0][0]]
-        sources = [s for s in node.all_input_nodes if self.values.get(s) is not None]
-        return self.values[sources[0]]
-
     def _operand(self, source: Any, operands: dict[str, Any]) -> Any:
         return operands[source.name] if source.name in operands else self.values[source]
 
@@ -256,7 +252,7 @@ class _Rewriter:
     def _conformed(self, node: fx.Node, name: str, conform: Conform) -> Any:
         if conform.constant:
             return self.members.buffer(conform.constant, self._constant(conform.constant))
-        source = next(n for n in self.old.nodes if n.name == name)
+        source = self.named[name]
         value = self.values[source]
         for dim, positions in conform.select:
             value = self._index(node, value, dim, positions, source)

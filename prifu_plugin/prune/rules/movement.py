@@ -212,18 +212,9 @@ def _relabel(planner: Planner, start: fx.Node, chain: list[fx.Node]) -> bool:
         whole = positions == tuple(range(len(have)))
         conform = Conform() if whole else Conform(((dim, positions),))
         layout = {dim: tuple(out for _, out in chosen)}
-        _emit_from(planner, end, start, conform, layout)
+        planner.emit(end, Alias(start.name), {start: conform}, layout)
         return True
     return False
-
-
-def _emit_from(
-    planner: Planner, end: fx.Node, start: fx.Node, conform: Conform, layout: Layout
-) -> None:
-    """Make the end of a chain an alias of its start, whatever stood between."""
-    planner.emit(end, Alias(), {}, layout)
-    plan = planner.plans[end]
-    planner.plans[end] = type(plan)(plan.name, plan.kernel, ((start.name, conform),), plan.layout)
 
 
 def _composed(

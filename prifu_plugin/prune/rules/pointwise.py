@@ -206,7 +206,8 @@ class PointwiseRule(Rule):
             known = analysis.fact(gone).known
             same_shape = analysis.fact(present[0]).shape == fact.shape
             if same_shape and not _right(known, rank).any():
-                planner.emit(self.node, Alias(), {present[0]: operands[present[0]]}, wanted)
+                left = present[0]
+                planner.emit(self.node, Alias(left.name), {left: operands[left]}, wanted)
                 return
         planner.emit(self.node, Keep(), operands, wanted)
 
