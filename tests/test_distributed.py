@@ -153,6 +153,36 @@ def test_masks_agree_and_equal_one_process(kind, tmp_path):
         assert all("Gather the weights" in said for said in found[0]["refused"])
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_over_one_process_it_is_the_same(one_process):
+    plain, sharded = network(), network()
+    fully_shard(sharded)
+    for model in (plain, sharded):
+        train(model, slice(0, 16))
+    assert prifu.status(sharded) == pytest.approx(prifu.status(plain))
+    assert prifu.status(plain)["open share"] < 1
+    history = prifu.MaskHistory(sharded)
+    assert history.record(step=0)["closed now"] == 0
+    units = zip(prifu.filters(plain).values(), prifu.filters(sharded).values(), strict=True)
+    for unit, shard in units:
+        torch.testing.assert_close(shard.weight.full_tensor(), unit.weight)
+        assert torch.equal(shard.open, unit.open)
+    said = refused(sharded)
+    assert len(said) == 4
+    assert all("Gather the weights" in text for text in said)
+    first = next(iter(prifu.filters(sharded).values()))
+    first.weight.detach().to_local()[2] = float("nan")
+    with pytest.raises(prifu.errors.FilterError, match="not finite at channel 2 of 16"):
+        train(sharded, slice(0, 16), steps=1)
+
+
 def test_a_copy_in_ddp_is_refused_by_name():
     class Wrapper(nn.Module):
         def __init__(self, module):

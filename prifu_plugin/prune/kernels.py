@@ -35,7 +35,7 @@ def slice_linear(
     for group, columns in enumerate(kernel.columns):
         rows = kernel.rows[group * per_group : (group + 1) * per_group]
         blocks.append(_pick(_pick(weight, 0, rows), 1, columns))
-    sliced = torch.cat(blocks)
+    sliced = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
     if kernel.zero_rows:
         sliced[list(kernel.zero_rows)] = 0.0
     if delta is not None:
