@@ -58,6 +58,12 @@ EXACT = {
     "cat by axis": (lambda t, x, a, b: t(torch.cat([a, b], axis=1)), 16),
     "cat along a computed dimension": (lambda t, x, a, b: t(torch.cat([a, b], a.dim() - 3)), 16),
     "cat of chunks": lambda t, x, a, b: t(torch.cat(b.chunk(2, 1)[::-1], 1)),
+    "cat of chunks of a view": lambda t, x, a, b: t(
+        torch.cat(b.flatten(2).chunk(2, 1), 1).unflatten(2, x.shape[2:])
+    ),
+    "cat of a split over what was channels": lambda t, x, a, b: torch.cat(
+        torch.split((b.flatten(0, 1)[:, None] * 2.0).squeeze(1), 1, 1), 2
+    ),
     "cat of spatial chunks": lambda t, x, a, b: t(torch.cat(b.chunk(2, 3), 2)),
     "stack of unbound": lambda t, x, a, b: t(torch.stack(b.unbind(1), 1)),
     "stack": lambda t, x, a, b: t(torch.stack([a, b]).sum(0)),

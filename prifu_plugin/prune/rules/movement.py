@@ -134,7 +134,9 @@ def _continued(analysis: Analysis, before: MovementRule) -> tuple[Start, ...]:
 def _is_inner(analysis: Analysis, node: fx.Node) -> bool:
     """Whether only other movements read a node."""
     return bool(node.users) and all(
-        isinstance(analysis.rules.get(user), MovementRule) and node in _data_inputs(user)
+        isinstance(analysis.rules.get(user), MovementRule)
+        and node in _data_inputs(user)
+        and not (user.meta["several"] and not _only_items(analysis, user))
         for user in node.users
     )
 
