@@ -228,7 +228,8 @@ def _counted(batches: Iterable[Tensor], cuts: list[CutFilter]) -> Iterator[Tenso
 
 def _course(name: str, course: Any) -> Course:
     if callable(course):
-        return course  # type: ignore[no-any-return]
+        function: Callable[[float], float] = course
+        return function
     if not isinstance(course, tuple | list) or len(course) != 2:
         raise ConfigError(
             f"{name}={course!r}: pass a pair, {name}=(first, last), or a function of the share of "

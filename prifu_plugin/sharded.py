@@ -17,9 +17,9 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def own_part(tensor: Any) -> Tensor:
     """Return what this process holds of a tensor, sharing its memory: all of it where unsharded."""
-    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return local
 
 
