@@ -20,7 +20,7 @@ def run(*arguments):
 
 def test_quickstart(tmp_path):
     out = run(EXAMPLES / "quickstart.py", "--smoke", "--out", tmp_path)
-    assert "plain, logit only" in out
+    assert "plain, projection" in out
     assert (tmp_path / "channels.png").stat().st_size > 10_000
     assert (tmp_path / "pruned.safetensors").exists()
 
