@@ -81,8 +81,12 @@ def check_groups(optimizer: Optimizer, remembered: Sequence[Before]) -> None:
             continue
         if grad is None or rate * float(grad.abs().max()) < 1e-5 * float(before.abs().max()):
             continue
+        unmoved = torch.equal(unit.weight.detach(), before)
+        if unmoved and optimizer.state.get(unit.weight) and optimizer not in _STILL:
+            _STILL.add(optimizer)  # a first step may do no more than begin its averages
+            return
         _KNOWN.add(optimizer)
-        if torch.equal(unit.weight.detach(), before):
+        if unmoved:
             raise OrderError(
                 f"{type(optimizer).__name__} leaves out the group that keeps its weight decay off "
                 "the filters. Give them one when you build it: [{'params': rest}, {'params': "
@@ -90,6 +94,9 @@ def check_groups(optimizer: Optimizer, remembered: Sequence[Before]) -> None:
             )
         return
 
+
+_STILL: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+"""Optimizers whose step has noted something of a W once, and left it where it was."""
 
 _KNOWN: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 """Optimizers that were seen to step the group that shields filters from weight decay."""

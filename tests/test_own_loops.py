@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from timm.models.resnet import BasicBlock
-from timm.optim import Adafactor, Lamb, Lookahead
+from timm.optim import Adafactor, Adopt, Lamb, Lookahead
 from timm.utils import freeze
 from timm.utils.model import reparameterize_model
 from torch import nn
@@ -86,6 +86,15 @@ def test_counters_in_groups_count_once():
     optimizer = Lamb(model.parameters(), lr=1e-2, weight_decay=0.05)
     steps_of_training(model, optimizer, 5)
     assert float(optimizer.param_groups[0]["step"]) == 5
+
+
+def test_a_first_step_may_leave_all_weights_where_they_are():
+    model = network()
+    weight = next(iter(prifu.filters(model).values())).weight
+    before = weight.detach().clone()
+    steps_of_training(model, Adopt(model.parameters(), lr=1e-2, weight_decay=0.3), 3)
+    assert not torch.equal(before, weight)
+    assert prifu.status(model)["dose"] > 0
 
 
 def test_lookahead_with_weight_decay():
