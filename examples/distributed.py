@@ -58,6 +58,7 @@ def main(args):
         state = prifu.status(model)
         print(f"{state['open']} of {state['channels']} channels open, dose {state['dose']:.2f}")
         if args.out:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
             save_file(model.state_dict(), Path(args.out) / "wrapped.safetensors")
             pruned = prifu.prune(model, data[0][0][None])
             print(prifu.report(pruned))

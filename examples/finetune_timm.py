@@ -1,7 +1,7 @@
-"""Fine-tune any timm architecture with filters, with timm's own parts, and resume.
+"""Fine-tune a timm architecture with filters, with timm's own parts, and resume.
 
-python examples/finetune_timm.py --model mobilenetv2_100       # the embedded digits
-python examples/finetune_timm.py --model resnet50 --pretrained --data-dir path/to/folders
+python examples/finetune_timm.py --model vit_tiny_patch16_224 --img-size 224    # on digits
+python examples/finetune_timm.py --model resnet50 --pretrained --init 0.3 --data-dir DIR
 """
 
 import argparse
@@ -55,11 +55,11 @@ def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=args.num_classes)
     train, val = loaders(args, model)
-    first = next(iter(val))[0][:2]
     # The decay's dose is what counts: beta follows from it and from the schedule.
     rates = [args.lr * (1 + math.cos(math.pi * e / args.epochs)) / 2 for e in range(args.epochs)]
     beta = prifu.dose_to_beta(args.dose, rates * len(train))
-    model = prifu.wrap(model, alpha=args.alpha, beta=beta, example_inputs=first).to(device)
+    settings = {"alpha": args.alpha, "init": args.init, "example_inputs": next(iter(val))[0][:2]}
+    model = prifu.wrap(model, beta=beta, **settings).to(device)
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=0.05)
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=args.epochs)
     ema, start = ModelEmaV3(model, decay=0.99), 0
@@ -71,7 +71,7 @@ def main(args):
         scheduler.step(start := saved["epoch"] + 1)
     history = prifu.MaskHistory(model)
     if args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter  # pip install tensorboard
+        from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(args.tensorboard)
     for epoch in range(start, args.epochs):
         model.train()
@@ -105,8 +105,8 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     defaults = {"model": "test_resnet", "num-classes": 2, "epochs": 5, "batch-size": 64,
-                "img-size": 64, "opt": "adamw", "lr": 2e-3, "alpha": 0.1, "dose": 2.6, "seed": 0,
-                "out": "out/finetune"}  # fmt: skip
+                "img-size": 64, "opt": "adamw", "lr": 2e-3, "alpha": 0.1, "dose": 2.6,
+                "init": 0.1, "seed": 0, "out": "out/finetune"}  # fmt: skip
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help="%(default)s")
     parser.add_argument("--pretrained", action="store_true", help="start from timm's weights")

@@ -2,7 +2,6 @@
 
 A timm resnet18 learns even or odd on painted handwritten digits, plainly and wrapped (filters
 everywhere, one on the uploaded features, trained noise), is pruned, and all uploads are attacked.
-
     python examples/quickstart.py    # two to four minutes on two cores; with --smoke, seconds
 """
 

@@ -324,6 +324,9 @@ def page(rows, versions):
         "Every architecture with half of its channels closed at random: wrapped, trained a step,",
         "pruned, compared. `python tests/sweep.py run`, then `table`, makes this page; a family is",
         "run by its smallest member, the smallest first; rows stay until they are run again.",
+        "for: how many architectures a row stands for. fp64: largest relative difference behind",
+        "pruning. saved of possible: work saved, of the most that an independent probe finds could",
+        "be; empty where it was not run.",
         "A failed verification is a refusal: nothing wrong was returned. In fp32 it mostly means",
         "that the random network differs from itself by as much. Versions: "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
