@@ -93,7 +93,7 @@ def main(args):
                     "optimizer": optimizer.state_dict()}, out / "last.pt")  # fmt: skip
     prifu.recalibrate(model, (images.to(device) for images, _ in train))  # masks have settled
     prifu.learned(*predict(model, val, device))  # warns of a run that ends at chance
-    pruned = prifu.prune(model, first)
+    pruned = prifu.prune(model, next(iter(val))[0][:2])
     print(prifu.report(pruned))
     save_model(pruned, str(out / "pruned.safetensors"))
     if isinstance(pruned, torch.fx.GraphModule):  # what is pruned in parts has no plan
