@@ -131,12 +131,7 @@ def relevance(
         bar = tqdm(pairs(data, device), "relevance", count, leave=False, disable=None)
         for given, target in bar:
             x = _differentiable(given)
-            losses = loss(model(x), target)
-            if losses.shape != (len(x),):
-                raise ConfigError(
-                    f"loss returns {tuple(losses.shape)} for {len(x)} samples: return one loss a "
-                    "sample, as torch.nn.functional.cross_entropy(..., reduction='none') does."
-                )
+            losses = _one_each(loss(model(x), target), len(x))
             (gradient,) = torch.autograd.grad(losses.sum(), x)
             inputs = inputs or _Meter(x.shape[1])
             inputs.add(gradient, 1)
@@ -180,8 +175,18 @@ def influence(model: nn.Module, x: Tensor, target: Tensor, loss: Loss | None = N
         device = device_of(model)
         moved = _differentiable(x.to(device))
         losses = (loss or _cross_entropy)(model(moved), target.to(device))
+        losses = _one_each(losses, len(moved))
         (gradient,) = torch.autograd.grad(losses.sum(), moved)
     return gradient.abs().to(x.device)
+
+
+def _one_each(losses: Tensor, count: int) -> Tensor:
+    if losses.shape != (count,):
+        raise ConfigError(
+            f"loss returns {tuple(losses.shape)} for {count} samples: return one loss a sample, as "
+            "torch.nn.functional.cross_entropy(..., reduction='none') does."
+        )
+    return losses
 
 
 def _differentiable(x: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class FilterSchedule:
         if not 0 < until <= 1:
             raise ConfigError(f"until={until} is not a share in (0, 1].")
         if dose is not None:
-            beta = _dosed(beta or (1.0, 1.0), dose, rates, steps, until)
+            beta = _dosed(beta or (1.0, 1.0), dose, rates, (steps, every), until)
         given = {"alpha": alpha, "beta": beta, "gain": gain, "noise": noise}
         self._courses = {
             name: _course(name, course) for name, course in given.items() if course is not None
@@ -246,9 +246,14 @@ def _at(course: Course, share: float, until: float) -> float:
 
 
 def _dosed(
-    beta: Course, dose: float, rates: Sequence[float] | None, steps: int, until: float
+    beta: Course,
+    dose: float,
+    rates: Sequence[float] | None,
+    course_of: tuple[int, int],
+    until: float,
 ) -> Course:
-    """Scale a course of beta so that the sum of rate * beta over all steps is the dose."""
+    """Scale a course of beta, in force in steps of `every`, to the sum of rate * beta = dose."""
+    steps, every = course_of
     dose, beta = number("dose", dose), _course("beta", beta)
     rates = [number("rates", rate) for rate in rates] if isinstance(rates, Iterable) else []
     if len(rates) != steps:
@@ -256,7 +261,8 @@ def _dosed(
             f"dose={dose} needs rates=, the learning rate of each of the {steps} steps; "
             f"{len(rates) or 'none'} were given."
         )
-    total = sum(rate * _at(beta, step / steps, until) for step, rate in enumerate(rates))
+    in_force = [_at(beta, (step - step % every) / steps, until) for step in range(steps)]
+    total = sum(rate * value for rate, value in zip(rates, in_force, strict=True))
     if dose < 0 or total <= 0:
         raise ConfigError(f"dose={dose}: the rates times the course of beta sum to {total:g}.")
     return lambda share: dose / total * _at(beta, share, until)

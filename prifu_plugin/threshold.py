@@ -146,7 +146,7 @@ def fit_alpha(
     check_repeatable(data)
     check_callable("metric", metric, "outputs and targets, one number a sample")
     present = max(unit.alpha for unit in filters(model).values())
-    reference = _measure(model, data, [present], metric, False)[0]
+    reference = _evaluate(model, data, present, metric or are_right, False)  # as it is
     _warn_at_chance(reference, data, metric)
     if max_drop is not None:
         least = reference.score - max_drop
@@ -157,7 +157,8 @@ def fit_alpha(
             steps,
             strongest=True,
         )
-        best = best or reference
+        if best is None:  # nothing stronger fits
+            return reference
     else:
         share = "open_share" if keep is not None else "macs_share"
         most = keep if keep is not None else macs

@@ -75,6 +75,7 @@ def test_what_is_no_module(call):
         (lambda m: prifu.relevance(m, None), "data is a NoneType"),
         (lambda m: prifu.relevance(m, DATA, loss=3), "loss is 3"),
         (lambda m: prifu.influence(m, None, None), "pass tensors"),
+        (lambda m: prifu.influence(m, *DATA[0], nn.functional.cross_entropy), "one loss a sample"),
         (lambda m: prifu.recalibrate(m, None), "batches is a NoneType"),
         (lambda m: prifu.FilterSchedule(m, "10", alpha=(0, 0.1)), "steps='10'"),
         (lambda m: prifu.FilterSchedule(m, 1.5, alpha=(0, 0.1)), "steps=1.5"),

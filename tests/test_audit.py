@@ -146,6 +146,12 @@ def test_an_attribute_that_is_nearly_the_task():
     assert any("nearly the task itself" in mark for mark in report.attributes[0].marks)
 
 
+@pytest.mark.parametrize("given", [{"references": {"plain": "plain.json"}}, {"cloud": 3}])
+def test_references_that_are_none_are_refused(given):
+    with pytest.raises(ConfigError, match="pass a module"):
+        run(Edge(), **given)
+
+
 def test_a_class_that_hardly_occurs_is_refused():
     rare = torch.zeros(len(TEST), dtype=torch.long)
     rare[:3] = 1

@@ -79,6 +79,7 @@ EXACT = {
     "numel": lambda t, x, a, b: b.sum() / b.numel() + b.sum((1, 2, 3)) / b.shape[1:].numel(),
     "scalar tensors": lambda t, x, a, b: torch.cat([a.sum()[None], b.sum().unsqueeze(0)]),
     "dtype of another tensor": lambda t, x, a, b: b.mean((2, 3)).to(x),
+    "two comparisons": lambda t, x, a, b: t(a * ((b > 0) & (b < 1) | (a > 2))),
     "comparison": lambda t, x, a, b: t(a * (b > 0)),
     "where": lambda t, x, a, b: t(torch.where(b > 0, a, 0.0)),
     "integers out": lambda t, x, a, b: (t(b).argmax(1), t(b) > 0, b.size(1), b.stride()),

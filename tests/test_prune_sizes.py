@@ -109,6 +109,18 @@ def test_images(name):
     check(Image(IMAGES[name]), (2, 3, 12, 12), shapes)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda s, x, a, b: b[:, None, :, :99, :99].squeeze(1),
+        lambda s, x, a, b: b[None, :, :, -99:][0],
+        lambda s, x, a, b: b[None, ..., :99][0],
+    ],
+)
+def test_crops_beside_a_new_dimension_that_no_run_has_seen(body):
+    check(Image(body), (2, 3, 12, 12), [(1, 3, 12, 12), (1, 3, 120, 110)])
+
+
 def test_savings_survive_the_second_run():
     model = prifu.wrap(Image(lambda s, x, a, b: back(spread(b, -1, 2).flip(1).flip(1), b)))
     for unit in prifu.filters(model).values():

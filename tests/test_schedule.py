@@ -202,3 +202,17 @@ def test_a_recalibration_that_fails_leaves_everything_as_it_was():
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         assert model[1].momentum == 0.1
         assert not model.training
+
+
+def test_the_dose_counts_what_is_in_force():
+    model = prifu.wrap(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), alpha=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    rates = [1e-4] * 10
+    course = {"beta": (0.0, 1.0), "dose": 2e-3, "rates": rates}
+    schedule = prifu.FilterSchedule(model, 10, every=5, **course)
+    for _ in rates:
+        optimizer.zero_grad()
+        (model(torch.randn(8, 4)) - 1).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    assert prifu.status(model)["dose"] == pytest.approx(2e-3)

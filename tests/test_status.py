@@ -189,3 +189,18 @@ def test_settings_are_plain_numbers():
         prifu.FilterConfig(alpha="0.1")
     with pytest.raises(ConfigError, match="none below 0"):
         prifu.dose_to_beta(1.0, [-0.1, 0.3])
+
+
+def test_a_budget_without_room_leaves_each_alpha_as_it_is():
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8)
+    model = prifu.wrap(nn.Sequential(*layers, nn.Linear(8, 2))).eval()
+    first, second = prifu.filters(model).values()
+    first.alpha, second.alpha = 0.0, 0.6
+    with torch.no_grad():
+        first.weight.copy_(torch.linspace(0.1, 1, 8))
+    x = torch.randn(200, 4)
+    data = [(x, model(x).argmax(1))]
+    found = prifu.fit_alpha(model, data, max_drop=0.0)
+    assert found.score == 1.0
+    assert model(x).argmax(1).eq(data[0][1]).all()

@@ -34,6 +34,13 @@ def check(
     strange = [key for key in others if key not in ("plain", "untrained", "input", "cloud")]
     if strange:
         raise ConfigError(f"The reference '{strange[0]}' is not 'plain', 'untrained' or 'input'.")
+    for label, module in others.items():
+        fits = isinstance(module, nn.Module | AuditReport) or (label == "cloud" and module is None)
+        if not fits or (label == "cloud" and isinstance(module, AuditReport)):
+            raise ConfigError(
+                f"'{label}' is a {type(module).__name__}: pass a module, images -> z (of a Split "
+                "its edge; as cloud, z -> logits), or as a reference what audit said of one."
+            )
     for label, module in {"edge": edge, **others}.items():
         if isinstance(module, nn.Module) and any(part.training for part in module.modules()):
             raise OrderError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,8 +32,10 @@ class NetworkSlimming(Defence):
         super().__init__(edge, cloud, strength=strength)
         if not 0 <= remove < 1:
             raise ConfigError(f"remove={remove}: a share in [0, 1).")
-        modules = {**dict(edge.named_modules()), **dict(cloud.named_modules())}
-        self.norms = [m for m in modules.values() if is_norm(m) and _gamma(m) is not None]
+        modules: dict[Any, None] = dict.fromkeys(
+            [*edge.modules(), *cloud.modules()]
+        )  # each once, in order
+        self.norms = [m for m in modules if is_norm(m) and _gamma(m) is not None]
         if not self.norms:
             raise ConfigError("NetworkSlimming needs norms with a scale of their own.")
         self.remove = remove

@@ -167,7 +167,8 @@ def _is_inplace(node: fx.Node, model: nn.Module) -> bool:
         name = str(node.target)
         return name.endswith("_") and not name.endswith("__")
     name = getattr(node.target, "__name__", "")
-    named = name.endswith("_") and not name.endswith("__")
+    keyword = getattr(node.target, "__module__", "") == "_operator"  # and_, or_, not_, is_
+    named = name.endswith("_") and not name.endswith("__") and not keyword
     return (
         node.target in _PURE_FUNCTIONS
         or (named and node.op == "call_function")

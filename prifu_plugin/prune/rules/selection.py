@@ -54,9 +54,10 @@ def fixed_crop(analysis: Analysis, chain: list[fx.Node]) -> bool:
             return True
         index = node.args[1] if node.target is operator.getitem else ()
         value = analysis.values[first_input(node)]
-        parts = list(index) if isinstance(index, tuple) else [index]
-        if not isinstance(value, Fact) or any(p is None for p in parts):
+        if not isinstance(value, Fact):
             continue
+        # None makes a dimension and takes none.
+        parts = [p for p in (index if isinstance(index, tuple) else (index,)) if p is not None]
         if Ellipsis in parts:
             gap = parts.index(Ellipsis)
             wanted = len(value.shape) - len(parts) + 1
