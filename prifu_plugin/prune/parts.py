@@ -212,14 +212,5 @@ def _shaken(model: nn.Module, inputs: Inputs, seed: int) -> float:
     return compare(model, moved, inputs, seed).difference
 
 
-def _raise_unless(holds: bool, filtered: nn.Module, check: Check) -> None:
-    if not holds:
-        raise VerificationError(
-            f"The {type(filtered).__name__}, pruned in parts, differs from the filtered one by "
-            f"{check.difference:.1e} ({check.dtype}, inputs {list(check.shapes)}; allowed "
-            f"{check.tolerance:.0e}). Nothing was changed; please report it."
-        )
-
-
 def _renamed(path: str, fate: Fate) -> Fate:
     return Fate(**{**vars(fate), "path": f"{path}.{fate.path}"})
