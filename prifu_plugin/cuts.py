@@ -15,7 +15,7 @@ from prifu_plugin.graph.sized import capture_sized
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.inputs import Inputs, takes
-from prifu_plugin.prune.lower import name_effects
+from prifu_plugin.prune.lower import drop_unused, name_effects
 from prifu_plugin.prune.places import PLACES, place
 
 OTHER = 5
@@ -71,6 +71,7 @@ def _runs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, Inputs]:
 
 def _recorded(captured: Captured, first: Inputs, other: Inputs) -> Captured:
     name_effects(captured.graph, captured.root)
+    drop_unused(captured.graph)  # what nobody reads does not cross a cut
     device = device_of(captured.root)
     drawn = [[x.to(device) for x in run.draw(captured.root, 0)] for run in (first, other)]
     record_examples(captured.root, captured.graph, *drawn)
@@ -157,15 +158,25 @@ def points(graph: fx.Graph) -> list[str]:
         if node.op in ("placeholder", "output", "get_attr") or not node.meta["shape"]:
             continue
         known = with_sizes(graph, on_edge(graph, node))
-        crossing = [
-            n
-            for n in known
-            if n.meta["shape"] and not is_free(n) and any(u not in known for u in n.users)
-        ]
+        sent = [n for n in crossing(graph, known) if n.meta["shape"]]
         last = any(user.op == "output" for user in node.users)
-        if crossing == [node] and not last:
+        if sent == [node] and not (last or node.meta["several"] or late_inputs(graph, known)):
             found.append(node.name)
     return found
+
+
+def crossing(graph: fx.Graph, known: set[fx.Node]) -> list[fx.Node]:
+    """Return what the edge knows and the cloud asks for: tensors and sizes."""
+    return [
+        n
+        for n in graph.nodes
+        if n in known and any(user not in known for user in n.users) and not is_free(n)
+    ]
+
+
+def late_inputs(graph: fx.Graph, known: set[fx.Node]) -> list[fx.Node]:
+    """Return the inputs that are used behind the cut only."""
+    return [n for n in graph.nodes if n.op == "placeholder" and n not in known and n.users]
 
 
 def suggestion(graph: fx.Graph) -> str:

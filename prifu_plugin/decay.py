@@ -94,8 +94,11 @@ def _before_step(
                 "would flip the sign of W. Lower beta (dose_to_beta computes it) or the rate."
             )
         if unit.decay == "coupled":
-            _couple(optimizer, unit, group, bool(_closures(args, kwargs)))
-        remembered.append(Before(unit, rate, unit.weight.detach().clone(), unit.weight.grad))
+            _check_coupled(optimizer, unit, group, bool(_closures(args, kwargs)))
+    for unit, group in owned:
+        grad, before = unit.weight.grad, unit.weight.detach().clone()
+        lent = _couple(optimizer, unit, group) if unit.decay == "coupled" else None
+        remembered.append(Before(unit, _rate(optimizer, group), before, grad, lent))
     _REMEMBERED[optimizer] = remembered
     _RUNNING.append((weakref.ref(optimizer), set()))
     shield(optimizer, filters)
@@ -133,7 +136,9 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
         check_groups(optimizer, remembered)
     stepped = []
     with torch.no_grad():
-        for unit, rate, before, grad in remembered:
+        for unit, rate, before, grad, lent in remembered:
+            if lent is not None and grad is not None:
+                grad.copy_(lent)  # who accumulates gradients does not accumulate the decay
             # Some steps free the gradients; closures make them.
             if unit.weight.grad is None and (grad is None or _closures(args, kwargs)):
                 continue
@@ -168,8 +173,8 @@ def _closures(args: tuple[Any, ...], kwargs: Group) -> list[Any]:
     return [given for given in (*args[1:], *kwargs.values()) if callable(given)]
 
 
-def _couple(optimizer: Optimizer, unit: PriFU, group: Group, closure: bool) -> None:
-    """Put beta * W into the gradient, or say why that would not be what is asked for."""
+def _check_coupled(optimizer: Optimizer, unit: PriFU, group: Group, closure: bool) -> None:
+    """Raise if beta * W in the gradient would not be what is asked for."""
     scaled = getattr(optimizer, "grad_scale", None) is not None
     plain = isinstance(optimizer, torch.optim.SGD) and not _running()
     if not plain or closure or scaled or group.get("maximize") or group.get("nesterov"):
@@ -178,18 +183,25 @@ def _couple(optimizer: Optimizer, unit: PriFU, group: Group, closure: bool) -> N
             "without a closure, fused scaling, maximize, nesterov or a wrapper around it. Use "
             "decay='decoupled' for anything else."
         )
-    if unit.weight.grad is not None:
-        rate, momentum = float(group["lr"]), float(group["momentum"])
-        if rate * unit.beta >= 1 - momentum:
-            raise ConfigError(
-                f"lr * beta / (1 - momentum) >= 1 at the filter of '{unit.path}': W would change "
-                "its sign. Lower beta or the rate."
-            )
-        unit.weight.grad.add_(unit.weight.detach(), alpha=unit.beta)
-        # SGD damps every gradient but the first, which starts its buffer.
-        first = optimizer.state.get(unit.weight, {}).get("momentum_buffer") is None
-        damped = 1.0 if first or not momentum else 1 - float(group["dampening"])
-        unit.dose += damped * rate * unit.beta / (1 - momentum)
+    if _rate(optimizer, group) * unit.beta >= 1 - float(group["momentum"]):
+        raise ConfigError(
+            f"lr * beta / (1 - momentum) >= 1 at the filter of '{unit.path}': W would change "
+            "its sign. Lower beta or the rate."
+        )
+
+
+def _couple(optimizer: Optimizer, unit: PriFU, group: Group) -> Tensor | None:
+    """Put beta * W into the gradient, for the length of the step; return the gradient itself."""
+    if unit.weight.grad is None:
+        return None
+    lent = unit.weight.grad.clone()
+    rate, momentum = float(group["lr"]), float(group["momentum"])
+    unit.weight.grad.add_(unit.weight.detach(), alpha=unit.beta)
+    # SGD damps every gradient but the first, which starts its buffer.
+    first = optimizer.state.get(unit.weight, {}).get("momentum_buffer") is None
+    damped = 1.0 if first or not momentum else 1 - float(group["dampening"])
+    unit.dose += damped * rate * unit.beta / (1 - momentum)
+    return lent
 
 
 def _filter(units: list[PriFU], optimizer: Optimizer) -> None:

@@ -21,7 +21,7 @@ LIVE_FILTERS: weakref.WeakSet[PriFU] = weakref.WeakSet()
 WRAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Every wrapped model in memory, to find out which parameters train beside a filter."""
 
-FORMAT = 1.0
+FORMAT = 2.0
 """Version of what a checkpoint holds of a filter besides its tensors."""
 
 
@@ -34,7 +34,8 @@ class PriFU(nn.Module):
     is applied around the optimizer's step by `prifu_plugin.decay`, which also remembers what was
     filtered (Eq. 11): it stays closed, here and in averages of this model, whatever becomes of W.
 
-    A checkpoint holds W, what was filtered, and alpha, gain and dose; loading takes them over.
+    A checkpoint holds W, what was filtered, and alpha, gain, dose and who holds the norm's scale;
+    loading takes them over.
 
     Args:
         num_features: number of channels C.
@@ -49,6 +50,7 @@ class PriFU(nn.Module):
         initial: W at first.
         path: where `prifu_plugin.wrap` put the filter; "" for one made by hand.
         holds_scale: whether W took over the scale of its norm (`prifu_plugin.absorb`).
+        frees_scale: whether that scale trains again once it is given back.
 
     Example:
         >>> unit = PriFU(3)
@@ -82,6 +84,7 @@ class PriFU(nn.Module):
         self.path = ""
         self.dose = 0.0
         self.holds_scale = False
+        self.frees_scale = True
         self.origin: weakref.ref[nn.Parameter] | None = None
         self.initial = float(config.init)
         self.weight = nn.Parameter(torch.full((num_features,), self.initial))
@@ -182,11 +185,12 @@ class PriFU(nn.Module):
         LIVE_FILTERS.add(self)
 
     def get_extra_state(self) -> Tensor:
-        """Return what a checkpoint holds besides tensors, as one: version, alpha, gain, dose."""
-        return torch.tensor([FORMAT, self.alpha, self.gain, self.dose], dtype=torch.float64)
+        """Return what a checkpoint holds besides tensors, as one: the version, then settings."""
+        settings = self.alpha, self.gain, self.dose, self.holds_scale, self.frees_scale
+        return torch.tensor([FORMAT, *map(float, settings)], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over alpha, gain and dose of a checkpoint.
+        """Take over alpha, gain, dose and who holds the norm's scale from a checkpoint.
 
         Raises:
             FilterError: if a later version wrote it.
@@ -197,7 +201,9 @@ class PriFU(nn.Module):
                 f"The checkpoint's filters have format {version:g}; this version of prifu_plugin "
                 f"reads up to {FORMAT:g}. Upgrade it."
             )
-        self.alpha, self.gain, self.dose = settings
+        self.alpha, self.gain, self.dose = settings[:3]
+        if settings[3:]:  # since format 2
+            self.holds_scale, self.frees_scale = map(bool, settings[3:])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PriFU:
         """Move like any module, but keep W and the bias in fp32 or better, and their values.

@@ -182,8 +182,10 @@ def _held_by_others(optimizer: Optimizer) -> set[int]:
 
 def _warn_of_waiting(waiting: dict[int, weakref.ref[PriFU]]) -> None:
     """Warn of filters that another optimizer holds, but has not stepped since our last step."""
-    for reference in waiting.values():
+    for key, reference in list(waiting.items()):
         unit = reference()
+        if unit is None:
+            del waiting[key]  # its id may become another one's
         if unit is None or unit in _STEPS or unit in _WARNED:
             continue
         _WARNED.add(unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,10 +17,18 @@ from prifu_plugin.arguments import check_callable, check_model
 from prifu_plugin.batches import pairs
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
-from prifu_plugin.errors import ConfigError
+from prifu_plugin.errors import CaptureError, ConfigError
 from prifu_plugin.filter import PriFU
-from prifu_plugin.graph.host import filter_of, is_folded, is_host
+from prifu_plugin.graph.host import (
+    CHILD,
+    filter_of,
+    folded_parameters,
+    is_folded,
+    is_host,
+    run_with,
+)
 from prifu_plugin.graph.insert import filters
+from prifu_plugin.graph.norms import norm_spec
 from prifu_plugin.graph.state import wrap_state
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.learned import are_right
@@ -244,15 +253,38 @@ def _places(model: nn.Module) -> list[tuple[str, nn.Module, PriFU]]:
 def _watch(module: nn.Module, unit: PriFU, meter: _Meter) -> Any:
     """Note the gradient of Y: what a module returns, or what its fused activation takes."""
 
-    def note(y: Tensor) -> None:
+    def note(y: Tensor, slope: Tensor | float = 1.0) -> None:
         if y.requires_grad:
-            y.register_hook(lambda gradient: meter.add(gradient, unit.dim_at(y.ndim)))
+            y.register_hook(lambda gradient: meter.add(gradient * slope, unit.dim_at(y.ndim)))
 
-    inner = [module._modules.get(name) for name in ("drop", "act")]
-    fused = next((part for part in inner if isinstance(part, nn.Module)), None)
-    if fused is not None:
-        return fused.register_forward_pre_hook(lambda _, args: note(args[0]))
-    return module.register_forward_hook(lambda _, args, y: note(y))
+    spec = norm_spec(module)
+    inside = [child for name, child in module._modules.items() if child and name != CHILD]
+    if spec is None or not spec.fused or not is_folded(module):
+        return module.register_forward_hook(lambda _, args, y: note(y))
+    if inside:  # the first takes Y
+        return inside[0].register_forward_pre_hook(lambda _, args: note(args[0]))
+    if "bias" in module._parameters:
+        return module.register_forward_hook(lambda _, args, y: note(y, _slope(module, unit, args)))
+    raise CaptureError(
+        f"The {type(module).__name__} at '{unit.path}' has an activation inside, which keeps what "
+        "the filter puts out to itself. Leave it out of the filters with exclude=."
+    )
+
+
+def _slope(module: nn.Module, unit: PriFU, args: tuple[Any, ...]) -> Tensor:
+    """Return the derivative of a fused activation at Y, to which the shift of the norm is added."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of forward derivatives
+        folded = folded_parameters(module, unit)
+        shift = folded["bias"]
+        given = [x.detach() for x in args]
+
+        def run(bias: Tensor) -> Tensor:
+            y: Tensor = run_with(module, {**folded, "bias": bias}, *given)
+            return y
+
+        slope: Tensor = torch.func.jvp(run, (shift,), (torch.ones_like(shift),))[1]
+        return slope
 
 
 def _scale(model: nn.Module, path: str, unit: PriFU) -> Tensor:

@@ -16,16 +16,20 @@ from prifu_plugin.cut import CutFilter
 from prifu_plugin.cuts import (
     ancestors,
     captured_at,
+    crossing,
     find,
     is_free,
+    late_inputs,
     on_edge,
     points,
     suggestion,
     with_sizes,
 )
+from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.prune.inputs import Inputs
+from prifu_plugin.prune.verify import TOLERANCES, Quiet, difference
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ def split(
         NoSiteError: if there is no such place; the message names the closest.
         ConfigError: if more than one tensor crosses the cut and `several` is not set, or the
             example inputs are refused.
-        CaptureError: if the model cannot be traced.
+        CaptureError: if the model cannot be traced, or the parts, which are run once, compute
+            something else than it does.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
@@ -141,13 +146,9 @@ def split(
     graph = captured.graph
     computed = on_edge(graph, node)
     known = with_sizes(graph, computed)
-    crossing = [
-        n
-        for n in graph.nodes
-        if n in known and any(user not in known for user in n.users) and not is_free(n)
-    ]
-    tensors = [n for n in crossing if n.meta["shape"]]
-    sizes = [n for n in crossing if not n.meta["shape"]]
+    crosses = crossing(graph, known)
+    tensors = [n for n in crosses if n.meta["shape"]]
+    sizes = [n for n in crosses if not n.meta["shape"]]
     if tensors != [node] and not several:
         others = [n.name for n in tensors if n is not node]
         raise ConfigError(
@@ -166,7 +167,9 @@ def split(
         for module in shell.modules():
             if isinstance(module, fx.GraphModule) or type(module) is nn.Module:
                 module.training = model.training
-    return Split(parts[0], parts[1], node.name)
+    halves = Split(parts[0], parts[1], node.name)
+    _check(model, halves, inputs.batch(2))
+    return halves
 
 
 def cut_points(model: nn.Module, example_inputs: Any = None) -> list[str]:
@@ -209,7 +212,7 @@ def _copy_cloud(
 ) -> dict[fx.Node, Any]:
     """Copy the rest; return what it takes sizes for that the edge knew."""
     claims: dict[fx.Node, Any] = {}
-    late = [n for n in graph.nodes if n.op == "placeholder" and n not in known and n.users]
+    late = late_inputs(graph, known)
     if late:
         raise ConfigError(
             f"The input '{late[0].name}' is used behind the cut only: a split model takes all of "
@@ -273,6 +276,26 @@ def _size(
         f"Behind the cut the model uses '{node.name}', a size that the upload does not show. Cut "
         "elsewhere, or pass example inputs of a fixed size."
     )
+
+
+def _check(model: nn.Module, halves: Split, inputs: Inputs) -> None:
+    """Raise CaptureError if the halves do not compute what the model does, in eval mode."""
+    shell = nn.ModuleList([model, *halves])
+    drawn = [x.to(device_of(model)) for x in inputs.draw(model, 0)]
+    with undisturbed(shell), Quiet(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        shell.eval()
+        torch.manual_seed(0)
+        expected = model(*(x.clone() for x in drawn))
+        torch.manual_seed(0)
+        found = halves.cloud(halves.edge(*drawn))
+    gap = difference(expected, found)
+    if gap > TOLERANCES[torch.float32]:
+        raise CaptureError(
+            f"The parts of {type(model).__name__} compute something else than it does ({gap:.1e} "
+            "of the largest output): its forward does what a graph does not show, as hooks on the "
+            "model itself, writing through views, or asking for types do. Move that into a module "
+            "inside, or write it out of place."
+        )
 
 
 def _members(model: nn.Module, graph: fx.Graph) -> dict[str, Any]:

@@ -76,3 +76,27 @@ def test_bad_order_is_named():
     prifu.absorb(model)
     with pytest.raises(OrderError, match="call absorb once"):
         prifu.absorb(model)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_who_holds_the_scale_is_in_a_checkpoint(frozen):
+    def make():
+        model = prifu.wrap(pretrained(), bias=True)
+        for norm in norms(model):
+            norm.weight.requires_grad_(not frozen)
+        return model
+
+    def norms(model):
+        return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    model, fresh = make(), make()
+    prifu.absorb(model)
+    fresh.load_state_dict(model.state_dict())
+    assert not any(norm.weight.requires_grad for norm in norms(fresh))
+    with pytest.raises(OrderError, match="absorbed"):
+        prifu.absorb(fresh)
+    plain, expected = prifu.unwrap(fresh), prifu.unwrap(model)
+    x = torch.randn(2, 3, 64, 64).double()
+    assert torch.equal(plain.eval()(x), expected.eval()(x))
+    assert all(norm.weight.requires_grad == (not frozen) for norm in norms(plain))
+    assert not plain._load_state_dict_post_hooks

@@ -394,3 +394,29 @@ def test_coupled_decay_refuses_what_it_cannot_do():
         torch.optim.SGD(net.parameters(), lr=0.1).step(lambda: loss_of(net))
     with pytest.raises(ConfigError, match="decay="):
         prifu.wrap(nn.Sequential(nn.BatchNorm1d(2)), decay="strong")
+
+
+def test_coupled_decay_is_lent_to_the_gradient_for_the_step_alone():
+    net = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4))
+    model = prifu.wrap(net, decay="coupled", beta=0.1, init=1.0)
+    unit = prifu.filters(model)["1"]
+    optimizer = torch.optim.SGD([unit.weight], lr=0.1)
+    unit.weight.grad = torch.full_like(unit.weight, 0.5)
+    for _ in range(3):  # nobody sets the gradient to zero
+        before = unit.weight.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(unit.weight.detach(), before - 0.1 * (0.5 + 0.1 * before))
+        assert torch.equal(unit.weight.grad, torch.full_like(unit.weight, 0.5))
+
+
+def test_a_coupled_step_that_is_refused_changes_no_filter():
+    layers = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2), nn.BatchNorm1d(2)
+    net = prifu.wrap(nn.Sequential(*layers), decay="coupled")
+    first, last = prifu.filters(net).values()
+    last.beta = 1.5
+    loss_of(net).backward()
+    grad = first.weight.grad.clone()
+    with pytest.raises(ConfigError, match="change its sign"):
+        torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9).step()
+    assert torch.equal(first.weight.grad, grad)
+    assert first.dose == 0

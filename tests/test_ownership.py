@@ -389,3 +389,17 @@ def test_an_average_that_cannot_be_compared_is_passed_over():
     averages.append(AveragedModel(extra))
     with pytest.warns(PrifuWarning, match="made before wrap"):
         prifu.wrap(extra)
+
+
+def test_ids_of_filters_that_are_gone_are_forgotten():
+    from prifu_plugin.ownership import _WAITING, check_ownership
+
+    torch.manual_seed(0)
+    model, other = network(), network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    gone = prifu.PriFU(3)
+    _WAITING[optimizer] = {id(unit_of(other).weight): weakref.ref(gone)}
+    del gone
+    gc.collect()
+    check_ownership(optimizer, [], set())
+    assert _WAITING[optimizer] == {}

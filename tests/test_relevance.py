@@ -151,3 +151,23 @@ def test_bad_input():
         prifu.relevance(network(), [])
     with pytest.raises(ConfigError, match="one loss a sample"):
         prifu.relevance(network(), data(), F.cross_entropy)
+
+
+def test_an_activation_without_a_module_is_behind_the_filter():
+    from timm.layers.filter_response_norm import FilterResponseNormTlu2d, inv_instance_rms
+
+    torch.manual_seed(0)
+    norm = FilterResponseNormTlu2d(4)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), norm, Pool(), nn.Linear(4, 2))
+    x, target = torch.randn(8, 3, 5, 5), torch.randint(0, 2, (8,))
+    with torch.no_grad():
+        h = net[0](x)
+        scale, shift, tau = (p.view(1, -1, 1, 1) for p in (norm.weight, norm.bias, norm.tau))
+        y = h * inv_instance_rms(h, norm.eps) * scale + shift
+    y.requires_grad_(True)
+    output = net[3](net[2](torch.maximum(y, tau)))
+    nn.functional.cross_entropy(output, target, reduction="sum").backward()
+    found = prifu.relevance(prifu.wrap(net), [(x, target)]).layers["1"]
+    torch.testing.assert_close(found.after.float(), y.grad.abs().mean((0, 2, 3)))

@@ -288,3 +288,58 @@ def test_a_cloud_leaves_each_of_several_uploads_as_it_was():
     upload = edge(x)
     assert torch.equal(cloud(upload), cloud(upload))
     assert torch.equal(cloud(upload), model(x))
+
+
+class Looking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.drop, self.b = nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4)
+        self.rnn = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x):
+        x = self.a(x)
+        if isinstance(x, torch.Tensor):
+            x = x * 2
+        (self.b(x) * 2).sum()  # nobody reads it
+        last, _ = self.rnn(x[:, None])
+        return self.b(last[:, 0])
+
+
+def test_what_nobody_reads_does_not_cross():
+    model, x = Looking().eval(), torch.randn(5, 4)
+    points = prifu.cut_points(model, x)
+    assert "a" in points
+    assert "mul" in points
+    for name in points:
+        edge, cloud = prifu.split(model, name, x)
+        assert torch.equal(cloud(edge(x)), model(x)), name
+
+
+class Aliased(Looking):
+    def forward(self, x):
+        x = self.a(x)
+        self.drop(x).relu_()
+        return self.b(x)
+
+
+@pytest.mark.parametrize("how", ["alias", "before", "behind"])
+def test_parts_that_compute_something_else_are_refused(how):
+    torch.manual_seed(0)
+    model, x = (Aliased() if how == "alias" else Looking()).eval(), torch.randn(5, 4)
+    if how == "before":
+        model.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    if how == "behind":
+        model.register_forward_hook(lambda module, args, output: output * 3)
+    with pytest.raises(CaptureError, match="compute something else"):
+        prifu.split(model, "a", x)
+
+
+class Parted(Looking):
+    def forward(self, x, y):
+        first, second = self.a(x).chunk(2, 1)
+        return self.b(torch.cat([first * second, first], 1)) + y
+
+
+def test_cut_points_are_places_that_split_takes():
+    inputs = torch.randn(5, 4), torch.randn(5, 4)
+    assert prifu.cut_points(Parted().eval(), inputs) == []

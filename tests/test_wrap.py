@@ -576,6 +576,17 @@ def test_functional_normalizations_in_parts_of_what_cannot_be_traced_are_found()
 
 
 def test_a_forward_that_hides_a_functional_normalization_is_named():
-    with pytest.warns(PrifuWarning, match="names a functional normalization, but cannot be traced"):
+    with pytest.warns(PrifuWarning, match="a functional normalization, but.*cannot be traced by itself"):
         model = prifu.wrap(Branching(own=True))
     assert list(prifu.filters(model)) == ["n", "inner.group_norm"]
+
+
+def test_a_cut_does_not_delete_filters_inside_the_forward():
+    net = nn.Sequential(Functional(), nn.ReLU())
+    x = torch.randn(5, 3)
+    with pytest.raises(ConfigError, match="functional normalizations in its own forward"):
+        prifu.wrap(net, cut="0", example_inputs=x)
+    wrapped = prifu.wrap(net, cut="1", example_inputs=x)
+    assert len(prifu.filters(wrapped)) == 3
+    outside = nn.Sequential(nn.Sequential(net[0]), nn.ReLU(), nn.Linear(4, 2), nn.LayerNorm(2))
+    assert len(prifu.filters(prifu.wrap(outside, cut="0", example_inputs=x))) == 4

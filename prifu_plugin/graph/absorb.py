@@ -7,7 +7,7 @@ from torch import nn
 
 from prifu_plugin.errors import ConfigError, NoSiteError, OrderError
 from prifu_plugin.filter import PriFU
-from prifu_plugin.graph.host import is_folded
+from prifu_plugin.graph.host import is_folded, keep_fixed
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
 from prifu_plugin.sharded import check_unsharded
@@ -84,9 +84,8 @@ def _move(host: nn.Module, unit: PriFU) -> int:
         if shift is not None and unit.bias is not None:
             unit.bias.add_(unit.scale() * shift)
             shift.zero_()
-            shift.requires_grad_(False)
         unit.weight.mul_(scale.abs())
         scale.copy_(torch.where(scale < 0, -1.0, 1.0))
-        scale.requires_grad_(False)
-    unit.holds_scale = True
+    unit.holds_scale, unit.frees_scale = True, scale.requires_grad
+    keep_fixed(host, unit)
     return int(unit.closed.sum())

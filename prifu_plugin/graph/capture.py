@@ -18,8 +18,10 @@ from torch.nn.modules import transformer
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import CaptureError, ConfigError
 from prifu_plugin.filter import PriFU
+from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.norms import is_norm
+from prifu_plugin.graph.proxies import answering_types
 from prifu_plugin.graph.undisturbed import undisturbed
 
 
@@ -49,11 +51,15 @@ class ModelTracer(fx.Tracer):
         opaque: whether to stop at what timm registers.
         buffers: whether what is computed from buffers of floats stays in the graph, where any
             precision can compute it, rather than be computed now.
+
+    Attributes:
+        computing: whether an operation is carried out now, rather than recorded.
     """
 
     def __init__(
         self, given: int | None = None, *, opaque: bool = True, buffers: bool = False
     ) -> None:
+        self.computing = False
         self._inputs = given
         self._buffers = buffers
         modules, functions = _timm_leaves() if opaque else ([], [])
@@ -85,6 +91,8 @@ class ModelTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Record an argument; a dictionary with a class of its own is made by that class."""
+        if isinstance(a, fx.Proxy):  # before it says that it is a tensor
+            return a.node
         named = isinstance(a, OrderedDict) and all(isinstance(key, str) for key in a)
         if named or (isinstance(a, dict) and is_dataclass(a)):
             items = {key: self.create_arg(value) for key, value in a.items()}
@@ -165,11 +173,13 @@ def _has_computed(captured: Captured) -> bool:
     return any(isinstance(value, Tensor) and value.is_floating_point() for value in found)
 
 
-def traced(model: nn.Module, tracer: fx.Tracer) -> Captured:
+def traced(model: nn.Module, tracer: ModelTracer) -> Captured:
     """Trace with a tracer; see `capture`."""
     try:
-        with _traceable_torch():
+        with _traceable_torch(), answering_types(), only_operations(lambda: tracer.computing):
             return Captured(model, tracer.trace(model))
+    except CaptureError as error:
+        raise CaptureError(f"{type(model).__name__} cannot be traced: {error}") from error
     except Exception as error:
         why = str(error).rstrip(".") or type(error).__name__
         raise CaptureError(

@@ -2,8 +2,8 @@
 
 There is no layer to carry the filter, so the module that makes the call does: its forward is
 traced alone, its children whole, and the filter's call is put behind the normalization. A forward
-that branches on its mode or on arguments that are no tensors is traced once for each combination
-it meets. The module keeps its class name, children and parameters.
+that branches on its mode, on arguments that are no tensors or on plain attributes is traced once
+for each combination it meets. The module keeps its class name, children and parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from prifu_plugin.errors import CaptureError, PrifuWarning
+from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.graph.norms import FUNCTIONAL_DIMS, base_class
+from prifu_plugin.graph.proxies import answering_types
+from prifu_plugin.graph.reads import Reads, noting_reads, still_so
 from prifu_plugin.graph.undisturbed import undisturbed
 
 
@@ -48,6 +51,9 @@ class _OwnTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def create_arg(self, a: Any) -> Any:
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+
 
 def functional_calls(module: nn.Module) -> list[FunctionalCall]:
     """List the functional normalizations in a module's own forward, in train and eval mode.
@@ -58,7 +64,7 @@ def functional_calls(module: nn.Module) -> list[FunctionalCall]:
     found: dict[str, FunctionalCall] = {}
     values = _default_values(module)
     for training in (True, False):
-        for node in _calls(_trace(module, training, values)[0]):
+        for node in _calls(_trace(module, training, values).graph):
             name = getattr(node.target, "__name__", "norm")
             channels = _channels(module, node)
             found[node.name] = FunctionalCall(
@@ -105,8 +111,23 @@ def _rehost(module: nn.Module, child: str) -> None:
     module.__class__ = type(base.__name__, (base,), members)
 
 
-Forwards = dict[tuple[Any, ...], Any]
-"""Key -> compiled forward; None where numbers have to be in the key too."""
+@dataclass(frozen=True)
+class _Traced:
+    """A forward, with what was decided while it was traced.
+
+    Attributes:
+        graph: of it.
+        reads: the plain attributes it was traced with.
+        numbers: whether arguments that are numbers were decided too.
+    """
+
+    graph: fx.Graph
+    reads: Reads
+    numbers: bool
+
+
+Forwards = dict[tuple[Any, ...], list[tuple[Reads, Any]]]
+"""Key -> compiled forwards, with the attributes for which each is right."""
 
 
 def _add_forward(
@@ -115,7 +136,8 @@ def _add_forward(
     """Compile a forward that passes through the filters, for one combination of arguments."""
     filters = module._modules[child]
     assert isinstance(filters, FilterGroup)
-    graph, numbers = _trace(module, training, values)
+    traced = _trace(module, training, values)
+    graph = traced.graph
     for node in list(_calls(graph)):
         if node.name in filters:
             with graph.inserting_after(node):
@@ -129,10 +151,19 @@ def _add_forward(
                 PrifuWarning,
                 stacklevel=2,
             )
-    if numbers:
-        forwards[_key(training, values)] = None
-    forwards[_key(training, values, numbers)] = _compiled(graph)
-    return forwards[_key(training, values, numbers)]
+    compiled = _compiled(graph)
+    key = _key(training, values, traced.numbers)
+    forwards.setdefault(key, []).insert(0, (traced.reads, compiled))
+    return compiled
+
+
+def _forward_for(forwards: Forwards, module: nn.Module, values: dict[str, Any]) -> Any:
+    """Return the compiled forward for these arguments and today's attributes, if there is one."""
+    for numbers in (False, True):
+        for reads, compiled in forwards.get(_key(module.training, values, numbers), ()):
+            if still_so(module, reads):
+                return compiled
+    return None
 
 
 def _reduction(base: type[nn.Module], child: str) -> Any:
@@ -185,26 +216,28 @@ def _key(training: bool, values: dict[str, Any], numbers: bool = False) -> tuple
     return training, numbers, *(v if isinstance(v, kinds) else _ANY for v in values.values())
 
 
-def _trace(module: nn.Module, training: bool, values: dict[str, Any]) -> tuple[fx.Graph, bool]:
+def _trace(module: nn.Module, training: bool, values: dict[str, Any]) -> _Traced:
     """Trace a forward with what is None, a flag or a word decided; numbers too if need be."""
     decided = {name: v for name, v in values.items() if isinstance(v, _DECIDED)}
     numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
     try:
-        return _trace_with(module, training, decided), False
+        return _Traced(*_trace_with(module, training, decided), numbers=False)
     except CaptureError:
         if not numbers.keys() - decided.keys():
             raise
-        return _trace_with(module, training, {**decided, **numbers}), True
+        return _Traced(*_trace_with(module, training, {**decided, **numbers}), numbers=True)
 
 
-def _trace_with(module: nn.Module, training: bool, decided: dict[str, Any]) -> fx.Graph:
+def _trace_with(
+    module: nn.Module, training: bool, decided: dict[str, Any]
+) -> tuple[fx.Graph, Reads]:
     try:
-        with undisturbed(module):
-            before = set(module.__dict__)
+        with undisturbed(module), only_operations(in_training=True):
             module.train(training)
-            graph = _OwnTracer().trace(module, concrete_args=decided or None)
-            if set(module.__dict__) - before:
-                raise ValueError("it makes tensors of its own")
+            before = dict(module.__dict__)
+            with noting_reads(module) as reads, answering_types():
+                graph = _OwnTracer().trace(module, concrete_args=decided or None)
+            _check_unchanged(module, before)
     except Exception as error:
         raise CaptureError(
             f"the forward of {type(module).__name__} cannot be traced by itself: {error}"
@@ -216,7 +249,16 @@ def _trace_with(module: nn.Module, training: bool, decided: dict[str, Any]) -> f
             for last in list(user.users):
                 graph.erase_node(last)
             graph.erase_node(user)
-    return graph
+    return graph, reads
+
+
+def _check_unchanged(module: nn.Module, before: dict[str, Any]) -> None:
+    changed = [name for name, value in module.__dict__.items() if before.get(name) is not value]
+    made = [name for name in changed if name not in before]
+    if made:
+        raise CaptureError(f"it makes tensors of its own, or keeps what it computes ({made[0]})")
+    if changed:
+        raise CaptureError(f"it changes its own attribute {changed[0]}")
 
 
 def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -270,8 +312,7 @@ def _choosing(base: type[nn.Module], child: str, forwards: Forwards) -> Any:
     source = f"def forward({', '.join(listed)}):\n    return call({own}, {{{values}}})\n"
 
     def call(module: nn.Module, values: dict[str, Any]) -> Any:
-        key = _key(module.training, values)
-        found = forwards.get(key) or forwards.get(_key(module.training, values, numbers=True))
+        found = _forward_for(forwards, module, values)
         if found is None:
             found = _add_forward_again(forwards, module, child, values)
         return found(module, *values.values())

@@ -46,10 +46,19 @@ def _give_back(host: nn.Module, unit: PriFU) -> None:
     scale, shift = host.get_parameter("weight"), getattr(host, "bias", None)
     with torch.no_grad():
         scale.mul_(unit.weight * unit.gain)
-        scale.requires_grad_(True)
+        scale.requires_grad_(unit.frees_scale)
         if shift is not None and unit.bias is not None:
             shift.copy_(unit.bias)
-            shift.requires_grad_(True)
+            shift.requires_grad_(unit.frees_scale)
+
+
+def keep_fixed(host: nn.Module, unit: PriFU) -> None:
+    """Let the scale and shift of a host stay as they are, if its filter has taken them over."""
+    if unit.holds_scale:
+        for name in ("weight", "bias"):
+            own = host._parameters.get(name)
+            if own is not None:
+                own.requires_grad_(False)
 
 
 def is_host(module: nn.Module) -> bool:
@@ -111,14 +120,19 @@ def _kind(host: nn.Module, unit: PriFU | CutFilter) -> str:
 
 
 def _folded_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # A shallow twin of the base class, so that super() in its forward works, with other affine
-    # parameters for this call; buffers, children and everything else are shared.
-    base = base_class(self)
     unit = filter_of(self)
     assert isinstance(unit, PriFU)
+    return run_with(self, folded_parameters(self, unit), *args, **kwargs)
+
+
+def run_with(host: nn.Module, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """Call what a host is without its filter, with other parameters for this call."""
+    # A shallow twin of the base class, so that super() in its forward works; buffers, children
+    # and everything else are shared.
+    base = base_class(host)
     twin = object.__new__(base)
-    members = self.__dict__.copy()
-    members["_parameters"] = {**self._parameters, **folded_parameters(self, unit)}
+    members = host.__dict__.copy()
+    members["_parameters"] = {**host._parameters, **parameters}
     members.pop("weight", None)
     members.pop("bias", None)
     object.__setattr__(twin, "__dict__", members)  # not Module's, which looks into every value

@@ -25,6 +25,7 @@ from prifu_plugin.graph.state import (
     WrapState,
     complete_checkpoint,
     copied,
+    fix_scales,
     remember_inputs,
     wrap_state,
 )
@@ -104,6 +105,7 @@ def wrap(
         check_alone(model)
     warn_of_wrappers(model)
     state = WrapState(config, tuple(_chosen(model, include, exclude)), cut)
+    _check_cut(model, state)
     if cut is not None or example_inputs is not None:
         found = probe_cut(model, example_inputs, cut, cut_dim)
         if found is not None:
@@ -158,6 +160,7 @@ def unwrap(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     hooks = wrap_state(model).hooks
     model._forward_pre_hooks.pop(hooks["inputs"], None)
     model._load_state_dict_pre_hooks.pop(hooks["checkpoint"], None)
+    model._load_state_dict_post_hooks.pop(hooks["loaded"], None)
     del model.__dict__[STATE]
     return model
 
@@ -221,6 +224,25 @@ def _chosen(
     return chosen
 
 
+def _check_cut(model: nn.Module, state: WrapState) -> None:
+    """Raise ConfigError if the module at the cut is to hold filters inside its forward, too."""
+    owners = {path.rpartition(".")[0] for path in state.paths if not _is_module(model, path)}
+    if state.cut in owners:
+        raise ConfigError(
+            f"cut='{state.cut}' makes functional normalizations in its own forward, which get "
+            "filters of their own there. Cut at the module behind it, put it into an "
+            "nn.Sequential and cut at that, or leave them out with exclude=."
+        )
+
+
+def _is_module(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
 def _refusals(found: list[Site]) -> str:
     lines = [f"'{s.path}' ({s.type}): {s.refused}" for s in found if s.refused]
     return "; " + "; ".join(lines[:3]) if lines else ""
@@ -254,6 +276,7 @@ def _apply(model: nn.Module, state: WrapState, origin: nn.Parameter | None = Non
     state.hooks = {
         "inputs": model.register_forward_pre_hook(remember_inputs).id,
         "checkpoint": model.register_load_state_dict_pre_hook(complete_checkpoint).id,
+        "loaded": model.register_load_state_dict_post_hook(fix_scales).id,
     }
     model.__dict__[STATE] = state
     WRAPPED.add(model)

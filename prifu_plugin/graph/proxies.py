@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
+
+SIZES = {
+    *("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "dtype", "device"),
+    *("is_cuda", "requires_grad", "is_floating_point", "layout", "stride", "is_contiguous"),
+}
+"""What may be asked of a tensor for Python to decide on."""
+
+
+@contextmanager
+def answering_types() -> Iterator[None]:
+    """Let isinstance say of proxies that they are tensors, or no tensors, in a with block.
+
+    A proxy cannot say so by its __class__: torch's C code would take it for a tensor.
+    """
+
+    def answer(value: Any, classes: Any) -> bool:
+        if _isinstance(value, fx.Proxy) and _is_tensor(value):
+            return _isinstance(_SOME, classes) or issubclass(type(value), classes)
+        return _isinstance(value, classes)
+
+    with mock.patch.object(builtins, "isinstance", answer):
+        yield
+
+
+_isinstance = isinstance
+_SOME = torch.empty(0)
+
+
+def _is_tensor(proxy: fx.Proxy) -> bool:
+    """Whether a proxy stands for a tensor, as far as its value, or else what made it, tells."""
+    if _isinstance(proxy, SizedProxy):
+        return _isinstance(proxy.__dict__.get("value"), Tensor)
+    return not _isinstance(proxy, fx.proxy.Attribute) and not _is_size(proxy.node)
 
 
 class SizedProxy(fx.Proxy):
@@ -146,6 +182,15 @@ class _SizedAttribute(SizedProxy):
             made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
             self.__dict__["_proxy"] = made
         return self._proxy
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node is a size of a tensor, or made of sizes alone."""
+    asked = node.args[1] if node.target is getattr else node.target
+    if isinstance(asked, str) and node.op != "placeholder" and asked in SIZES:
+        return True
+    combines = getattr(node.target, "__module__", "") in ("_operator", "math")
+    return combines and bool(node.all_input_nodes) and all(map(_is_size, node.all_input_nodes))
 
 
 def number_of_parts(how: str, args: Any, kwargs: Any) -> Any:

@@ -71,9 +71,8 @@ def sites(model: nn.Module) -> list[Site]:
         _module_site(path, module, _reached(path, called, len(graphs) == 2))
         for path, module in norm_modules(model)
     ]
-    owners, closed = _functional_owners(model, graphs)
-    found += [site for path in sorted(owners) for site in _functional_sites(model, path)]
-    return found + [_closed_site(model, path) for path in sorted(closed)]
+    owners = sorted(_functional_owners(model, graphs))
+    return found + [site for path in owners for site in _functional_sites(model, path)]
 
 
 def norm_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -137,37 +136,23 @@ def _graphs(model: nn.Module) -> Iterator[Captured]:
                 continue
 
 
-def _functional_owners(
-    model: nn.Module, graphs: list[Captured], prefix: str = ""
-) -> tuple[set[str], set[str]]:
-    """Return whose forwards make functional normalizations, and whose seem to but are closed.
+def _functional_owners(model: nn.Module, graphs: list[Captured], prefix: str = "") -> set[str]:
+    """Return the paths of the modules whose forwards make, or name, functional normalizations.
 
     Where a forward cannot be traced, each of its children is looked at by itself.
     """
     if graphs:
         paths = {path for captured in graphs for path in functional_owners(captured.graph)}
-        return {(prefix + path).removesuffix(".") for path in paths}, set()
+        return {(prefix + path).removesuffix(".") for path in paths}
     owners: set[str] = set()
-    closed = {prefix.removesuffix(".")} if names_functional(base_class(model).forward) else set()
+    if names_functional(base_class(model).forward):
+        owners.add(prefix.removesuffix("."))
     for name, child in model.named_children():
         if norm_spec(child) is None and any(True for _ in child.children()):
-            inner = _functional_owners(child, list(_graphs(child)), f"{prefix}{name}.")
-            owners, closed = owners | inner[0], closed | inner[1]
+            owners |= _functional_owners(child, list(_graphs(child)), f"{prefix}{name}.")
         elif norm_spec(child) is None and names_functional(base_class(child).forward):
             owners.add(prefix + name)
-    return owners, closed
-
-
-def _closed_site(model: nn.Module, path: str) -> Site:
-    return Site(
-        path=path,
-        type=base_class(model.get_submodule(path)).__name__,
-        channels=None,
-        dim=1,
-        reached="functional",
-        filtered=False,
-        refused="its forward names a functional normalization, but cannot be traced",
-    )
+    return owners
 
 
 def _reached(path: str, called: set[str], complete: bool) -> str:

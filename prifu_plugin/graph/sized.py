@@ -32,14 +32,8 @@ from prifu_plugin.graph.capture import (
 from prifu_plugin.graph.guards import GUARD
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.padding import is_own_convolution, only_pads
-from prifu_plugin.graph.proxies import SizedProxy, plain, reads_tensors, value_of
+from prifu_plugin.graph.proxies import SIZES, SizedProxy, plain, reads_tensors, value_of
 from prifu_plugin.graph.undisturbed import undisturbed
-
-SIZES = {
-    *("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "dtype", "device"),
-    *("is_cuda", "requires_grad", "is_floating_point", "layout", "stride", "is_contiguous"),
-}
-"""What may be asked of a tensor for Python to decide on."""
 
 _FILLED = ("empty", "zeros", "ones", "full")
 
@@ -132,7 +126,6 @@ class SizedTracer(ModelTracer):
         super().__init__(len(inputs), opaque=False)
         self._given = iter(inputs)
         self._leaves = leaves
-        self._computing = False
         self._guarded: set[tuple[fx.Node, Any]] = set()
         self._storage: dict[fx.Node, set[int]] = {}
         self._overwritten: set[fx.Node] = set()
@@ -152,7 +145,7 @@ class SizedTracer(ModelTracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Trace a call, or only make it while a value is computed."""
-        if self._computing:
+        if self.computing:
             return forward(*args, **kwargs)
         self.entered.append(self.path_of_module(m))
         result = super().call_module(m, forward, args, kwargs)
@@ -161,7 +154,7 @@ class SizedTracer(ModelTracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return the proxy of a parameter or stored tensor, or its value while one is computed."""
-        if self._computing:
+        if self.computing:
             return attr_val
         if not isinstance(attr_val, Tensor) or isinstance(attr_val, nn.Parameter):
             return super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -226,7 +219,7 @@ class SizedTracer(ModelTracer):
             return next(self._given)
         if target is torch._assert:
             return None
-        self._computing = True
+        self.computing = True
         try:
             with torch.no_grad():
                 if kind == "get_attr":
@@ -237,7 +230,7 @@ class SizedTracer(ModelTracer):
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return target(*args, **kwargs) if kind == "call_function" else None
         finally:
-            self._computing = False
+            self.computing = False
 
 
 _make_tensor = torch.tensor

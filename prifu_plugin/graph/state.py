@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from prifu_plugin.arguments import check_model
 from prifu_plugin.config import FilterConfig
 from prifu_plugin.errors import OrderError
-from prifu_plugin.filter import WRAPPED
-from prifu_plugin.graph.host import CHILD
+from prifu_plugin.filter import WRAPPED, PriFU
+from prifu_plugin.graph.host import CHILD, is_host, keep_fixed
 from prifu_plugin.graph.watch import check_filters_are_there, check_filters_train
 
 STATE = "_prifu_state"
@@ -105,6 +105,13 @@ def remember_inputs(model: nn.Module, args: tuple[Any, ...]) -> None:
     check_filters_are_there(model, state.hosts)
     check_filters_train(model, state)
     WRAPPED.add(model)  # a copy of a wrapped model is one, too
+
+
+def fix_scales(model: nn.Module, _: Any) -> None:
+    """Let scales stay fixed that, says a checkpoint just loaded, the filters hold (a hook)."""
+    for host in model.modules():
+        if is_host(host) and isinstance(unit := host._modules.get(CHILD), PriFU):
+            keep_fixed(host, unit)
 
 
 def complete_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from tqdm import tqdm
 
@@ -87,6 +90,7 @@ def prune_graph(
         begin("plan")
         made_of = {"inputs": runs[0].to_dict(), "graph": fingerprint(captured)}
         plan = make_plan(analysis, {**recipe, **made_of}, round_to, move_cost)
+        plan = dataclasses.replace(plan, notes=(*plan.notes, *_asleep(captured.graph)))
         begin("rewrite")
         pruned = rewrite(captured, plan)
         twin = rewrite(exact, plan) if verify else pruned
@@ -155,6 +159,23 @@ def fingerprint(captured: Captured) -> str:
             what = f"{type(module).__name__}({module.extra_repr() if shown else ''})"
         lines.append(f"{node.name} {node.op} {target} {what} {node.args} {node.kwargs}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _asleep(graph: fx.Graph) -> list[tuple[str, str]]:
+    """Note functional dropout, whose flag was off in the eval mode of the trace, and stays off."""
+    why = (
+        "functional dropout, which drops nothing in the pruned model, in training neither: its "
+        "graph is that of eval mode; nn.Dropout modules do drop"
+    )
+    calls = [node for node in graph.nodes if node.target in _DROPOUTS]
+    return [(node.name, why) for node in calls if _rate(node) != 0]
+
+
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
+
+
+def _rate(node: fx.Node) -> Any:
+    return node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
 
 
 def _certify(

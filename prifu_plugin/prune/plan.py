@@ -159,7 +159,7 @@ class Plan:
         recipe: how the model was wrapped, so that a fresh one can be wrapped alike.
         constants: values that kernels and operands name, fp64.
         shapes: the shapes of the constants.
-        notes: what was kept for want of a rule: (node, reason).
+        notes: what was kept for want of a rule, and what training would miss: (node, reason).
     """
 
     nodes: tuple[NodePlan, ...]

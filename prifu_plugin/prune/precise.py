@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prifu_plugin.graph.capture import Captured
@@ -69,10 +72,40 @@ def _casts(node: fx.Node) -> bool:
 
 def _raised(value: Any) -> Any:
     if isinstance(value, tuple | list):
-        return type(value)(_raised(item) for item in value)
+        return type(value)(map(_raised, value)) if type(value) in (tuple, list) else value
     if isinstance(value, dict):
         return {key: _raised(item) for key, item in value.items()}
     return torch.float64 if value in _LOWER and isinstance(value, torch.dtype) else value
+
+
+class _Raised(TorchFunctionMode):
+    """Let nothing ask for less than fp64: neither casts nor tensors that a forward makes."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _CASTS and isinstance(args[0], Tensor):
+            return args[0].double() if args[0].is_floating_point() else func(*args)
+        return func(*_raised(args), **_raised(kwargs or {}))
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Run a model in fp64 throughout, in a with block: its own casts and tensors too.
+
+    Example:
+        >>> with raised():
+        ...     (torch.zeros(2).float() + 1).dtype
+        torch.float64
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Raised():
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 class LowestPrecision(TorchDispatchMode):
@@ -96,7 +129,7 @@ def reference(captured: Captured, inputs: list[Tensor]) -> nn.Module:
     """Return the model in fp64 as Python runs it, or by its graph where Python casts."""
     lowest = LowestPrecision()
     try:
-        with lowest:
+        with lowest, raised():
             run_undisturbed(captured.root, inputs)
     except Exception:  # noqa: BLE001 - a cast meets weights in fp64
         return fx.GraphModule(captured.root, captured.graph)

@@ -43,14 +43,15 @@ def prune(
 
     The result is a plain torch.fx.GraphModule with the original submodule names: trainable,
     exportable, without filters, with the plain attributes of the original (num_classes,
-    pretrained_cfg; those that name widths inside name the original's). Where the forward cannot
-    be followed at all (detectors), it is a copy of the model whose largest parts that can be are
-    such modules; the report names them, and such a result has no plan. It is compared with the
-    filtered model on fresh inputs, in fp64 and in the model's own precision, at other batch sizes
-    and, for one image input that the model takes at another resolution, there too. What a forward
-    does only at sizes that were not compared is not certified; where torch.fx cannot follow a
-    forward because it decides on sizes, the sizes of the example decide, and the result refuses
-    inputs for which they would not.
+    pretrained_cfg; those that name widths inside name the original's). What a forward does in
+    training only, functional dropout among it, is not in it; the report names that dropout. Where
+    the forward cannot be followed at all (detectors; regions under autocast or without gradients),
+    it is a copy of the model whose largest parts that can be are such modules; the report names
+    them, and such a result has no plan. It is compared with the filtered model on fresh inputs, in
+    fp64 and in the model's own precision, at other batch sizes and, for one image input that the
+    model takes at another resolution, there too. What a forward does only at sizes that were not
+    compared is not certified; where torch.fx cannot follow a forward because it decides on sizes,
+    the sizes of the example decide, and the result refuses inputs for which they would not.
     `prifu_plugin.report(pruned)` returns the certificate and the fate of every channel,
     `prifu_plugin.plan(pruned)` the plan from which `rebuild` makes the model again.
 

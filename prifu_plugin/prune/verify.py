@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from prifu_plugin.graph.undisturbed import run_undisturbed, undisturbed
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.layout import restrict
 from prifu_plugin.prune.plan import Plan
-from prifu_plugin.prune.precise import LowestPrecision
+from prifu_plugin.prune.precise import LowestPrecision, raised
 
 NOISE = "prifu_noise."
 """Prefix of the buffers of a pruned model that hold noise deviations."""
@@ -71,13 +72,13 @@ def compare(
     dtype = next(p.dtype for p in filtered.parameters() if p.is_floating_point())
     drawn = inputs.draw(filtered, seed)
     rounding = 0.0
-    with Quiet(filtered), Quiet(pruned):
-        expected = run_undisturbed(filtered, drawn)
-        found = run_undisturbed(pruned, drawn)
-        if precise is not None:
-            with Quiet(precise):
-                raised = [x.double() if x.is_floating_point() else x for x in drawn]
-                rounding = difference(run_undisturbed(precise, raised), expected)
+    throughout = raised() if dtype == torch.float64 else nullcontext()
+    with Quiet(filtered), Quiet(pruned), throughout:
+        expected, found = (_run(model, drawn, seed) for model in (filtered, pruned))
+    if precise is not None:
+        with Quiet(precise), raised():
+            longer = [x.double() if x.is_floating_point() else x for x in drawn]
+            rounding = difference(_run(precise, longer, seed), expected)
     gap = difference(expected, found)
     if dtype == torch.float64 and gap > TOLERANCES[dtype] and _casts_inside(filtered, drawn):
         dtype = torch.float32  # that is as exact as it gets
@@ -86,9 +87,16 @@ def compare(
     )
 
 
+def _run(model: nn.Module, inputs: list[Tensor], seed: int) -> Any:
+    """Run a model so that whatever it draws at random is the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return run_undisturbed(model, inputs)
+
+
 def _casts_inside(model: nn.Module, inputs: list[Tensor]) -> bool:
     lowest = LowestPrecision()
-    with lowest, Quiet(model):
+    with lowest, Quiet(model), raised():
         run_undisturbed(model, inputs)
     return lowest.lower
 
@@ -225,6 +233,6 @@ def _values(root: nn.Module, graph: fx.Graph, inputs: list[Tensor]) -> dict[str,
             found[n.meta.get("original", n.name)] = kept
             return result
 
-    with undisturbed(root), torch.no_grad(), Quiet(root):
+    with undisturbed(root), torch.no_grad(), Quiet(root), raised():
         Recorder(root, graph=graph).run(*inputs)
     return found

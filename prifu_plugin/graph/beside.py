@@ -1,0 +1,99 @@
+"""What a forward does beside its operations, which no graph holds: refused while it is traced."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.amp.autocast_mode import autocast
+
+from prifu_plugin.errors import CaptureError
+
+
+@contextmanager
+def only_operations(
+    computing: Callable[[], bool] = lambda: False, *, in_training: bool = False
+) -> Iterator[None]:
+    """Refuse what a trace would lose without a word, for the length of a trace.
+
+    That is: regions without gradients and of another precision, and random numbers drawn by the
+    forward itself, which would be the same ones for ever.
+
+    Args:
+        computing: whether values are computed now, rather than traced.
+        in_training: the graph is to be trained under whatever context the caller has; it must then
+            not ask for that context either.
+
+    Raises:
+        CaptureError: naming what it does.
+
+    Example:
+        >>> with only_operations(), torch.no_grad():
+        ...     pass
+        Traceback (most recent call last):
+        ...
+        prifu_plugin.errors.CaptureError: it switches gradients on or off
+    """
+    before = _drawn()
+    with torch.enable_grad(), ExitStack() as stack:
+        for home, name, words, harmless in _LOST:
+            kept = getattr(home, name)
+            refusing = _refusing(kept, words, computing, harmless, in_training)
+            stack.enter_context(mock.patch.object(home, name, refusing))
+        if in_training:
+            asked = _refusing(
+                torch.is_grad_enabled, "it asks for gradients, or switches them", computing
+            )
+            stack.enter_context(mock.patch.object(torch, "is_grad_enabled", asked))
+        yield
+    if _drawn() != before:
+        raise CaptureError("it draws random numbers itself, which a graph would keep for ever")
+
+
+def _no_change(mode: Any, in_training: bool) -> bool:
+    """Whether setting the gradient mode, or entering autocast, leaves it as it is here."""
+    if isinstance(mode, autocast):
+        return not in_training and not mode._enabled
+    return mode is True and not in_training
+
+
+def _never(mode: Any, in_training: bool) -> bool:
+    return False
+
+
+_LOST: tuple[tuple[Any, str, str, Callable[[Any, bool], bool]], ...] = (
+    (torch._C, "_set_grad_enabled", "it switches gradients on or off", _no_change),
+    (torch.inference_mode, "__enter__", "it has a region in inference mode", _never),
+    (autocast, "__enter__", "it has a region under autocast", _no_change),
+)
+
+
+def _refusing(
+    kept: Any,
+    words: str,
+    computing: Callable[[], bool],
+    harmless: Callable[[Any, bool], bool] = _never,
+    in_training: bool = False,
+) -> Callable[..., Any]:
+    def ask(*args: Any) -> Any:
+        if computing() or harmless(args[0] if args else None, in_training):
+            return kept(*args)
+        return _refuse(words)
+
+    return ask
+
+
+def _refuse(words: str) -> NoReturn:
+    raise CaptureError(words)
+
+
+def _drawn() -> tuple[Any, ...]:
+    """Return where the generators of random numbers stand."""
+    _, keys, at, *rest = np.random.get_state()  # noqa: NPY002 - what a forward may draw from
+    state = bytes(torch.get_rng_state().numpy().tobytes())
+    return state, random.getstate(), bytes(np.asarray(keys).tobytes()), at, *rest

@@ -1,0 +1,225 @@
+"""What a forward does beside its operations: kept, or refused in words; never lost."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import CaptureError, NoSiteError
+from prifu_plugin.graph.beside import only_operations
+from prifu_plugin.prune.verify import difference
+
+
+class Around(nn.Module):
+    """A functional normalization, and something beside it."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.layer, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.rand(4))
+        self.drop, self.act, self.scale = nn.Dropout(0.0), F.relu, 2.0
+        self.count, self.body = 0, body
+
+    def normed(self, x):
+        return F.layer_norm(self.layer(x), (4,), self.gamma)
+
+    def forward(self, x):
+        x = self.body(self, x)
+        return F.layer_norm(self.layer(x), (4,), self.gamma) * self.scale
+
+
+def changed(model, change):
+    change(model)
+    return model
+
+
+CHANGES = {
+    "a number": lambda m: setattr(m, "scale", 5.0),
+    "a child's": lambda m: setattr(m.drop, "p", 1.0),
+    "a function": lambda m: setattr(m, "act", F.gelu),
+    "the kind of a number": lambda m: setattr(m, "scale", True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_plain_attributes_of_a_functional_host_stay_alive(change):
+    def body(self, x):
+        return self.act(F.dropout(x, self.drop.p, self.training))
+
+    torch.manual_seed(0)
+    net, x = Around(body), torch.randn(6, 4)
+    wrapped = prifu.wrap(net)
+    for mode in (True, False):
+        torch.testing.assert_close(wrapped.train(mode)(x), net.train(mode)(x))
+    for model in (net, wrapped):
+        change(model)
+    for mode in (True, False):
+        torch.testing.assert_close(wrapped.train(mode)(x), net.train(mode)(x))
+    twin = copy.deepcopy(wrapped)
+    assert torch.equal(twin(x), wrapped(x))
+    pruned = prifu.prune(wrapped, x)
+    torch.testing.assert_close(pruned(x), wrapped.eval()(x))
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, (int, torch.Tensor), torch.Size, nn.Parameter])
+def test_a_forward_that_asks_for_types_is_answered(kind):
+    def body(self, x):
+        return x * 3 if isinstance(x, kind) and not isinstance(x.shape[0], torch.Tensor) else x - 1
+
+    torch.manual_seed(0)
+    net, x = Around(body).eval(), torch.randn(6, 4)
+    wrapped = prifu.wrap(net).eval()
+    torch.testing.assert_close(wrapped(x), net(x))
+    torch.testing.assert_close(prifu.prune(wrapped, x)(x), net(x))
+
+
+def half_precision(self, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.layer(x)
+
+
+def full_precision(self, x):
+    with torch.autocast("cpu", enabled=False):
+        return self.layer(x)
+
+
+def without_gradients(self, x):
+    with torch.no_grad():
+        return self.layer(x)
+
+
+def in_inference_mode(self, x):
+    with torch.inference_mode():
+        return self.layer(x)
+
+
+def asking(self, x):
+    return x * 2 if torch.is_grad_enabled() else x
+
+
+def layer_drop(self, x):
+    return x if random.random() < 0.5 else x * 2
+
+
+def layer_drop_of_torch(self, x):
+    return x if torch.rand(()) < 0.5 else x * 2
+
+
+def layer_drop_of_numpy(self, x):
+    return x if np.random.rand() < 0.5 else x * 2
+
+
+def counting(self, x):
+    self.count += 1
+    return x
+
+
+LOST = {
+    half_precision: "autocast",
+    full_precision: "autocast",
+    without_gradients: "gradients",
+    in_inference_mode: "inference mode",
+    asking: "asks for gradients",
+    layer_drop: "draws random numbers",
+    layer_drop_of_torch: "draws random numbers",
+    layer_drop_of_numpy: "draws random numbers",
+    counting: "changes its own attribute count",
+}
+
+
+@pytest.mark.parametrize(("body", "why"), LOST.items(), ids=[f.__name__ for f in LOST])
+def test_a_functional_host_that_would_lose_something_is_refused(body, why):
+    net = Around(body)
+    (site,) = prifu.sites(net)
+    assert why in site.refused
+    with pytest.raises(NoSiteError, match=why):
+        prifu.wrap(net)
+
+
+class Inside(nn.Module):
+    """A part that can be pruned, in a forward that a graph cannot hold."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.part = nn.Sequential(
+            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8)
+        )
+        self.body = body
+
+    def forward(self, x):
+        return self.part(self.body(self, x).to(x.dtype))
+
+
+@pytest.mark.parametrize("body", [half_precision, without_gradients, layer_drop_of_torch])
+def test_such_a_model_is_pruned_in_parts_and_keeps_it(body):
+    torch.manual_seed(0)
+    wrapped, x = prifu.wrap(Inside(body)).eval(), torch.randn(6, 4)
+    for unit in prifu.filters(wrapped).values():
+        unit.weight.data[::2] = 0.0
+    pruned = prifu.prune(wrapped, x)
+    assert prifu.report(pruned).notes[0][1].startswith("pruned in parts")
+    assert pruned.part.get_submodule("0").out_features == 4
+    outputs = []
+    for model in (wrapped, pruned):
+        torch.manual_seed(3)
+        outputs.append(model(x))
+    assert difference(*outputs) < 1e-5
+    outputs[1].sum().backward()
+    assert (pruned.layer.weight.grad is None) == (body is without_gradients or "rop" in str(body))
+    with pytest.raises(CaptureError, match="cannot be traced"):
+        prifu.split(wrapped, "layer", x)
+
+
+def test_what_changes_nothing_here_is_no_reason_to_stop():
+    with only_operations(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        assert torch.is_grad_enabled()
+
+
+class Made(nn.Module):
+    """Tensors of the default type, and casts."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.last = nn.Linear(4, 4)
+        self.rnn = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x):
+        y = self.part(x)
+        mask = (y > 0).float() + torch.ones(4)
+        state = torch.zeros(1, x.shape[0], 4)
+        out, _ = self.rnn((y * mask).to(torch.float32)[:, None], (state, state))
+        return self.last(out[:, 0])
+
+
+def test_casts_and_tensors_of_the_default_type_run_in_fp64():
+    torch.manual_seed(0)
+    wrapped, x = prifu.wrap(Made()).eval(), torch.randn(6, 4)
+    prifu.filters(wrapped)["part.1"].weight.data[::2] = 0.0
+    pruned = prifu.prune(wrapped, x)
+    assert {check.dtype for check in prifu.report(pruned).checks} == {"float64", "float32"}
+    torch.testing.assert_close(pruned(x), wrapped(x))
+
+
+class Dropping(nn.Module):
+    """Functional dropout, off by its flag or by its rate."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.a, self.n, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.rate = rate
+
+    def forward(self, x):
+        return self.b(F.dropout(self.n(self.a(x)), self.rate, self.training))
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.0])
+def test_dropout_that_is_lost_is_named(rate):
+    pruned = prifu.prune(prifu.wrap(Dropping(rate)), torch.zeros(2, 4))
+    notes = [why for _, why in prifu.report(pruned).notes]
+    assert any("functional dropout" in why for why in notes) == (rate > 0)
