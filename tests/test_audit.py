@@ -19,7 +19,13 @@ from prifu_plugin.audit.data import AuditData, split_off
 from prifu_plugin.audit.facts import facts_of
 from prifu_plugin.audit.page import html
 from prifu_plugin.audit.result import AuditReport
-from prifu_plugin.audit.sending import answers_of
+from prifu_plugin.audit.sending import (
+    _varied,
+    amplitude_for,
+    answers_of,
+    arrived,
+    mean_of_queries,
+)
 from prifu_plugin.audit.statistics import Interval
 from prifu_plugin.audit.words import verdict
 from prifu_plugin.channel import Channel, Noise, Projection, Quantizer
@@ -584,3 +590,64 @@ def test_rare_classes_are_in_both_parts_of_a_split():
         parts = split_off(data, 0.25, seed, ["rare"])
         assert all(part.labels["rare"].any() for part in parts)
         assert sum(len(part) for part in parts) == 400
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"seeds": 2.0}, "seeds=2.0 is no whole number"),
+        ({"queries": None}, "queries=None is no whole number"),
+        ({"queries": 0}, "at least 1"),
+        ({"reconstruct": "squared error"}, "is one string"),
+        ({"channel": Quantizer(4)}, "channel is a Quantizer: pass .*Channel"),
+        ({"train": prifu.AuditData(TRAIN.images, None)}, "labels of train are a NoneType"),
+        ({"train": prifu.AuditData(TRAIN.images[..., :4], TRAIN.labels)}, "bring them to one"),
+    ],
+)
+def test_arguments_are_checked_before_the_work(settings, match):
+    chosen = {"train": TRAIN, "test": TEST, "task": "task", "attributes": ["private"], **settings}
+    with pytest.raises(ConfigError, match=match):
+        prifu.audit(Edge().eval(), chosen.pop("train"), chosen.pop("test"), **chosen)
+
+
+def test_images_that_the_edge_refuses():
+    edge = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
+    doubled = [prifu.AuditData(part.images.double(), part.labels) for part in (TRAIN, TEST)]
+    with pytest.raises(ConfigError, match="refuses images of shape .* torch.float64"):
+        prifu.audit(edge, *doubled, task="task", attributes=["private"], reconstruct=False)
+
+
+def test_flags_are_labels():
+    flags = [changed(part, private=part.labels["private"].bool()) for part in (TRAIN, TEST)]
+    settings = {"task": "task", "attributes": ["private"], "suite": "quick", "seeds": 1}
+    found = prifu.audit(Edge().eval(), *flags, reconstruct=False, **settings)
+    assert found.attributes[0].accuracy.value > 0.9
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32, "0 to 255"])
+def test_images_are_varied_in_their_own_units(kind):
+    images = TRAIN.images
+    if kind != torch.float32:
+        images = (images * 255).round()
+    images = images.to(torch.uint8) if kind == torch.uint8 else images
+    noise = Channel(Noise(1.0, key=bytes(32)))
+    amplitude = amplitude_for(nn.Flatten().eval(), noise, images)
+    unit = 1.0 if kind == torch.float32 else 255.0
+    assert 1e-3 * unit <= amplitude * 1.2 <= 8e-2 * unit
+    varied = _varied(images, 6.4e-2 * unit, torch.Generator().manual_seed(0))
+    assert varied.dtype == images.dtype
+    assert 0.03 < float((varied.float() - images.float()).abs().mean()) / unit < 0.15
+
+
+def test_what_is_rounded_is_asked_again():
+    torch.manual_seed(0)
+    channel = Channel(Quantizer(1).fit(torch.tensor([[0.0, 1.0]])))
+    images = torch.full((64, 3, 8, 8), 0.3)
+    images += 0.25 * torch.arange(64)[:, None, None, None] / 64
+    edge = Edge().eval()
+    once, truth = arrived(edge, channel, images, "once"), edge(images)
+    amplitude = amplitude_for(edge, channel, images)
+    often = mean_of_queries(edge, channel, images, 400, amplitude)
+    assert once.unique().numel() == 2
+    told = [torch.corrcoef(torch.stack([z.mean(1), truth.mean(1)]))[0, 1] for z in (once, often)]
+    assert told[1] > max(0.9, told[0] + 0.05)

@@ -52,9 +52,14 @@ def check(
         check_labels(data, [task, *attributes], where)
         if len(data) < 20:
             raise ConfigError(f"{where} has {len(data)} images: an audit needs hundreds.")
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise ConfigError(
+            f"Images of train are {tuple(train.images.shape[1:])}, of test "
+            f"{tuple(test.images.shape[1:])}: bring them to one shape."
+        )
     check_disjoint(train, test)
     for label in dict.fromkeys([task, *attributes]):
-        _check_classes(label, train.labels[label], test.labels[label])
+        _check_classes(label, train.labels[label].long(), test.labels[label].long())
 
 
 def _check_data(data: Any, where: str) -> None:
@@ -65,6 +70,11 @@ def _check_data(data: Any, where: str) -> None:
     if not isinstance(data.images, Tensor):
         raise ConfigError(
             f"The images of {where} are a {type(data.images).__name__}: pass a tensor."
+        )
+    if not isinstance(data.labels, Mapping):
+        raise ConfigError(
+            f"The labels of {where} are a {type(data.labels).__name__}: pass a dictionary, name -> "
+            "classes (N,)."
         )
 
 

@@ -6,13 +6,14 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from prifu_plugin.device import device_of
-from prifu_plugin.errors import ConfigError, PrifuWarning
+from prifu_plugin.errors import ConfigError, PrifuError, PrifuWarning
 
 Labels = dict[str, Tensor]
 
@@ -124,7 +125,7 @@ def uploads(edge: nn.Module, images: Tensor, what: str, batch: int = 250) -> Ten
     with torch.no_grad():
         for part in bar:
             # A copy, since an edge that begins in place would overwrite the caller's images.
-            z = edge(part.to(device, copy=True))
+            z = _upload(edge, part.to(device, copy=True))
             if not isinstance(z, Tensor):
                 raise ConfigError(
                     f"The edge returns a {type(z).__name__}: let it return one tensor, of several "
@@ -144,6 +145,19 @@ def uploads(edge: nn.Module, images: Tensor, what: str, batch: int = 250) -> Ten
             "the edge is broken for these images."
         )
     return z
+
+
+def _upload(edge: nn.Module, images: Tensor) -> Any:
+    try:
+        return edge(images)
+    except PrifuError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"The edge refuses images of shape {tuple(images.shape)} and type {images.dtype} "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]}). Pass AuditData with "
+            "images as it takes them."
+        ) from error
 
 
 def _as_float(z: Tensor, what: str) -> Tensor:

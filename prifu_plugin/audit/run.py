@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import prifu_plugin.audit.reconstruction as decoding
+from prifu_plugin.arguments import check_strings, whole_number
 from prifu_plugin.audit.checks import check, check_images, check_packages
 from prifu_plugin.audit.data import AuditData, fingerprint, integers, split_off
 from prifu_plugin.audit.facts import facts_of
@@ -67,8 +68,9 @@ def audit(
             ranked values of maps, and a decoder on the mean of repeated queries; "quick" is a look.
         seeds: of the attacks: the first chooses the strongest attacker, each of the others trains
             it anew, and their mean is reported.
-        queries: how often an attacker may ask a noisy edge about the same image, to average the
-            answers; 1 for an attacker who sees what one person uploads once.
+        queries: how often an attacker may ask a noisy or rounding edge about the same image, a
+            little varied, to average the answers; 1 for an attacker who sees what one person
+            uploads once.
         reconstruct: also reconstruct images, which must be in [0, 1]; True trains a decoder on each
             loss in `audit.reconstruction.LOSSES`, names choose among them.
         name: of what is audited, for the report.
@@ -96,8 +98,13 @@ def audit(
     references = references or {}
     check(edge, train, test, task, attributes, {**references, "cloud": cloud})
     check_packages(suite, reconstructs=bool(reconstruct))
-    if seeds < 1 or queries < 1:
-        raise ConfigError(f"seeds={seeds}, queries={queries}: an attack needs one at least.")
+    seeds, queries = whole_number("seeds", seeds), whole_number("queries", queries)
+    seed = whole_number("seed", seed, least=0)
+    if channel is not None and not isinstance(channel, Channel):
+        raise ConfigError(
+            f"channel is a {type(channel).__name__}: pass prifu_plugin.channel.Channel(step, ...), "
+            "of Projection, Noise and Quantizer."
+        )
     losses = _losses(reconstruct, suite)
     if losses:
         check_images(train.images, test.images)
@@ -165,12 +172,13 @@ def _losses(reconstruct: bool | Sequence[str], suite: str) -> Sequence[str]:
     if isinstance(reconstruct, bool):
         every = ("squared error",) if suite == "quick" else tuple(decoding.LOSSES)
         return every if reconstruct else ()
-    unknown = set(reconstruct) - set(decoding.LOSSES)
+    check_strings("reconstruct", reconstruct)
+    unknown = set(reconstruct or ()) - set(decoding.LOSSES)
     if unknown:
         raise ConfigError(
             f"reconstruct={unknown.pop()!r}: choose among {', '.join(decoding.LOSSES)}, or True."
         )
-    return reconstruct
+    return reconstruct or ()
 
 
 def _settings(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import prifu_plugin.audit.reconstruction as decoding
 from prifu_plugin.audit.data import AuditData, uploads
-from prifu_plugin.channel import Channel, Noise
+from prifu_plugin.channel import Channel, Noise, Quantizer
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError
@@ -61,12 +61,12 @@ def send(
     """
     uploads = tuple(arrived(edge, channel, part.images, name) for part in parts)
     stochastic = is_stochastic(edge, channel, parts[-1].images[:8])
-    noisy = stochastic or is_keyed(edge) or (channel is not None and is_keyed(channel))
+    hides = any(is_keyed(part) or is_coarse(part) for part in (edge, channel or nn.Identity()))
     pairs = zip(uploads, parts, strict=True)
     answers = tuple(answers_of(cloud, z, part.labels[task]) for z, part in pairs)
     means = None
-    if queries > 1 and noisy:
-        amplitude = amplitude_for(edge, channel, parts[0].images[:64])
+    if queries > 1 and (stochastic or hides):
+        amplitude = amplitude_for(edge, channel, parts[0].images)
         means = tuple(
             mean_of_queries(edge, channel, part.images, queries, amplitude) for part in parts
         )
@@ -98,10 +98,18 @@ def is_keyed(module: nn.Module) -> bool:
     )
 
 
+def is_coarse(module: nn.Module) -> bool:
+    """Whether values are rounded, which the mean over varied queries undoes."""
+    return any(isinstance(part, Quantizer) for part in module.modules())
+
+
 def mean_of_queries(
     edge: nn.Module, channel: Channel | None, images: Tensor, queries: int, amplitude: float
 ) -> Tensor:
-    """Ask again and again, each time a little differently: noise drawn once is drawn anew."""
+    """Ask again and again, each time a little differently.
+
+    Noise drawn once is drawn anew, and a value is rounded up and down in proportion.
+    """
     generator = torch.Generator().manual_seed(0)
     total = arrived(edge, channel, images, "repeated queries")
     for _ in range(queries - 1):
@@ -111,28 +119,37 @@ def mean_of_queries(
 
 
 AMPLITUDES = (1e-3, 4e-3, 1.6e-2, 6.4e-2)
+"""Of variations of images, as shares of their range."""
 
 
 def amplitude_for(edge: nn.Module, channel: Channel | None, images: Tensor) -> float:
-    """Return the least variation of images that draws nearly all keyed noise anew."""
+    """Return the least variation of images that draws nearly all keyed noise anew.
+
+    It is in units of the images, tried on the first of them.
+    """
+    low, high = float(images.amin()), float(images.amax())
+    usual = images.is_floating_point() and low >= 0 and 0.5 < high <= 1
+    unit, images = 1.0 if usual else high - low, images[:64]
     first = arrived(edge, channel, images, "a probe")
     changes = []
-    for amplitude in AMPLITUDES:
-        varied = _varied(images, amplitude, torch.Generator().manual_seed(1))
+    for share in AMPLITUDES:
+        varied = _varied(images, share * unit, torch.Generator().manual_seed(1))
         changes.append(float((arrived(edge, channel, varied, "a probe") - first).abs().mean()))
     enough = (
         a for a, change in zip(AMPLITUDES, changes, strict=True) if change > 0.9 * max(changes)
     )
-    return next(enough, AMPLITUDES[0])
+    return unit * next(enough, AMPLITUDES[-1])
 
 
 def _varied(images: Tensor, amplitude: float, generator: torch.Generator) -> Tensor:
     """Add noise to each value and to each image as a whole, which averages over values miss."""
-    if not images.is_floating_point():
-        return images
     values = torch.randn(images.shape, generator=generator)
     whole = torch.randn(len(images), *[1] * (images.ndim - 1), generator=generator)
-    return images + amplitude * (values + whole).to(images)
+    change = amplitude * (values + whole)
+    if images.is_floating_point():
+        return images + change.to(images)
+    varied = (images.cpu() + change).round()
+    return varied.clamp(float(images.amin()), float(images.amax())).to(images)
 
 
 def answers_of(cloud: nn.Module | None, z: Tensor, labels: Tensor) -> Tensor:
