@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prifu_plugin.errors import ConfigError
 
@@ -53,6 +53,25 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
     if int(value) < least:
         raise ConfigError(f"{name}={value!r}: pass {name}= an integer of at least {least}.")
     return int(value)
+
+
+def tensors(name: str, value: Any) -> tuple[Tensor, ...]:
+    """Return a tensor, or a tuple or list of them, as a tuple.
+
+    Raises:
+        ConfigError: for anything else.
+
+    Example:
+        >>> len(tensors("example_inputs", torch.zeros(2, 3)))
+        1
+    """
+    listed = (value,) if isinstance(value, Tensor) else value
+    if not isinstance(listed, tuple | list) or not all(isinstance(x, Tensor) for x in listed):
+        raise ConfigError(
+            f"{name} is {_shown(value)}: pass a tensor, or a tuple of the tensors that forward "
+            "takes, in its order."
+        )
+    return tuple(listed)
 
 
 def check_strings(name: str, value: Any) -> None:

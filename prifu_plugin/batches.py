@@ -60,6 +60,8 @@ def check_repeatable(data: Iterable[Any]) -> None:
 
 def inputs(batches: Iterable[Any], device: torch.device) -> Iterator[Tensor]:
     """Yield the inputs of batches, each a tensor or a pair whose first is the input."""
+    if isinstance(batches, Tensor):
+        raise ConfigError("batches is one tensor: pass a list of batches, [x].")
     _check_iterable(batches, "batches", "of inputs (N, ...)")
     for batch in batches:
         x = batch[0] if isinstance(batch, list | tuple) and batch else batch

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prifu_plugin.errors import ConfigError
+from prifu_plugin.arguments import number
+from prifu_plugin.errors import ConfigError, OrderError
 from prifu_plugin.keyed import check_key, keyed_gaussian
 
 
@@ -33,6 +34,12 @@ class Channel(nn.Module):
 
     def __init__(self, *steps: Projection | Noise | Quantizer) -> None:
         super().__init__()
+        odd = [step for step in steps if not isinstance(step, Projection | Noise | Quantizer)]
+        if odd:
+            raise ConfigError(
+                f"A {type(odd[0]).__name__} is no step of a Channel: pass Projection, Noise and "
+                "Quantizer, one after the other."
+            )
         if any(isinstance(step, Quantizer) for step in steps[:-1]):
             raise ConfigError("A quantizer makes the bytes: it must be the last step of a Channel.")
         self.steps = nn.ModuleList(steps)
@@ -47,14 +54,24 @@ class Channel(nn.Module):
         """Return the bytes on the wire for a batch of uploads.
 
         Raises:
-            ConfigError: if an upload is not finite.
+            ConfigError: if an upload is not finite, as fp32 too.
+            OrderError: if the channel is in train mode and draws noise, which the key would not
+                decide then.
         """
-        if not torch.isfinite(z).all():
-            raise ConfigError("An upload is NaN or infinite: nothing is sent. Look at its input.")
+        if self.training and any(isinstance(step, Noise) for step in self.steps):
+            raise OrderError(
+                "The channel is in train mode, where its noise is drawn without the key: call its "
+                "eval() before anything is sent."
+            )
+        return self._wire(z)
+
+    def _wire(self, z: Tensor) -> bytes:
+        _check_sendable(z)
         for step in self.steps:
             if isinstance(step, Quantizer):
                 return step.pack(step.levels(z))
             z = step(z)
+        _check_sendable(z)
         return z.detach().float().cpu().contiguous().numpy().tobytes()
 
     def decode(self, wire: bytes, shape: Sequence[int]) -> Tensor:
@@ -81,7 +98,14 @@ class Channel(nn.Module):
 
     def bytes_per_sample(self, z: Tensor) -> int:
         """Return the bytes on the wire for one sample of a batch."""
-        return len(self.encode(z[:1]))
+        return len(self._wire(z[:1]))
+
+
+def _check_sendable(z: Tensor) -> None:
+    if not torch.isfinite(z.detach().float()).all():
+        raise ConfigError(
+            "An upload is NaN or infinite as fp32: nothing is sent. Look at its input."
+        )
 
 
 class Quantizer(nn.Module):
@@ -197,9 +221,9 @@ class Noise(nn.Module):
 
     def __init__(self, scale: float, key: bytes) -> None:
         super().__init__()
-        if not scale >= 0 or not math.isfinite(scale):
+        self.scale = number("scale", scale)
+        if not self.scale >= 0 or not math.isfinite(self.scale):
             raise ConfigError(f"scale={scale} is not at least 0.")
-        self.scale = scale
         self.key = check_key(key)
 
     def forward(self, z: Tensor) -> Tensor:

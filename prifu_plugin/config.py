@@ -48,6 +48,9 @@ class FilterConfig:
         _check("beta", self.beta, self.beta >= 0, "at least 0")
         _check("init", self.init, self.init > 0, "above 0")
         _check("noise", self.noise, self.noise >= 0, "at least 0")
+        for name in ("bias", "preserve"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: pass {name}=True or False.")
         if self.decay not in ("decoupled", "coupled"):
             raise ConfigError(f"decay={self.decay!r}: pass 'decoupled' or 'coupled'.")
 

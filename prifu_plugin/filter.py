@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prifu_plugin.arguments import whole_number
+from prifu_plugin.arguments import number, whole_number
 from prifu_plugin.config import FilterConfig
-from prifu_plugin.errors import FilterError
+from prifu_plugin.errors import ConfigError, FilterError
 from prifu_plugin.sharded import is_sharded, own_part, own_rows
 
 LIVE_FILTERS: weakref.WeakSet[PriFU] = weakref.WeakSet()
@@ -120,6 +121,18 @@ class PriFU(nn.Module):
     @beta.setter
     def beta(self, value: float) -> None:
         self._beta = replace(_DEFAULT, beta=value).beta
+
+    @property
+    def gain(self) -> float:
+        """Fixed factor on W, above 0."""
+        return self._gain
+
+    @gain.setter
+    def gain(self, value: float) -> None:
+        gain = number("gain", value)
+        if not 0 < gain < math.inf:
+            raise ConfigError(f"gain={value!r} is not above 0. Pass gain= a number above 0.")
+        self._gain = gain
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter x along its channels; the result has the dtype of x."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from prifu_plugin.errors import ConfigError
@@ -31,6 +32,24 @@ def read_format(text: str, what: str, keys: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"The {what} has no '{missing[0]}': it is not the text of a {what}.")
     check_format(data, what)
     return dict(data)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Raise ConfigError, in a with block, for data that a plan or report would not hold.
+
+    Example:
+        >>> with reading("plan"):
+        ...     {}["nodes"]
+        Traceback (most recent call last):
+        ...
+        prifu_plugin.errors.ConfigError: The plan is damaged: KeyError 'nodes'. Write it again.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        said = f"{type(error).__name__} {error}"
+        raise ConfigError(f"The {what} is damaged: {said}. Write it again.") from error
 
 
 def check_format(data: Mapping[str, Any], what: str) -> None:

@@ -93,6 +93,11 @@ class Split:
                 "look at each of edge(x)."
             )
         dim = self._dim(z) if dim is None else dim
+        if not isinstance(dim, int) or not -z.ndim < dim < z.ndim or not dim:
+            raise ConfigError(
+                f"dim={dim!r} is no channel dimension of an upload {tuple(z.shape)}: pass 1 for "
+                "(N, C, ...) or -1 for (N, ..., C)."
+            )
         lines = z.movedim(dim, -1).reshape(len(z), -1, z.shape[dim])
         varying = (lines.amax(0) - lines.amin(0) > 0).any(0)
         name = str(z.dtype).removeprefix("torch.")

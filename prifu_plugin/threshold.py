@@ -81,8 +81,8 @@ def sweep(
     check_callable("metric", metric, "outputs and targets, one number a sample")
     if not isinstance(alphas, Iterable) or isinstance(alphas, str):
         raise ConfigError(f"alphas={alphas!r}: pass a list of thresholds in [0, 1).")
-    alphas = list(alphas)
-    wrong = [a for a in alphas if not isinstance(a, int | float) or not 0 <= a < 1]
+    alphas = [number("alphas", alpha) for alpha in alphas]
+    wrong = [a for a in alphas if not 0 <= a < 1]
     if wrong or not alphas:
         raise ConfigError(f"alphas={alphas}: pass at least one threshold, all in [0, 1).")
     _warn_of_closed(model, min(alphas))

@@ -1,10 +1,13 @@
 """Arguments that cannot be right: each is refused at the edge, by name, with what to type."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 import prifu_plugin as prifu
+from prifu_plugin.channel import Channel, Noise
 from prifu_plugin.errors import ConfigError, FilterError, OrderError
 
 
@@ -58,6 +61,20 @@ def test_what_is_no_module(call):
     [
         (lambda m: prifu.wrap(network(), include=5), "include holds 5"),
         (lambda m: prifu.wrap(network(), exclude=[5]), "exclude holds 5"),
+        (lambda m: prifu.wrap(network(), bias="yes"), "bias='yes'"),
+        (lambda m: prifu.wrap(network(), example_inputs=X.numpy()), "example_inputs is a ndarray"),
+        (lambda m: prifu.wrap(network(), example_inputs=3), "example_inputs is 3"),
+        (lambda m: prifu.wrap(network(), example_inputs=X, cut="2", cut_dim="1"), "cut_dim='1'"),
+        (lambda m: prifu.split(m, "2", X).payload(X, dim=7), "dim=7"),
+        (lambda m: prifu.recalibrate(m, X), "one tensor"),
+        (lambda m: prifu.sweep(m, DATA, [True]), "alphas=True"),
+        (lambda m: setattr(prifu.PriFU(2), "gain", 0), "gain=0 is not above 0"),
+        (lambda m: setattr(prifu.PriFU(2), "gain", "a"), "gain='a' is no number"),
+        (lambda m: prifu.register_norm(nn.Softmax, dim="1"), "dim='1'"),
+        (lambda m: Channel(3), "A int is no step"),
+        (lambda m: Channel(nn.Identity()), "A Identity is no step"),
+        (lambda m: Noise("a", key=bytes(32)), "scale='a' is no number"),
+        (lambda m: Channel().encode(torch.full((1, 2), 1e300, dtype=torch.float64)), "infinite as fp32"),
         (lambda m: prifu.wrap(network(), exclude="1"), r"pass exclude=\['1'\]"),
         (lambda m: prifu.wrap(network(), cut=5), "cut=5"),
         (lambda m: prifu.split(m, 5, X), "at=5"),
@@ -100,6 +117,12 @@ def test_a_pruned_model_is_pruned(pruned):
         prifu.prune(pruned, X)
 
 
+def damaged(plan):
+    data = json.loads(plan.to_json())
+    del data["nodes"][0]["name"]
+    return json.dumps(data)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -108,6 +131,8 @@ def test_a_pruned_model_is_pruned(pruned):
         (lambda plan, state: (None, state), "plan is a NoneType"),
         (lambda plan, state: (plan, None), "state_dict is a NoneType"),
         (lambda plan, state: (plan, {}), "not of the model this plan made"),
+        (lambda plan, state: (plan, {"model": state}), "holds a .*Dict at 'model'"),
+        (lambda plan, state: (damaged(plan), state), "plan is damaged: KeyError 'name'"),
     ],
 )
 def test_what_rebuild_is_given(pruned, change, said):
@@ -120,3 +145,29 @@ def test_the_state_of_something_else(wrapped):
     with pytest.raises(FilterError, match="state of a schedule"):
         prifu.FilterSchedule(wrapped, 10, alpha=(0, 0.1)).load_state_dict({})
 
+
+
+def test_reports_that_are_damaged(pruned):
+    report = prifu.report(pruned)
+    for data in ({}, {**report.to_dict(), "checks": [{}]}, {**report.to_dict(), "layers": 3}):
+        with pytest.raises(ConfigError, match="report of prune is damaged"):
+            type(report).from_dict(data)
+
+
+def test_rebuild_where_and_from_what_it_may(pruned):
+    with torch.device("meta"):
+        empty = network()
+    with pytest.raises(OrderError, match="meta device"):
+        prifu.rebuild(empty, prifu.plan(pruned), pruned.state_dict())
+    fresh = network()
+    with torch.inference_mode():
+        again = prifu.rebuild(fresh, prifu.plan(pruned), pruned.state_dict())
+    assert torch.equal(again(X), pruned(X))
+    assert not next(again.parameters()).is_inference()
+
+
+def test_a_channel_with_a_key_sends_in_eval_mode_alone():
+    channel = Channel(Noise(0.3, key=bytes(32)))
+    with pytest.raises(OrderError, match="call its eval"):
+        channel.encode(torch.zeros(1, 2))
+    assert channel.eval().encode(torch.zeros(1, 2)) == channel.encode(torch.zeros(1, 2))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prifu_plugin.audit.reconstruction import Reconstruction, Similarity
 from prifu_plugin.audit.statistics import Interval
-from prifu_plugin.formats import FORMAT, read_format
+from prifu_plugin.formats import FORMAT, read_format, reading
 
 
 @dataclass(frozen=True)
@@ -158,18 +158,18 @@ class AuditReport:
     def from_json(cls, text: str) -> AuditReport:
         """Read what `to_json` wrote; raises ConfigError for anything else."""
         data = read_format(text, "audit", ("name", "task", "attributes"))
-        attributes = tuple(_attribute(item) for item in data["attributes"])
-        return cls(
-            data["name"],
-            data["task"],
-            _interval(data["utility"]),
-            attributes,
-            _upload(data["upload"]),
-            _reconstruction(data["reconstruction"]),
-            tuple(data["sizes"]),
-            data["settings"],
-            tuple(data["not_tested"]),
-        )
+        with reading("audit"):
+            return cls(
+                data["name"],
+                data["task"],
+                _interval(data["utility"]),
+                tuple(_attribute(item) for item in data["attributes"]),
+                _upload(data["upload"]),
+                _reconstruction(data["reconstruction"]),
+                tuple(data["sizes"]),
+                data["settings"],
+                tuple(data["not_tested"]),
+            )
 
     def to_markdown(self) -> str:
         """Return the report as Markdown tables."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from prifu_plugin.arguments import tensors
 from prifu_plugin.errors import ConfigError, OrderError, PrifuWarning
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.norms import norm_spec, num_channels
@@ -108,6 +109,8 @@ def probe_cut(
     cut_dim: int | None = None,
 ) -> tuple[int, int] | None:
     """Run the model once, unchanged; return channel dimension and channels of the cut."""
+    if cut_dim is not None and (isinstance(cut_dim, bool) or not isinstance(cut_dim, int)):
+        raise ConfigError(f"cut_dim={cut_dim!r} is no dimension: pass an integer.")
     inputs = _examples(model, example_inputs)
     if cut is None:
         _run_once(model, inputs)
@@ -144,10 +147,8 @@ def probe_cut(
 
 def _examples(model: nn.Module, given: Tensor | tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
     """Return the inputs given, or zeros of the shapes that are known."""
-    if isinstance(given, Tensor):
-        return (given,)
     if given is not None:
-        return given
+        return tensors("example_inputs", given)
     shapes = input_shapes(model)
     if shapes is None:
         raise ConfigError(

@@ -161,8 +161,11 @@ def register_norm(cls: type[nn.Module], *, dim: int, channels: str = "") -> type
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ConfigError(f"register_norm({cls!r}): pass a class of modules, not an instance.")
-    if dim == 0:
-        raise ConfigError("dim=0 is the batch: channels are at 1 for (N, C, ...), -1 for (..., C).")
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim == 0:
+        raise ConfigError(
+            f"dim={dim!r}: pass the channel dimension, 1 for (N, C, ...), -1 for (..., C); 0 is "
+            "the batch."
+        )
     _REGISTRY[_name(cls)] = NormSpec(dim=dim, folds=False, channels=channels)
     return cls
 

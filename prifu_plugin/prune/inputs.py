@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prifu_plugin.arguments import tensors
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.graph.state import input_shapes
 from prifu_plugin.graph.undisturbed import run_undisturbed
@@ -41,12 +42,7 @@ class Inputs:
     @classmethod
     def of(cls, examples: Any) -> Inputs:
         """Describe example inputs: a tensor, or a tuple or list of them."""
-        listed = [examples] if isinstance(examples, Tensor) else examples
-        if not isinstance(listed, tuple | list) or not all(isinstance(x, Tensor) for x in listed):
-            raise ConfigError(
-                f"example_inputs is a {type(examples).__name__}: pass a tensor, or a tuple of the "
-                "tensors that forward takes, in its order."
-            )
+        listed = tensors("example_inputs", examples)
         if any(x.is_complex() for x in listed):
             raise ConfigError(
                 "example_inputs are complex: let the model take torch.view_as_real(x)."

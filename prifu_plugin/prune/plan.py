@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prifu_plugin.formats import FORMAT, read_format
+from prifu_plugin.formats import FORMAT, read_format, reading
 from prifu_plugin.prune.layout import Conform
 
 
@@ -193,14 +193,17 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read what `to_json` wrote; raises ConfigError for anything else."""
         data = read_format(text, "plan", ("recipe", "nodes", "shapes", "notes"))
-        nodes = []
-        for item in data["nodes"]:
-            fields = _frozen(item["kernel"])
-            kernel = _KERNELS[fields.pop("kind")](**fields)
-            operands = tuple((name, Conform(**_frozen(c))) for name, c in item["operands"])
-            nodes.append(NodePlan(item["name"], kernel, operands, _frozen(item["layout"])))
-        shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
-        return cls(tuple(nodes), data["recipe"], shapes, _frozen(data["notes"]))
+        with reading("plan"):
+            nodes = tuple(_node_plan(item) for item in data["nodes"])
+            shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
+            return cls(nodes, data["recipe"], shapes, _frozen(data["notes"]))
+
+
+def _node_plan(item: dict[str, Any]) -> NodePlan:
+    fields = _frozen(item["kernel"])
+    kernel = _KERNELS[fields.pop("kind")](**fields)
+    operands = tuple((name, Conform(**_frozen(c))) for name, c in item["operands"])
+    return NodePlan(item["name"], kernel, operands, _frozen(item["layout"]))
 
 
 def _fields(value: Kernel | Conform) -> dict[str, Any]:

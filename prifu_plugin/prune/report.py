@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prifu_plugin.figures import new_figure
-from prifu_plugin.formats import FORMAT, check_format
+from prifu_plugin.formats import FORMAT, check_format, reading
 from prifu_plugin.graph.undisturbed import run_undisturbed
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.inputs import Inputs
@@ -87,20 +87,18 @@ class PruneReport:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PruneReport:
-        """Read what `to_dict` wrote, before or after JSON; ConfigError if a later version did."""
-        check_format(data, "report of prune")
-        checks = tuple(
-            Check(**{**c, "shapes": tuple(tuple(s) for s in c["shapes"])}) for c in data["checks"]
-        )
-        return cls(
-            checks,
-            data["seed"],
-            tuple(Fate(**fate) for fate in data["layers"]),
-            tuple((node, reason) for node, reason in data["notes"]),
-            tuple(data["parameters"]),
-            tuple(data["macs"]),
-            tuple(data["bytes"]),
-        )
+        """Read what `to_dict` wrote, before or after JSON; ConfigError for anything else."""
+        with reading("report of prune"):
+            check_format(data, "report of prune")
+            return cls(
+                tuple(_check_of(check) for check in data["checks"]),
+                data["seed"],
+                tuple(Fate(**fate) for fate in data["layers"]),
+                tuple((node, reason) for node, reason in data["notes"]),
+                tuple(data["parameters"]),
+                tuple(data["macs"]),
+                tuple(data["bytes"]),
+            )
 
     def plot(self, axes: Any = None) -> tuple[Any, Any]:
         """Draw how many channels each convolution and linear layer keeps.
@@ -140,6 +138,10 @@ class PruneReport:
         ]
         lines += [f"note: {node}: {reason}" for node, reason in self.notes]
         return "\n".join(lines)
+
+
+def _check_of(data: dict[str, Any]) -> Check:
+    return Check(**{**data, "shapes": tuple(map(tuple, data["shapes"]))})
 
 
 def fates(analysis: Analysis, plan: Plan) -> tuple[Fate, ...]:

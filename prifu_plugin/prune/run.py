@@ -164,6 +164,7 @@ def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -
 
     Raises:
         NoSiteError: if the model is another architecture.
+        OrderError: if the model's weights have no values yet.
         ConfigError: if plan is none, or the weights are another model's.
 
     Example:
@@ -178,6 +179,12 @@ def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -
     if isinstance(plan, str):
         plan = Plan.from_json(plan)
     _check_kept(plan, state_dict)
+    check_present(model)
+    with torch.inference_mode(False):
+        return _rebuilt(model, plan, state_dict)
+
+
+def _rebuilt(model: nn.Module, plan: Plan, state_dict: dict[str, Tensor]) -> fx.GraphModule:
     fresh = copied(model).cpu().eval()
     reference = next((v for v in state_dict.values() if v.is_floating_point()), torch.zeros(()))
     wrapped = plain_layers(apply_recipe(fresh, plan.recipe).to(reference.dtype))
@@ -211,6 +218,12 @@ def _check_kept(plan: Any, state_dict: Any) -> None:
         raise ConfigError(
             f"state_dict is a {type(state_dict).__name__}: pass pruned.state_dict(), as a file of "
             "safetensors or torch.load(weights_only=True) gives it."
+        )
+    odd = next((key for key, value in state_dict.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise ConfigError(
+            f"state_dict holds a {type(state_dict[odd]).__name__} at '{odd}': pass the tensors of "
+            "pruned.state_dict() themselves."
         )
 
 
