@@ -62,6 +62,7 @@ def tensors(name: str, value: Any) -> tuple[Tensor, ...]:
         ConfigError: for anything else.
 
     Example:
+        >>> import torch
         >>> len(tensors("example_inputs", torch.zeros(2, 3)))
         1
     """

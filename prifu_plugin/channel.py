@@ -37,7 +37,7 @@ class Channel(nn.Module):
         odd = [step for step in steps if not isinstance(step, Projection | Noise | Quantizer)]
         if odd:
             raise ConfigError(
-                f"A {type(odd[0]).__name__} is no step of a Channel: pass Projection, Noise and "
+                f"{type(odd[0]).__name__} is no step of a Channel: pass Projection, Noise and "
                 "Quantizer, one after the other."
             )
         if any(isinstance(step, Quantizer) for step in steps[:-1]):

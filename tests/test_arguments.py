@@ -17,6 +17,7 @@ def network():
 
 
 X = torch.randn(2, 3, 8, 8)
+HUGE = torch.tensor([[1e300]], dtype=torch.float64)
 DATA = [(X, torch.tensor([0, 1]))]
 
 
@@ -71,10 +72,10 @@ def test_what_is_no_module(call):
         (lambda m: setattr(prifu.PriFU(2), "gain", 0), "gain=0 is not above 0"),
         (lambda m: setattr(prifu.PriFU(2), "gain", "a"), "gain='a' is no number"),
         (lambda m: prifu.register_norm(nn.Softmax, dim="1"), "dim='1'"),
-        (lambda m: Channel(3), "A int is no step"),
-        (lambda m: Channel(nn.Identity()), "A Identity is no step"),
+        (lambda m: Channel(3), "int is no step"),
+        (lambda m: Channel(nn.Identity()), "Identity is no step"),
         (lambda m: Noise("a", key=bytes(32)), "scale='a' is no number"),
-        (lambda m: Channel().encode(torch.full((1, 2), 1e300, dtype=torch.float64)), "infinite as fp32"),
+        (lambda m: Channel().encode(HUGE), "infinite as fp32"),
         (lambda m: prifu.wrap(network(), exclude="1"), r"pass exclude=\['1'\]"),
         (lambda m: prifu.wrap(network(), cut=5), "cut=5"),
         (lambda m: prifu.split(m, 5, X), "at=5"),
