@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from dataclasses import replace
 
 from torch import fx, nn
 
@@ -14,7 +15,7 @@ from prifu_plugin.graph.guards import GUARD, fix_sizes, is_guard
 from prifu_plugin.graph.sized import capture_sized
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.prune.examples import record_examples
-from prifu_plugin.prune.inputs import Inputs, takes
+from prifu_plugin.prune.inputs import Inputs, suited, takes
 from prifu_plugin.prune.lower import drop_unused, name_effects
 from prifu_plugin.prune.places import PLACES, place
 
@@ -62,7 +63,8 @@ def captured_at(model: nn.Module, inputs: Inputs) -> Captured:
 
 
 def _runs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, Inputs]:
-    first = inputs.batch(2)
+    first = suited(model, inputs.batch(2))
+    inputs = replace(inputs, within=first.within)
     if not takes(model, first):
         raise ConfigError(f"{type(model).__name__} refuses inputs of shape {list(first.shapes)}.")
     others = [*inputs.batch(OTHER).sized(), inputs.batch(OTHER)]

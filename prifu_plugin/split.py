@@ -28,7 +28,7 @@ from prifu_plugin.cuts import (
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError
 from prifu_plugin.graph.undisturbed import undisturbed
-from prifu_plugin.prune.inputs import Inputs
+from prifu_plugin.prune.inputs import Inputs, suited
 from prifu_plugin.prune.verify import TOLERANCES, Quiet, difference
 
 
@@ -286,9 +286,9 @@ def _size(
 def _check(model: nn.Module, halves: Split, inputs: Inputs) -> None:
     """Raise CaptureError if the halves do not compute what the model does, in eval mode."""
     shell = nn.ModuleList([model, *halves])
-    drawn = [x.to(device_of(model)) for x in inputs.draw(model, 0)]
     with undisturbed(shell), Quiet(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         shell.eval()
+        drawn = [x.to(device_of(model)) for x in suited(model, inputs).draw(model, 0)]
         torch.manual_seed(0)
         expected = model(*(x.clone() for x in drawn))
         torch.manual_seed(0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import prifu_plugin as prifu
-from prifu_plugin.errors import CaptureError, ConfigError
+from prifu_plugin.errors import CaptureError, ConfigError, VerificationError
 from prifu_plugin.graph.padding import only_pads
 from prifu_plugin.prune.verify import difference
 
@@ -452,3 +452,46 @@ def test_convolutions_that_only_pad_are_known_by_what_they_do():
         x = torch.randn(3, 3, *size, dtype=torch.float64)
         assert difference(model(x), pruned(x)) < 1e-11
     assert pruned.get_submodule("3").out_channels == 4
+
+
+class Words(nn.Module):
+    """Takes indices as floats."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.a = nn.Embedding(10, 8), nn.Linear(8, 8)
+        self.n, self.b = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(self.n(self.a(self.words(x.long()))).mean(1))
+
+
+class Logarithms(nn.Module):
+    """Gives nothing finite for numbers below 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.b = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(self.n(self.a(x.log())))
+
+
+@pytest.mark.parametrize(
+    ("kind", "x"),
+    [(Words, torch.arange(20.0).reshape(4, 5) % 10), (Logarithms, torch.linspace(0.1, 2, 40))],
+)
+def test_numbers_are_drawn_from_what_was_shown_where_gaussian_ones_will_not_do(kind, x):
+    x = x.reshape(5, 8) if kind is Logarithms else x
+    net = kind()
+    wrapped = half_off(net)
+    pruned = prifu.prune(wrapped, x)
+    assert all(check.holds for check in prifu.report(pruned).checks)
+    torch.testing.assert_close(pruned(x), wrapped(x))
+    again = prifu.rebuild(kind(), prifu.plan(pruned), pruned.state_dict())
+    assert torch.equal(again(x), pruned(x))
+    place = prifu.cut_points(wrapped, x)[0]
+    edge, cloud = prifu.split(wrapped, place, x)
+    assert torch.equal(cloud(edge(x)), wrapped(x))
+    with pytest.raises((ConfigError, VerificationError)):
+        prifu.prune(wrapped, torch.zeros_like(x))

@@ -9,6 +9,7 @@ from torch import nn
 
 import prifu_plugin as prifu
 from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
+from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.split import Split
 
 CUTS = [
@@ -343,3 +344,14 @@ class Parted(Looking):
 def test_cut_points_are_places_that_split_takes():
     inputs = torch.randn(5, 4), torch.randn(5, 4)
     assert prifu.cut_points(Parted().eval(), inputs) == []
+
+
+def test_the_statistics_of_a_model_in_training_stay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()).train()
+    with undisturbed(model):
+        model(torch.randn(4, 3, 5, 5))
+    prifu.split(model, "2", torch.randn(4, 3, 5, 5))
+    prifu.cut_points(model, torch.randn(4, 3, 5, 5))
+    assert model.training
+    assert not model[1].running_mean.any()
+    assert model[1].num_batches_tracked == 0

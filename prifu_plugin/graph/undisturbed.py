@@ -36,7 +36,8 @@ def undisturbed(model: nn.Module, keep: str | None = None) -> Iterator[None]:
             module.training = training
         with torch.no_grad():
             for buffer, version, value in buffers:
-                if buffer._version != version:
+                # The kernels of batch norms update statistics and count no version.
+                if buffer._version != version or _differs(buffer, value):
                     buffer.copy_(value)
 
 
@@ -47,6 +48,10 @@ def run_undisturbed(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
     """
     with undisturbed(model), torch.no_grad():
         return model(*(x.clone() for x in inputs))
+
+
+def _differs(buffer: Tensor, value: Tensor) -> bool:
+    return not buffer.is_meta and not torch.equal(buffer, value)
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from prifu_plugin.errors import ConfigError, PrifuWarning, VerificationError
 from prifu_plugin.graph.state import copied
-from prifu_plugin.prune.inputs import Inputs
+from prifu_plugin.prune.inputs import Inputs, suited
 from prifu_plugin.prune.run import prune
 
 Way = tuple[int, float]
@@ -84,7 +84,7 @@ def fastest(
     pairs = all(isinstance(way, tuple) and len(way) == 2 for way in ways)
     if not ways or rounds < 1 or not pairs:
         raise ConfigError("fastest needs at least one pair of round_to and move_cost, and a round.")
-    drawn = Inputs.for_model(model, example_inputs).draw(model, seed)
+    drawn = suited(model, Inputs.for_model(model, example_inputs)).draw(model, seed)
     device = next(model.parameters()).device
     build = build or _in_torch([x.to(device) for x in drawn])
     runs: dict[Way | None, Callable[[], Any]] = {None: build(copied(model).eval())}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from prifu_plugin.arguments import tensors
 from prifu_plugin.errors import ConfigError
@@ -27,6 +28,8 @@ class Inputs:
         kinds: "float" for the model's own type, else the name of a dtype.
         ends: for integers, one above the largest value that may occur.
         begins: for integers, the least one.
+        spans: for numbers, the least and the largest that were shown, and whether all were whole.
+        within: whether to draw numbers from there, rather than Gaussian ones.
 
     Example:
         >>> inputs = Inputs.of(torch.zeros(2, 3, 8, 8))
@@ -38,6 +41,8 @@ class Inputs:
     kinds: tuple[str, ...]
     ends: tuple[int, ...]
     begins: tuple[int, ...] = ()
+    spans: tuple[tuple[float, float, bool], ...] = ()
+    within: bool = False
 
     @classmethod
     def of(cls, examples: Any) -> Inputs:
@@ -54,6 +59,7 @@ class Inputs:
             tuple(_kind(x) for x in listed),
             tuple(1 if x.is_floating_point() else int(x.max()) + 1 for x in listed),
             tuple(0 if x.is_floating_point() else int(x.min()) for x in listed),
+            tuple(map(_span, listed)),
         )
 
     @classmethod
@@ -86,6 +92,8 @@ class Inputs:
             tuple(data["kinds"]),
             tuple(data["ends"]),
             tuple(data.get("begins", ())),
+            tuple((low, high, bool(whole)) for low, high, whole in data.get("spans", ())),
+            bool(data.get("within", False)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,6 +103,8 @@ class Inputs:
             "kinds": list(self.kinds),
             "ends": list(self.ends),
             "begins": list(self.begins),
+            "spans": [list(span) for span in self.spans],
+            "within": self.within,
         }
 
     def batch(self, size: int) -> Inputs:
@@ -104,18 +114,28 @@ class Inputs:
         return replace(self, shapes=tuple(changed))
 
     def draw(self, model: nn.Module, seed: int) -> list[Tensor]:
-        """Draw inputs: Gaussian, or uniform below the end."""
+        """Draw inputs: numbers Gaussian, or within what was shown; integers uniform."""
         like = _reference(model)
         generator = torch.Generator().manual_seed(seed)
         drawn = []
         begins = self.begins or (0,) * len(self.ends)
-        for shape, kind, end, begin in zip(self.shapes, self.kinds, self.ends, begins, strict=True):
-            if kind == FLOAT:
-                drawn.append(torch.randn(shape, generator=generator).to(like))
-            else:
-                values = torch.randint(begin, max(end, begin + 1), shape, generator=generator)
+        for at, (shape, kind) in enumerate(zip(self.shapes, self.kinds, strict=True)):
+            if kind != FLOAT:
+                begin, end = begins[at], max(self.ends[at], begins[at] + 1)
+                values = torch.randint(begin, end, shape, generator=generator)
                 drawn.append(values.to(getattr(torch, kind)))
+            elif self.within:
+                low, high, whole = self.spans[at]
+                values = low + (high - low) * torch.rand(shape, generator=generator)
+                drawn.append((values.round() if whole else values).to(like))
+            else:
+                drawn.append(torch.randn(shape, generator=generator).to(like))
         return drawn
+
+    def as_shown(self) -> Iterator[Inputs]:
+        """Yield the same, drawn within what was shown, if that is more than one number."""
+        if any(low < high for low, high, _ in self.spans) and not self.within:
+            yield replace(self, within=True)
 
     def sized(self) -> Iterator[Inputs]:
         """Yield the same at other sizes: what a model takes of them shows what it assumes.
@@ -132,6 +152,17 @@ class Inputs:
                 yield replace(self, shapes=shapes)
 
 
+def suited(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Return inputs that a model takes, and answers with finite numbers, if there are such.
+
+    Indices that come as floats, or logarithms, want numbers like those that were shown.
+    """
+    for one in (inputs, *inputs.as_shown()):
+        if _answers(model, one):
+            return one
+    return inputs
+
+
 def takes(model: nn.Module, inputs: Inputs) -> bool:
     """Whether a model accepts inputs like these."""
     return refusal(model, inputs) is None
@@ -144,6 +175,24 @@ def refusal(model: nn.Module, inputs: Inputs) -> str | None:
     except Exception as error:  # noqa: BLE001 - any refusal is an answer
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None
+
+
+def _answers(model: nn.Module, inputs: Inputs) -> bool:
+    try:
+        leaves = pytree.tree_leaves(run_undisturbed(model, inputs.draw(model, 0)))
+    except Exception:  # noqa: BLE001 - any refusal is an answer
+        return False
+    numbers = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
+    return all(bool(torch.isfinite(x).any()) for x in numbers)
+
+
+def _span(x: Tensor) -> tuple[float, float, bool]:
+    if not x.is_floating_point():
+        return 0.0, 0.0, True
+    shown = x.detach()[torch.isfinite(x)].double()
+    if not shown.numel():
+        return 0.0, 0.0, False
+    return float(shown.min()), float(shown.max()), bool((shown == shown.round()).all())
 
 
 def _reference(model: nn.Module) -> Tensor:

@@ -19,7 +19,7 @@ from prifu_plugin.errors import CaptureError, ConfigError, PrifuError, Verificat
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.guards import is_guard
-from prifu_plugin.prune.inputs import Inputs, refusal, takes
+from prifu_plugin.prune.inputs import Inputs, refusal, suited, takes
 from prifu_plugin.prune.ladder import recorded
 from prifu_plugin.prune.memory import check_memory
 from prifu_plugin.prune.plan import Plan
@@ -133,14 +133,16 @@ def runs_of(filtered: nn.Module, inputs: Inputs) -> tuple[Inputs, ...]:
 
     What the two runs do not share is not concluded.
     """
-    first = inputs.batch(2)
+    first = suited(filtered, inputs.batch(2))
     why = refusal(filtered, first)
     if why is not None and first != inputs:
-        first, why = inputs, refusal(filtered, inputs)
+        first = suited(filtered, inputs)
+        why = refusal(filtered, first)
+    inputs = dataclasses.replace(inputs, within=first.within)
     if why is not None:
         raise ConfigError(
             f"{type(filtered).__name__} refuses inputs of shape {list(inputs.shapes)}: {why} "
-            "Pass example_inputs= a batch as the model takes it."
+            "Pass example_inputs= a batch as the model takes it, with values of the kind it takes."
         )
     others = [*inputs.batch(3).sized(), inputs.batch(3), *first.sized()]
     other = next((one for one in others if takes(filtered, one)), None)
