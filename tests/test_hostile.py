@@ -2,11 +2,15 @@
 
 import copy
 import pickle
+import warnings
 
+import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import prifu_plugin as prifu
 from prifu_plugin.errors import CaptureError, ConfigError, VerificationError
@@ -495,3 +499,58 @@ def test_numbers_are_drawn_from_what_was_shown_where_gaussian_ones_will_not_do(k
     assert torch.equal(cloud(edge(x)), wrapped(x))
     with pytest.raises((ConfigError, VerificationError)):
         prifu.prune(wrapped, torch.zeros_like(x))
+
+
+def then_cut(self, z):
+    z = z + 1
+    z.relu_()
+    return torch.cat([z[:, :4], z[:, 4:]], 1)
+
+
+def by_a_mask(self, z):
+    z = z.clone()
+    z[z < 0] = 0
+    return z
+
+
+IDIOMS = {
+    "in place, and a view of the result": then_cut,
+    "a number where a mask says so": by_a_mask,
+    "limits of a type": lambda self, z: z.clamp(min=torch.finfo(z.dtype).min),
+    "numpy on a size": lambda self, z: z / np.sqrt(z.shape[1]),
+    "the length of a batch": lambda self, z: z.reshape(len(z), 8, -1).reshape(z.shape),
+    "checkpointed": lambda self, z: checkpoint(torch.relu, z, use_reentrant=False),
+    "checkpointed, reentrant": lambda self, z: checkpoint(torch.relu, z, use_reentrant=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("body", IDIOMS.values(), ids=IDIOMS)
+def test_idioms_are_followed(body):
+    wrapped = half_off(Between(lambda z: body(None, z)))
+    x = torch.randn(2, 3, 8, 8)
+    pruned = prifu.prune(wrapped, x)
+    assert pruned.get_submodule("c").out_channels <= 5
+    for count in (1, 3):
+        z = torch.randn(count, 3, 8, 8)
+        torch.testing.assert_close(pruned(z), wrapped(z))
+
+
+def test_a_scripted_part_stays_one_call():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Sequential(nn.ReLU()))
+    wrapped, x = half_off(Between(scripted)), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(prifu.prune(wrapped, x)(x), wrapped(x))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_networks_that_checkpoint_are_pruned_whole(name):
+    net = timm.create_model(name, num_classes=3)
+    net.set_grad_checkpointing(True)
+    size = 160 if "vit" in name else 64
+    wrapped, x = half_off(net), torch.randn(2, 3, size, size)
+    pruned = prifu.prune(wrapped, x)
+    assert not any("in parts" in why for _, why in prifu.report(pruned).notes)
+    assert prifu.cut_points(wrapped, x)
+    torch.testing.assert_close(pruned(x), wrapped(x))

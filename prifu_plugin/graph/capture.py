@@ -6,14 +6,17 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, cast
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import transformer
+from torch.utils import checkpoint
+from torch.utils.checkpoint import CheckpointFunction
 
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import CaptureError, ConfigError
@@ -68,7 +71,7 @@ class ModelTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the graph keeps this module as one call."""
-        if isinstance(m, PriFU | CutFilter) or is_norm(m):
+        if isinstance(m, PriFU | CutFilter | torch.jit.ScriptModule) or is_norm(m):
             return True
         if is_host(m):
             return False
@@ -93,6 +96,7 @@ class ModelTracer(fx.Tracer):
         """Record an argument; a dictionary with a class of its own is made by that class."""
         if isinstance(a, fx.Proxy):  # before it says that it is a tensor
             return a.node
+        a = a.item() if isinstance(a, np.generic) else a
         named = isinstance(a, OrderedDict) and all(isinstance(key, str) for key in a)
         if named or (isinstance(a, dict) and is_dataclass(a)):
             items = {key: self.create_arg(value) for key, value in a.items()}
@@ -227,9 +231,19 @@ _APPLY = torch.autograd.Function.__dict__["apply"]
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuse to trace through a function that has a gradient of its own, which would be lost."""
+    if cls is CheckpointFunction:
+        return args[0](*args[2:])
     if any(isinstance(arg, fx.Proxy) for arg in (*args, *kwargs.values())):
         raise CaptureError(f"{cls.__name__} is an autograd.Function, with a gradient of its own")
     return _APPLY.__get__(None, cls)(*args, **kwargs)
+
+
+_CHECKPOINTS = [f"_checkpoint_without_reentrant_generator{end}" for end in ("", "_impl")]
+
+
+def _once(*_: Any, **__: Any) -> Iterator[None]:
+    """Stand around a checkpointed call and do nothing."""
+    yield
 
 
 @contextmanager
@@ -237,15 +251,19 @@ def _traceable_torch() -> Iterator[None]:
     """Switch off what torch's transformer layers decide on values, for the length of a trace.
 
     Their fast path reads the parameters of norms directly; the length of a sequence serves only
-    to compare a mask with the causal one. An autograd.Function is not traced through.
+    to compare a mask with the causal one. An autograd.Function is not traced through, but for
+    gradient checkpointing, which changes no value.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with (
-            mock.patch.object(transformer, "_get_seq_len", return_value=None, create=True),
-            mock.patch.object(torch.autograd.Function, "apply", classmethod(_apply)),
-        ):
+        with ExitStack() as stack:
+            for home, name, what in (
+                (transformer, "_get_seq_len", mock.Mock(return_value=None)),
+                (torch.autograd.Function, "apply", classmethod(_apply)),
+                *((checkpoint, name, _once) for name in _CHECKPOINTS),
+            ):
+                stack.enter_context(mock.patch.object(home, name, what, create=True))
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -132,6 +132,11 @@ class SizedProxy(fx.Proxy):
     def __floor__(self) -> Any:
         return self.tracer.create_proxy("call_function", math.floor, (self,), {})
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **settings: Any) -> Any:
+        """Let numpy compute with sizes."""
+        given = [plain(x) if isinstance(x, SizedProxy) else x for x in inputs]
+        return getattr(ufunc, method)(*given, **settings)
+
     def _decided(self, how: Callable[[Any], Any]) -> Any:
         return self.tracer.decided(self, how)
 
@@ -212,7 +217,7 @@ def written_to(x: Any, key: Any, value: Any) -> Any:
 
     Args:
         x: proxy of the tensor.
-        key: what stands in the brackets: slices of step 1 and sizes.
+        key: what stands in the brackets: slices of step 1 and sizes, or a mask for a number.
         value: proxy of a tensor that broadcasts to the part, or a number.
 
     Raises:
@@ -227,6 +232,9 @@ def written_to(x: Any, key: Any, value: Any) -> Any:
     for dim, part in enumerate(keys):
         if isinstance(part, slice) and part == slice(None):
             continue
+        if _is_mask(part) and len(keys) == 1 and not isinstance(value_of(value), Tensor):
+            mask = part[(..., *[None] * (rank - part.value.ndim))]
+            return create("call_method", "masked_fill", (x, mask, value), {})
         if isinstance(part, slice):
             chosen, rest = x[(slice(None),) * dim + (part,)], _rest(dim, slice(None), keys)
             where: tuple[Any, ...] = (
@@ -248,6 +256,10 @@ def written_to(x: Any, key: Any, value: Any) -> Any:
     same = value_of(value).shape == x.value.shape
     value = value if value_of(value).dtype == x.value.dtype else value.type_as(x)
     return value if same else value.expand_as(x)
+
+
+def _is_mask(part: Any) -> bool:
+    return isinstance(value_of(part), Tensor) and value_of(part).dtype == torch.bool
 
 
 def _rest(dim: int, seen: slice | None, keys: tuple[Any, ...]) -> tuple[Any, ...]:

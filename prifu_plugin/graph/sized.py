@@ -8,6 +8,7 @@ values of tensors stays refused.
 
 from __future__ import annotations
 
+import builtins
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -85,6 +86,10 @@ def _open() -> Iterator[None]:
     """Let sizes into torch.tensor and kin, and tracing into what libraries keep from torch.fx."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch, "tensor", _tensor))
+        for name in ("finfo", "iinfo"):
+            asked = getattr(torch, name)
+            stack.enter_context(mock.patch.object(torch, name, _of_plain(asked)))
+        stack.enter_context(mock.patch.object(builtins, "len", _length))
         for name in _FILLED:  # nodes, so that another batch size is no other decision
             recorded = _symbolic_trace._create_wrapped_func(getattr(torch, name))
             stack.enter_context(mock.patch.object(torch, name, recorded))
@@ -231,6 +236,20 @@ class SizedTracer(ModelTracer):
                 return target(*args, **kwargs) if kind == "call_function" else None
         finally:
             self.computing = False
+
+
+_len = len
+
+
+def _length(value: Any) -> Any:
+    """Return a size that stays one, where Python's own length would be decided now."""
+    if isinstance(value, SizedProxy) and isinstance(value.__dict__.get("value"), Tensor):
+        return value.size(0)
+    return _len(value)
+
+
+def _of_plain(function: Any) -> Any:
+    return lambda *args: function(*map(plain, args))
 
 
 _make_tensor = torch.tensor

@@ -151,7 +151,7 @@ def _make_pure(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
     if not isinstance(operand, fx.Node):
         raise CaptureError(f"'{node.name}' writes in place into something that is no tensor.")
     later = set(_after(node))
-    for alias in _aliases(operand) - {operand}:
+    for alias in _aliases(operand) - {operand} - later:  # later views are of the result
         if any(user in later for user in alias.users):
             raise CaptureError(
                 f"'{node.name}' writes in place into '{operand.name}', which shares memory with "

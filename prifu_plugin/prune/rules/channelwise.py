@@ -112,8 +112,9 @@ _FUNCTIONAL_POOLS = {
 
 
 def _pooling(analysis: Analysis, node: fx.Node, module: nn.Module) -> Rule | None:
-    known = any(type(module).forward is pool.forward for pool in _POOLS)
-    if not known or not isinstance(module, _POOLS) or getattr(module, "return_indices", False):
+    if not isinstance(module, _POOLS) or getattr(module, "return_indices", False):
+        return None
+    if all(type(module).forward is not pool.forward for pool in _POOLS):
         return None
     shrinks = isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d) and (
         (module.count_include_pad and _positive(module.padding))

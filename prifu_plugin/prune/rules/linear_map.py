@@ -70,12 +70,12 @@ def _module_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
         return None
     if isinstance(module, TRANSPOSED):
         return _transposed_map(node, module, fact)
-    forward = type(module).forward
     if isinstance(module, nn.Linear) and _is_linear(module):
         return _flat(module.weight, module.bias, len(fact.shape) - 1)
-    plain = any(forward is cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None
+    forward = type(module).forward
+    plain = any(forward is cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     same = only_pads(module)
     if not (plain or same):
         return None
