@@ -64,9 +64,9 @@ def captured_at(model: nn.Module, inputs: Inputs) -> Captured:
 
 def _runs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, Inputs]:
     first = suited(model, inputs.batch(2))
+    if first is None:
+        raise ConfigError(f"{type(model).__name__} refuses inputs of shape {list(inputs.shapes)}.")
     inputs = replace(inputs, within=first.within)
-    if not takes(model, first):
-        raise ConfigError(f"{type(model).__name__} refuses inputs of shape {list(first.shapes)}.")
     others = [*inputs.batch(OTHER).sized(), inputs.batch(OTHER)]
     return first, next((one for one in others if takes(model, one)), first)
 

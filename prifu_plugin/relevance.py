@@ -46,8 +46,9 @@ class LayerRelevance:
     Attributes:
         path: what the filter follows.
         weight: W, (C,), fp64.
-        avgri: AvgRI of X, the filter's input, (C,), fp64: E|dl/dX| over samples and positions.
-        after: E|dl/dY| of its output; avgri = |scale| * after (Eq. 8).
+        avgri: AvgRI of X, the filter's input, (C,), fp64: the mean of abs(dl/dX) over samples and
+            positions.
+        after: mean of abs(dl/dY) of its output; avgri = abs(scale) * after (Eq. 8).
     """
 
     path: str

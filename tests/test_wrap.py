@@ -590,3 +590,29 @@ def test_a_cut_does_not_delete_filters_inside_the_forward():
     assert len(prifu.filters(wrapped)) == 3
     outside = nn.Sequential(nn.Sequential(net[0]), nn.ReLU(), nn.Linear(4, 2), nn.LayerNorm(2))
     assert len(prifu.filters(prifu.wrap(outside, cut="0", example_inputs=x))) == 4
+
+
+def test_a_child_named_module_is_no_wrapper():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+        def forward(self, x):
+            return self.module(x)
+
+    assert list(prifu.filters(prifu.wrap(Own()))) == ["module.1"]
+    for around in (nn.DataParallel(Own()), torch.optim.swa_utils.AveragedModel(Own())):
+        with pytest.raises(OrderError, match="wrapper around Own"):
+            prifu.wrap(around)
+
+
+def test_a_norm_that_cannot_be_copied_is_one():
+    class Permuting(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+    norm = Permuting(4)
+    norm.kept = torch.ones(2, requires_grad=True) * 2  # torch copies no computed tensors
+    site = prifu.sites(nn.Sequential(norm))[0]
+    assert site.channels == 4

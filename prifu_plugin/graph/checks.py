@@ -30,7 +30,7 @@ def check_wrappable(model: nn.Module) -> None:
         ("module", "DDP, DataParallel or EMA"),
     ):
         inner = model._modules.get(attribute)
-        if inner is not None and len(model._modules) == 1:
+        if inner is not None and _is_wrapper(model):
             raise OrderError(
                 f"{name} is a {words} wrapper around {type(inner).__name__}. Wrap the model "
                 f"inside first, prifu_plugin.wrap(model.{attribute}), then wrap it again."
@@ -71,7 +71,7 @@ def warn_of_wrappers(model: nn.Module) -> None:
         name = type(other).__name__
         if not issubclass(type(other), nn.Module):
             continue
-        if name not in _WRAPPERS and not name.startswith("ModelEma"):
+        if not _is_wrapper(other):
             continue
         modules = other.__dict__.get("_modules", {})
         inner = modules.get("module", modules.get("_orig_mod"))
@@ -84,6 +84,12 @@ def warn_of_wrappers(model: nn.Module) -> None:
                 stacklevel=3,
             )
             return
+
+
+def _is_wrapper(module: Any) -> bool:
+    """Whether a module is one that stands around another: a child named so is none."""
+    names = [cls.__name__ for cls in type(module).__mro__]
+    return any(name in _WRAPPERS or name.startswith("ModelEma") for name in names)
 
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "OptimizedModule")

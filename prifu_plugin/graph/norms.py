@@ -253,11 +253,11 @@ def _dim_taken(module: nn.Module, channels: int, others: list[int]) -> int | Non
 
 def _keeps_shape(module: nn.Module, channels: int, others: list[int], dim: int) -> bool:
     shape = [2, *others, channels] if dim == -1 else [2, channels, *others]
-    twin: Any = copy.deepcopy(module).eval()
-    twin.__class__ = base_class(module)
-    twin._modules.pop("prifu", None)
-    first = next(iter([*twin.parameters(), *twin.buffers()]), torch.zeros(()))
     try:
+        twin: Any = copy.deepcopy(module).eval()
+        twin.__class__ = base_class(module)
+        twin._modules.pop("prifu", None)
+        first = next(iter([*twin.parameters(), *twin.buffers()]), torch.zeros(()))
         with torch.no_grad():
             return bool(twin(torch.zeros(shape).to(first)).shape == torch.Size(shape))
     except Exception:  # noqa: BLE001 - a refusal is the answer

@@ -84,7 +84,8 @@ def fastest(
     pairs = all(isinstance(way, tuple) and len(way) == 2 for way in ways)
     if not ways or rounds < 1 or not pairs:
         raise ConfigError("fastest needs at least one pair of round_to and move_cost, and a round.")
-    drawn = suited(model, Inputs.for_model(model, example_inputs)).draw(model, seed)
+    inputs = Inputs.for_model(model, example_inputs)
+    drawn = (suited(model, inputs) or inputs).draw(model, seed)
     device = next(model.parameters()).device
     build = build or _in_torch([x.to(device) for x in drawn])
     runs: dict[Way | None, Callable[[], Any]] = {None: build(copied(model).eval())}

@@ -152,15 +152,18 @@ class Inputs:
                 yield replace(self, shapes=shapes)
 
 
-def suited(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Return inputs that a model takes, and answers with finite numbers, if there are such.
+def suited(model: nn.Module, *choices: Inputs) -> Inputs | None:
+    """Return the first inputs that a model answers with finite numbers, else the first it takes.
 
     Indices that come as floats, or logarithms, want numbers like those that were shown.
     """
-    for one in (inputs, *inputs.as_shown()):
-        if _answers(model, one):
+    taken = None
+    for one in (one for choice in choices for one in (choice, *choice.as_shown())):
+        answer = _answer(model, one)
+        if answer == "finite":
             return one
-    return inputs
+        taken = taken or (one if answer == "taken" else None)
+    return taken
 
 
 def takes(model: nn.Module, inputs: Inputs) -> bool:
@@ -177,13 +180,13 @@ def refusal(model: nn.Module, inputs: Inputs) -> str | None:
     return None
 
 
-def _answers(model: nn.Module, inputs: Inputs) -> bool:
+def _answer(model: nn.Module, inputs: Inputs) -> str:
     try:
         leaves = pytree.tree_leaves(run_undisturbed(model, inputs.draw(model, 0)))
     except Exception:  # noqa: BLE001 - any refusal is an answer
-        return False
+        return "refused"
     numbers = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
-    return all(bool(torch.isfinite(x).any()) for x in numbers)
+    return "finite" if all(bool(torch.isfinite(x).any()) for x in numbers) else "taken"
 
 
 def _span(x: Tensor) -> tuple[float, float, bool]:

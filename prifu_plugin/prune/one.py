@@ -133,17 +133,14 @@ def runs_of(filtered: nn.Module, inputs: Inputs) -> tuple[Inputs, ...]:
 
     What the two runs do not share is not concluded.
     """
-    first = suited(filtered, inputs.batch(2))
-    why = refusal(filtered, first)
-    if why is not None and first != inputs:
-        first = suited(filtered, inputs)
-        why = refusal(filtered, first)
-    inputs = dataclasses.replace(inputs, within=first.within)
-    if why is not None:
+    first = suited(filtered, inputs.batch(2), inputs)
+    if first is None:
+        why = refusal(filtered, inputs)
         raise ConfigError(
             f"{type(filtered).__name__} refuses inputs of shape {list(inputs.shapes)}: {why} "
             "Pass example_inputs= a batch as the model takes it, with values of the kind it takes."
         )
+    inputs = dataclasses.replace(inputs, within=first.within)
     others = [*inputs.batch(3).sized(), inputs.batch(3), *first.sized()]
     other = next((one for one in others if takes(filtered, one)), None)
     return (first,) if other is None else (first, other)

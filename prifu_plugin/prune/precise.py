@@ -75,7 +75,7 @@ def _raised(value: Any) -> Any:
         return type(value)(map(_raised, value)) if type(value) in (tuple, list) else value
     if isinstance(value, dict):
         return {key: _raised(item) for key, item in value.items()}
-    return torch.float64 if value in _LOWER and isinstance(value, torch.dtype) else value
+    return torch.float64 if isinstance(value, torch.dtype) and value in _LOWER else value
 
 
 class _Raised(TorchFunctionMode):
@@ -87,7 +87,10 @@ class _Raised(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _CASTS and isinstance(args[0], Tensor):
             return args[0].double() if args[0].is_floating_point() else func(*args)
-        return func(*_raised(args), **_raised(kwargs or {}))
+        given = kwargs or {}
+        if any(isinstance(value, torch.dtype) for value in (*args, *given.values())):
+            args, given = _raised(args), _raised(given)
+        return func(*args, **given)
 
 
 @contextmanager

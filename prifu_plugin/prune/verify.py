@@ -32,8 +32,8 @@ class Check:
     Attributes:
         dtype: "float64" or "float32".
         shapes: shapes of the inputs.
-        difference: max |pruned - filtered| / max |filtered| over all outputs; values of more
-            than 1000 times the median are compared with themselves alone.
+        difference: max of abs(pruned - filtered), in units of the max of abs(filtered), over all
+            outputs; values of more than 1000 times the median are compared with themselves alone.
         tolerance: what it must not exceed: 1e-11 in fp64, 1e-5 in fp32, or four times the
             filtered model's own rounding error where that is more, at most 1e-3.
         rounding: difference of the filtered model from itself in fp64; 0 for fp64 checks.
