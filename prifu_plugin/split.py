@@ -29,7 +29,8 @@ from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.prune.inputs import Inputs, suited
-from prifu_plugin.prune.verify import TOLERANCES, Quiet, difference
+from prifu_plugin.prune.quiet import Quiet
+from prifu_plugin.prune.verify import TOLERANCES, difference
 
 
 @dataclass(frozen=True)

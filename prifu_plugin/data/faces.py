@@ -220,7 +220,7 @@ def _draw(canvas: _Canvas, labels: dict[str, Tensor], chance: Tensor) -> Tensor:
     _head(canvas, flags, skin, chance)
     _hair_before(canvas, flags, hair, chance)
     _eyes(canvas, flags, hair, chance)
-    _mouth(canvas, flags, skin, hair, chance)
+    _mouth(canvas, flags, skin, chance)
     _things(canvas, flags, chance)
     light = (
         1
@@ -279,9 +279,7 @@ def _eyes(canvas: _Canvas, flags: dict[str, Tensor], hair: Tensor, chance: Tenso
         canvas.paint(canvas.arc(side * 0.2, -0.25, 0.13, -0.03, thick), hair * 0.7)
 
 
-def _mouth(
-    canvas: _Canvas, flags: dict[str, Tensor], skin: Tensor, hair: Tensor, chance: Tensor
-) -> None:
+def _mouth(canvas: _Canvas, flags: dict[str, Tensor], skin: Tensor, chance: Tensor) -> None:
     smiling = flags["smiling"]
     bend = torch.where(smiling > 0, 0.05 + 0.09 * chance[:, 18], -0.07 + 0.08 * chance[:, 18])
     width = 0.2 + 0.05 * smiling * chance[:, 19] + 0.03 * chance[:, 20]

@@ -45,7 +45,7 @@ def lower(
         elif node.op == "call_module" and _is_plain_attention(model, node):
             _lower_attention(graph, node, model.get_submodule(str(node.target)))
         else:
-            _make_pure(graph, node, model)
+            _make_pure(node, model)
             spell_out(graph, node)
     drop_dtype_guards(graph)
     drop_unused(graph)
@@ -112,7 +112,7 @@ def name_effects(graph: fx.Graph, model: nn.Module) -> None:
             continue
         later = set(_after(node))
         if any(user in later for alias in _aliases(operand) for user in alias.users):
-            _make_pure(graph, node, model)
+            _make_pure(node, model)
 
 
 _PURE_FUNCTIONS: dict[Any, Callable[..., Any]] = {
@@ -129,7 +129,7 @@ _PURE_METHODS: dict[Any, Callable[..., Any]] = {"zero_": torch.zeros_like, "fill
 """Those whose pure twins have another name."""
 
 
-def _make_pure(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
+def _make_pure(node: fx.Node, model: nn.Module) -> None:
     """Replace an in-place operation; whoever reads its operand afterwards reads the result."""
     if isinstance(node.target, type):  # a container is made, whatever its keys are called
         return

@@ -8,7 +8,8 @@ from torch import nn
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.prune.inputs import Inputs
-from prifu_plugin.prune.verify import Quiet, difference
+from prifu_plugin.prune.quiet import Quiet
+from prifu_plugin.prune.verify import difference
 
 _ROUNDING = 1e-6
 """What threads that add in another order may change."""

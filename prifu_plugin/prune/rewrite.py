@@ -34,9 +34,9 @@ from prifu_plugin.prune.plan import (
     SliceLinear,
     SliceNorm,
 )
+from prifu_plugin.prune.quiet import NOISE
 from prifu_plugin.prune.rules.sizes import SIZED, size_arguments
 from prifu_plugin.prune.shape_answers import ShapeAnswers
-from prifu_plugin.prune.verify import NOISE
 
 
 def rewrite(captured: Captured, plan: Plan) -> fx.GraphModule:

@@ -11,16 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from prifu_plugin.cut import CutFilter
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.undisturbed import run_undisturbed, undisturbed
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.layout import restrict
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.precise import LowestPrecision, raised
-
-NOISE = "prifu_noise."
-"""Prefix of the buffers of a pruned model that hold noise deviations."""
+from prifu_plugin.prune.quiet import Quiet
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
 
@@ -199,28 +196,6 @@ def culprit(captured: Captured, plan: Plan, pruned: fx.GraphModule, inputs: Inpu
         if not gap <= TOLERANCES[torch.float64]:
             return f"'{node.name}' ({node.op} {node.target}): {gap:.1e}"
     return ""
-
-
-class Quiet:
-    """Switch off the noise of cut filters, wrapped or pruned, inside a with block."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.units = [m for m in model.modules() if isinstance(m, CutFilter)]
-        self.vectors = [buffer for name, buffer in model.named_buffers() if name.startswith(NOISE)]
-
-    def __enter__(self) -> None:
-        self.levels = [unit.noise for unit in self.units]
-        self.copies = [vector.clone() for vector in self.vectors]
-        for unit in self.units:
-            unit.noise = 0.0
-        for vector in self.vectors:
-            vector.zero_()
-
-    def __exit__(self, *_: object) -> None:
-        for unit, level in zip(self.units, self.levels, strict=True):
-            unit.noise = level
-        for vector, value in zip(self.vectors, self.copies, strict=True):
-            vector.copy_(value)
 
 
 def _values(root: nn.Module, graph: fx.Graph, inputs: list[Tensor]) -> dict[str, Any]:

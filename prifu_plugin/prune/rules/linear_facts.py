@@ -40,7 +40,7 @@ class LinearFacts(Rule, ABC):
     def const(self, analysis: Analysis) -> Fact:
         """Map constants; live if a live input is connected, or a constant meets the border."""
         fact, linear = self._fact(analysis), self.map
-        known, live = self._grouped(fact.known, fact), self._grouped(fact.live, fact)
+        known, live = self._grouped(fact.known), self._grouped(fact.live)
         connected = linear.connected.double()
         out = torch.einsum("...gi,goi->...go", known, linear.weight).flatten(-2) + linear.bias
         reached = torch.einsum("...gi,goi->...go", live.double(), connected) > 0
@@ -49,7 +49,7 @@ class LinearFacts(Rule, ABC):
         out = torch.where(reached.flatten(-2), torch.nan, out).movedim(-1, linear.dim)
         shape = tuple(
             linear.groups * linear.outputs if d == linear.dim else size
-            for d, size in enumerate(_output_shape(analysis, self.node))
+            for d, size in enumerate(_output_shape(self.node))
         )
         return summarize(out, shape, tuple(sorted({*fact.axes, linear.dim})))
 
@@ -120,7 +120,7 @@ class LinearFacts(Rule, ABC):
             return fact
         return summarize(fact.const, fact.shape, (self.map.dim,))
 
-    def _grouped(self, values: Tensor, fact: Fact) -> Tensor:
+    def _grouped(self, values: Tensor) -> Tensor:
         """Move the mapped dimension last and split it into groups."""
         total = self.map.groups * self.map.inputs
         values = values.movedim(self.map.dim, -1)
@@ -171,7 +171,7 @@ class LinearFacts(Rule, ABC):
         return found
 
 
-def _output_shape(analysis: Analysis, node: fx.Node) -> tuple[int, ...]:
+def _output_shape(node: fx.Node) -> tuple[int, ...]:
     shape = node.meta["shape"]
     assert isinstance(shape, tuple)
     return shape

@@ -17,6 +17,7 @@ from prifu_plugin.prune.facts import Fact, summarize
 from prifu_plugin.prune.layout import simplify
 from prifu_plugin.prune.plan import Scale, SelectNorm, SliceNorm
 from prifu_plugin.prune.planner import Planner
+from prifu_plugin.prune.quiet import Quiet
 from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, run
 from prifu_plugin.prune.rules.groups import independent_groups
 from prifu_plugin.prune.rules.moving import spared, work_before
@@ -42,7 +43,7 @@ class ChannelAffineRule(Rule):
         summary = list(fact.summary_shape())
         summary[dim] = fact.shape[dim]
         noise = self.module.noise if isinstance(self.module, CutFilter) else 0.0
-        with torch.no_grad(), _Silent(self.module):
+        with torch.no_grad(), Quiet(self.module):
             out = self.module(fact.known.expand(summary))
         closed = along(self.closed, len(fact.shape), dim)
         live = torch.ones(summary, dtype=torch.bool) if noise else fact.live.expand(summary)
@@ -261,19 +262,3 @@ def norm_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     dim = host.dim_at(rank) if isinstance(host, PriFU) else spec.dim_at(rank)
     groups = independent_groups(module, dim, rank) if spec.folds else 1
     return StatisticsRule(node, module, dim, closed, groups, centers=spec.centers)
-
-
-class _Silent:
-    """Switch a filter's noise off inside a with block."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.noise = getattr(module, "noise", 0.0)
-
-    def __enter__(self) -> None:
-        if isinstance(self.module, CutFilter):
-            self.module.noise = 0.0
-
-    def __exit__(self, *_: object) -> None:
-        if isinstance(self.module, CutFilter):
-            self.module.noise = self.noise

@@ -240,7 +240,7 @@ class PointwiseRule(Rule):
         shift = rank - len(fact.shape)
         target = {d - shift: kept for d, kept in wanted.items() if d >= shift}
         if fact.static:
-            return _static_operand(planner, source, self.node, target)
+            return _static_operand(planner, source, target)
         return planner.conform(source, self.node, target)
 
 
@@ -284,7 +284,7 @@ def _full_width(fact: Fact, keep: Tensor) -> bool:
     return not fact.static and aligned.shape == keep.shape
 
 
-def _static_operand(planner: Planner, source: fx.Node, reader: fx.Node, target: Layout) -> Conform:
+def _static_operand(planner: Planner, source: fx.Node, target: Layout) -> Conform:
     """Slice a parameter that only this node reads; select from any other."""
     fact = planner.analysis.fact(source)
     select = tuple(
