@@ -97,3 +97,53 @@ def test_a_network_that_branches_on_values_is_refused():
     with pytest.raises(CaptureError, match="Branch cannot be traced"):
         prifu.prune(prifu.wrap(Branch()), torch.randn(2, 4))
     assert [site.reached for site in prifu.sites(Branch())] == ["slot"]
+
+
+class InPlace(nn.Module):
+    """Writes in place into what may be the memory of something that is read afterwards."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.a, self.n, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.nothing, self.drop, self.off = nn.Identity(), nn.Dropout(0.1), nn.Dropout(0.0)
+        self.view = view
+
+    def forward(self, x):
+        x = self.n(self.a(x))
+        self.view(self, x).relu_()
+        return self.b(x)
+
+
+@pytest.mark.parametrize("name", ["nothing", "off"])
+def test_what_returns_what_it_is_given_is_followed(name):
+    torch.manual_seed(0)
+    wrapped, x = prifu.wrap(InPlace(lambda self, x: getattr(self, name)(x))).eval(), X
+    prifu.filters(wrapped)["n"].weight.data[:2] = 0.0
+    torch.testing.assert_close(prifu.prune(wrapped, x)(x), wrapped(x))
+    edge, cloud = prifu.split(wrapped, "a", x)
+    assert torch.equal(cloud(edge(x)), wrapped(x))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda self, x: self.drop(x),
+        lambda self, x: nn.functional.dropout(x, 0.1, False),
+        lambda self, x: x.float(),
+        lambda self, x: x.to(torch.float32),
+        lambda self, x: x.ravel(),
+        lambda self, x: x.mT,
+    ],
+)
+def test_what_may_be_the_same_memory_is_refused(view):
+    with pytest.raises(CaptureError, match="shares memory"):
+        prifu.prune(prifu.wrap(InPlace(view)).eval(), X)
+
+
+def test_a_cast_to_another_type_is_a_copy():
+    torch.manual_seed(0)
+    wrapped = prifu.wrap(InPlace(lambda self, x: x.half())).eval()
+    torch.testing.assert_close(prifu.prune(wrapped, X)(X), wrapped(X))
+
+
+X = torch.randn(5, 4)

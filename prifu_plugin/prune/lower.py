@@ -111,7 +111,7 @@ def name_effects(graph: fx.Graph, model: nn.Module) -> None:
         if not asks or not isinstance(operand, fx.Node) or not _is_inplace(node, model):
             continue
         later = set(_after(node))
-        if any(user in later for alias in _aliases(operand) for user in alias.users):
+        if any(user in later for alias in _aliases(operand, model) for user in alias.users):
             _make_pure(node, model)
 
 
@@ -151,8 +151,12 @@ def _make_pure(node: fx.Node, model: nn.Module) -> None:
     if not isinstance(operand, fx.Node):
         raise CaptureError(f"'{node.name}' writes in place into something that is no tensor.")
     later = set(_after(node))
-    for alias in _aliases(operand) - {operand} - later:  # later views are of the result
-        if any(user in later for user in alias.users):
+    for alias in _aliases(operand, model) - {operand} - later:  # later views are of the result
+        if not any(user in later for user in alias.users):
+            continue
+        if _itself(alias, model) is _itself(operand, model):
+            alias.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
+        else:
             raise CaptureError(
                 f"'{node.name}' writes in place into '{operand.name}', which shares memory with "
                 f"'{alias.name}', read afterwards. Write it out of place."
@@ -198,25 +202,46 @@ _VIEWS = {
     *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "squeeze"),
     *("unsqueeze", "expand", "narrow", "select", "chunk", "split", "unbind", "movedim", "detach"),
     *("contiguous", "getitem", "diagonal", "swapaxes", "swapdims", "view_as", "expand_as"),
+    *("moveaxis", "ravel", "unfold", "as_strided", "broadcast_to", "tensor_split", "hsplit"),
+    *("vsplit", "dsplit", "to", "type", "type_as", "float", "real", "imag", "view_as_real"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
 }
+_VIEWING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+_VIEWING_ATTRIBUTES = {"T", "mT", "H", "mH", "data", "real", "imag"}
+"""What may return the memory it is given: views, casts that change nothing, dropout in eval."""
 
 
-def _aliases(node: fx.Node) -> set[fx.Node]:
+def _aliases(node: fx.Node, model: nn.Module) -> set[fx.Node]:
     """Return the nodes that may share memory with one, through views of it or above it."""
     found, open_nodes = {node}, [node]
     while open_nodes:
         at = open_nodes.pop()
-        near = [user for user in at.users if _is_view(user) and user.args[0] is at]
-        if _is_view(at) and isinstance(at.args[0], fx.Node):
+        near = [user for user in at.users if _is_view(user, model) and user.args[0] is at]
+        if _is_view(at, model) and isinstance(at.args[0], fx.Node):
             near.append(at.args[0])
         open_nodes += [other for other in near if other not in found]
         found.update(near)
     return found
 
 
-def _is_view(node: fx.Node) -> bool:
+def _is_view(node: fx.Node, model: nn.Module) -> bool:
+    if node.op == "call_module":
+        return isinstance(model.get_submodule(str(node.target)), _VIEWING)
+    if node.target is getattr:
+        return node.args[1] in _VIEWING_ATTRIBUTES
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     return bool(node.args) and name in _VIEWS
+
+
+def _itself(node: fx.Node, model: nn.Module) -> fx.Node:
+    """Return what a node is the same tensor as, through modules that return what they are given."""
+    while node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
+        module: Any = model.get_submodule(str(node.target))
+        nothing = isinstance(module, nn.Identity) or getattr(module, "p", None) == 0
+        if not (nothing and isinstance(module, _VIEWING)):
+            break
+        node = node.args[0]
+    return node
 
 
 def _after(node: fx.Node) -> list[fx.Node]:

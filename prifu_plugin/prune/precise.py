@@ -86,7 +86,8 @@ class _Raised(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         if name in _CASTS and isinstance(args[0], Tensor):
-            return args[0].double() if args[0].is_floating_point() else func(*args)
+            longer = args[0].double()
+            return longer.clone() if longer is args[0] and name != "float" else longer
         given = kwargs or {}
         if any(isinstance(value, torch.dtype) for value in (*args, *given.values())):
             args, given = _raised(args), _raised(given)
