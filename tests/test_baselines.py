@@ -361,3 +361,52 @@ def test_a_cloud_that_was_told_goes_on_with_the_average_of_what_it_was_told():
     wanted = before + 0.75 * told[1] + 0.25 * told[0]
     assert torch.allclose(defence.enter.bias, wanted, atol=1.1e-3)
     assert not torch.allclose(before, wanted, atol=1e-2)
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, x):
+        return self.patches(x).flatten(2).transpose(1, 2)
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 2)
+
+    def forward(self, z):
+        return self.linear(z.mean(1))
+
+
+ON_TOKENS = {
+    "RAN": {"strength": 0.3},
+    "PAN": {"strength": 0.3},
+    "DISCO": {"channels": 8},
+    "CFB": {"channels": 8, "spatial": True, "strength": 0.01},
+    "VIB": {"channels": 8, "spatial": True, "strength": 0.01},
+    "Bottleneck": {"channels": 8, "spatial": True, "width": 2},
+    "TrainedNoise": {"channels": 8, "spatial": True, "noise": 1.0},
+    "CI": {"strength": 0.3},
+    "NoPeekInfer": {"strength": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", ON_TOKENS)
+def test_tokens_are_defended_as_maps(name):
+    torch.manual_seed(0)
+    x, task = torch.rand(64, 3, 16, 16), torch.arange(64) % 2
+    schedule = baselines.Schedule(epochs=1, batch=32, finishing=0)
+    cls, edge, cloud = getattr(baselines, name), Tokens(), Reader()
+    settings = ON_TOKENS[name]
+    maps = baselines.tokens_as_maps(edge, cloud)
+    defence = baselines.fit(cls(*maps, **settings), x, task, 1 - task, schedule=schedule)
+    z = defence.encode(x)
+    assert z.ndim == 4
+    assert z.shape[2:] == (16, 1)
+    assert defence.cloud(z).shape == (64, 2)
+    if not cls.takes_tokens:
+        with pytest.raises(ConfigError, match="tokens_as_maps"):
+            baselines.fit(cls(edge, cloud, **settings), x, task, 1 - task, schedule=schedule)

@@ -203,13 +203,17 @@ def decoder(shape: torch.Size, image: tuple[int, ...]) -> nn.Module:
     """Build a decoder that doubles a map, the given one or an eighth of the image, to its size.
 
     Args:
-        shape: of one upload, (C,) or (C, H, W).
+        shape: of one upload, (C,) or (C, H, W); (C, T, 1) are tokens.
         image: of one image, (C, H, W); what is decoded is in [0, 1].
     """
     channels, height, width = image
     start = shape[1:] if len(shape) == 3 else (-(-height // 8), -(-width // 8))
     width_in = shape[0] if len(shape) == 3 else 64
     layers: list[nn.Module] = []
+    if len(shape) == 3 and shape[1] > shape[2] == 1:  # tokens, whose places it has to learn
+        start, width_in = (-(-height // 8), -(-width // 8)), 64
+        layers += [nn.Conv2d(shape[0], 64, 1), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten(2)]
+        layers += [nn.Linear(shape[1], math.prod(start)), nn.Unflatten(2, start)]
     if len(shape) == 1:
         layers += [nn.Linear(shape[0], 64 * math.prod(start)), nn.Unflatten(1, (64, *start))]
     layers += [nn.Conv2d(width_in, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()]

@@ -18,6 +18,7 @@ from prifu_plugin.baselines.ran import RAN
 from prifu_plugin.baselines.removal import keep_channels, keep_directions
 from prifu_plugin.baselines.shredder import Shredder
 from prifu_plugin.baselines.slimming import NetworkSlimming
+from prifu_plugin.baselines.tokens import tokens_as_maps
 from prifu_plugin.baselines.vib import VIB
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "fit",
     "keep_channels",
     "keep_directions",
+    "tokens_as_maps",
 ]

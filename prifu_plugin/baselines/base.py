@@ -51,6 +51,7 @@ class Defence(nn.Module):
     """
 
     needs_private: ClassVar[bool] = False
+    takes_tokens: ClassVar[bool] = False
 
     def __init__(self, edge: nn.Module, cloud: nn.Module, *, strength: float = 0.0) -> None:
         super().__init__()
@@ -69,6 +70,9 @@ class Defence(nn.Module):
             batch: images as in training.
             classes: number of private classes; 0 without.
             optimizer: of `defenders()`.
+
+        Raises:
+            ConfigError: for a missing private label, or uploads that the method cannot take.
         """
         if self.needs_private and (batch.private is None or classes < 2):
             raise ConfigError(
@@ -76,9 +80,24 @@ class Defence(nn.Module):
                 "pass private=."
             )
         self.optimizer = optimizer
-        with undisturbed(self.edge), torch.no_grad():
-            z = self.edge.eval()(batch.images)
-        self.opponents(z, batch.images, classes)
+        self.opponents(self._first_upload(batch.images), batch.images, classes)
+
+    def _first_upload(self, images: Tensor) -> Tensor:
+        """Return an upload; refuse what this method cannot defend, before anything is trained."""
+        cure = (
+            "Pass an edge that uploads (N, C) or (N, C, H, W), and a method made for its channels; "
+            "of one that uploads tokens (N, T, C), *prifu_plugin.baselines.tokens_as_maps(edge, "
+            "cloud)."
+        )
+        try:
+            with undisturbed(self.edge), torch.no_grad():
+                z: Tensor = self.edge.eval()(images)
+        except Exception as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"{type(self).__name__} cannot upload: {said}. {cure}") from error
+        if z.ndim not in (2, 4) and not (z.ndim == 3 and self.takes_tokens):
+            raise ConfigError(f"{type(self).__name__} would upload {tuple(z.shape)}. {cure}")
+        return z
 
     def defenders(self) -> list[nn.Parameter]:
         """Return what the main optimizer trains: edge and cloud, not the opponents."""
@@ -127,3 +146,5 @@ class Defence(nn.Module):
 
 class TaskOnly(Defence):
     """Training for the task and nothing else: the undefended model, or one with filters in it."""
+
+    takes_tokens = True

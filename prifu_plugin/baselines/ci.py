@@ -22,6 +22,7 @@ class CI(Defence):
     """
 
     needs_private: ClassVar[bool] = True
+    takes_tokens = True
 
     def opponents(self, z: Tensor, images: Tensor, classes: int) -> None:
         """Build D."""

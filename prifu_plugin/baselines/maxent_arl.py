@@ -18,6 +18,8 @@ class MaxEntARL(CI):
     probabilities.
     """
 
+    takes_tokens = True
+
     def loss(self, z: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Return CE(C(z), y) + strength * (log K - H(D(z)))."""
         task = F.cross_entropy(self.cloud(z), batch.task)

@@ -16,6 +16,8 @@ class NoPeekInfer(Defence):
     batch of 64 is near 1 for independent images, so that its gradient is mostly about nothing.
     """
 
+    takes_tokens = True
+
     def loss(self, z: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Return CE(C(z), y) + strength * dCor(x, z)."""
         task = F.cross_entropy(self.cloud(z), batch.task)

@@ -46,6 +46,8 @@ class Shredder(Defence):
     The weight of the noise is in units of z's spread, so that it means the same at every cut.
     """
 
+    takes_tokens = True
+
     def finish(self, batches: list[Batch]) -> None:
         """Learn the noise."""
         uploads = [self.encode(batch.images) for batch in batches]

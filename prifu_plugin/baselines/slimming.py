@@ -26,6 +26,8 @@ class NetworkSlimming(Defence):
         remove: share of all norm channels that is zeroed after training.
     """
 
+    takes_tokens = True
+
     def __init__(
         self, edge: nn.Module, cloud: nn.Module, *, strength: float = 1e-4, remove: float = 0.5
     ) -> None:
