@@ -226,7 +226,7 @@ class SizedTracer(ModelTracer):
             return None
         self.computing = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 if kind == "get_attr":
                     return operator.attrgetter(target)(self.root)
                 if kind == "call_module":
