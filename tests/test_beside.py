@@ -1,6 +1,7 @@
 """What a forward does beside its operations: kept, or refused in words; never lost."""
 
 import copy
+import inspect
 import random
 
 import numpy as np
@@ -223,3 +224,29 @@ def test_dropout_that_is_lost_is_named(rate):
     pruned = prifu.prune(prifu.wrap(Dropping(rate)), torch.zeros(2, 4))
     notes = [why for _, why in prifu.report(pruned).notes]
     assert any("functional dropout" in why for why in notes) == (rate > 0)
+
+
+def test_attributes_that_change_all_the_time_leave_little_behind():
+    net = Around(lambda self, x: x * self.scale)
+    net.nothing = float("nan")
+    wrapped, x = prifu.wrap(net), torch.randn(6, 4)
+    held = inspect.getclosurevars(type(wrapped).forward).globals["call"]
+    forwards = inspect.getclosurevars(held).nonlocals["forwards"]
+    for scale in (2.0, *torch.linspace(0, 1, 20).tolist(), 2.0):
+        net.scale = wrapped.scale = scale
+        torch.testing.assert_close(wrapped(x), net(x))
+    assert all(len(found) <= 8 for found in forwards.values())
+    before = sum(map(len, forwards.values()))
+    wrapped(x)
+    assert sum(map(len, forwards.values())) == before
+
+
+def test_attributes_may_change_under_a_compiler():
+    torch.manual_seed(0)
+    net, x = Around(lambda self, x: x * self.scale), torch.randn(6, 4)
+    wrapped = prifu.wrap(net)
+    torch._dynamo.reset()
+    compiled = torch.compile(wrapped, backend="eager")
+    for scale in (2.0, 3.0, 2.0, 4.0):
+        net.scale = wrapped.scale = scale
+        torch.testing.assert_close(compiled(x), net(x))

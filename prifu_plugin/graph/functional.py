@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch._compile import _disable_dynamo
 
 from prifu_plugin.errors import CaptureError, PrifuWarning
 from prifu_plugin.graph.beside import only_operations
@@ -126,6 +128,9 @@ class _Traced:
     numbers: bool
 
 
+_KEPT = 8
+"""Forwards that are kept for other values of attributes: one that is annealed has many."""
+
 Forwards = dict[tuple[Any, ...], list[tuple[Reads, Any]]]
 """Key -> compiled forwards, with the attributes for which each is right."""
 
@@ -153,7 +158,7 @@ def _add_forward(
             )
     compiled = _compiled(graph)
     key = _key(training, values, traced.numbers)
-    forwards.setdefault(key, []).insert(0, (traced.reads, compiled))
+    forwards[key] = [(traced.reads, compiled), *forwards.get(key, ())][:_KEPT]
     return compiled
 
 
@@ -314,7 +319,8 @@ def _choosing(base: type[nn.Module], child: str, forwards: Forwards) -> Any:
     def call(module: nn.Module, values: dict[str, Any]) -> Any:
         found = _forward_for(forwards, module, values)
         if found is None:
-            found = _add_forward_again(forwards, module, child, values)
+            add = _add_outside if torch.compiler.is_compiling() else _add_forward_again
+            found = add(forwards, module, child, values)
         return found(module, *values.values())
 
     scope: dict[str, Any] = {"call": call, "defaults": defaults}
@@ -331,3 +337,7 @@ def _add_forward_again(
         return _add_forward(forwards, module, child, module.training, values)
     finally:
         module.__class__ = cls
+
+
+_add_outside = _disable_dynamo(_add_forward_again)
+"""The same where a compiler is tracing, which cannot trace a trace: the graph breaks there."""

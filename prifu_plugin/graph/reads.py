@@ -45,7 +45,7 @@ def still_so(module: nn.Module, reads: Reads) -> bool:
         for part in path.split(".") if path else ():
             owner = owner._modules[part]
         now = getattr(owner, name)
-        if type(now) is not type(value) or now != value:
+        if now is not value and (type(now) is not type(value) or now != value):
             return False
     return True
 
