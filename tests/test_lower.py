@@ -7,6 +7,8 @@ import prifu_plugin as prifu
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.prune.lower import lower
 
+X = torch.randn(5, 4)
+
 
 def runs_alike(net, x):
     """Lowering must not change what a network computes."""
@@ -146,4 +148,12 @@ def test_a_cast_to_another_type_is_a_copy():
     torch.testing.assert_close(prifu.prune(wrapped, X)(X), wrapped(X))
 
 
-X = torch.randn(5, 4)
+
+
+def test_dropout_in_place_is_its_own_result():
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Hardswish(inplace=True)]
+    net = nn.Sequential(*layers, nn.Dropout(0.2, inplace=True), nn.Linear(4, 2))
+    pruned = prifu.prune(prifu.wrap(net).eval(), X)
+    assert isinstance(pruned, fx.GraphModule)
+    torch.testing.assert_close(pruned(X), net.eval()(X))

@@ -111,7 +111,8 @@ def name_effects(graph: fx.Graph, model: nn.Module) -> None:
         if not asks or not isinstance(operand, fx.Node) or not _is_inplace(node, model):
             continue
         later = set(_after(node))
-        if any(user in later for alias in _aliases(operand, model) for user in alias.users):
+        aliases = _aliases(operand, model) - {node}
+        if any(user in later for alias in aliases for user in alias.users):
             _make_pure(node, model)
 
 
@@ -151,7 +152,8 @@ def _make_pure(node: fx.Node, model: nn.Module) -> None:
     if not isinstance(operand, fx.Node):
         raise CaptureError(f"'{node.name}' writes in place into something that is no tensor.")
     later = set(_after(node))
-    for alias in _aliases(operand, model) - {operand} - later:  # later views are of the result
+    # Later views are of the result, and so is what dropout in place returns.
+    for alias in _aliases(operand, model) - {operand, node} - later:
         if not any(user in later for user in alias.users):
             continue
         if _itself(alias, model) is _itself(operand, model):
