@@ -239,7 +239,7 @@ def _trace_with(
     try:
         with undisturbed(module), only_operations(in_training=True):
             module.train(training)
-            before = dict(module.__dict__)
+            before = _held(module)
             with noting_reads(module) as reads, answering_types():
                 graph = _OwnTracer().trace(module, concrete_args=decided or None)
             _check_unchanged(module, before)
@@ -257,13 +257,36 @@ def _trace_with(
     return graph, reads
 
 
+def _held(module: nn.Module) -> dict[str, Any]:
+    """Return what a module and those inside it hold, by name: what a trace must leave as it is."""
+    held: dict[str, Any] = {}
+    for path, part in module.named_modules():
+        for name, value in part.__dict__.items():
+            where = f"{path}.{name}".lstrip(".")
+            held[where] = value
+            if isinstance(value, list | tuple | set):
+                held[f"an item of {where}"] = tuple(value)
+            elif isinstance(value, dict) and name != "_modules":
+                held.update({f"{where}['{key}']": item for key, item in value.items()})
+    versions = ((f"buffer {name}", b._version) for name, b in module.named_buffers())
+    return {**held, **dict(versions)}
+
+
 def _check_unchanged(module: nn.Module, before: dict[str, Any]) -> None:
-    changed = [name for name, value in module.__dict__.items() if before.get(name) is not value]
-    made = [name for name in changed if name not in before]
-    if made:
-        raise CaptureError(f"it makes tensors of its own, or keeps what it computes ({made[0]})")
-    if changed:
-        raise CaptureError(f"it changes its own attribute {changed[0]}")
+    after = _held(module)
+    for name in [*before, *after]:
+        was, now = before.get(name, _ANY), after.get(name, _ANY)
+        if was is now or (type(was) is type(now) and _same_items(was, now)):
+            continue
+        if "_tensor_constant" in name:
+            raise CaptureError("it makes tensors of its own")
+        raise CaptureError(f"it changes {name}, which its graph would not")
+
+
+def _same_items(was: Any, now: Any) -> bool:
+    if isinstance(was, tuple):
+        return len(was) == len(now) and all(a is b for a, b in zip(was, now, strict=True))
+    return isinstance(was, int | float | str) and bool(was == now)
 
 
 def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
