@@ -1,4 +1,4 @@
-# make demo and make test set everything up by themselves; they need Python 3.11 and git.
+# make demo and make test set everything up by themselves; they need Python 3.11.
 PYTHON ?= python3.11
 VENV ?= .venv
 RUN := $(VENV)/bin/python

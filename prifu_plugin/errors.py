@@ -6,8 +6,8 @@
     ├── ConfigError (ValueError)        an argument that cannot be right
     ├── NoSiteError (ValueError)        no normalization call, or no match for a pattern
     ├── OrderError (RuntimeError)       the right call at the wrong time
-    ├── CaptureError (RuntimeError)     a model that cannot be traced
-    ├── FilterError (RuntimeError)      filter weights that are not numbers
+    ├── CaptureError (RuntimeError)     a model that cannot be followed as a graph
+    ├── FilterError (RuntimeError)      filter weights that are not finite, states that do not fit
     └── VerificationError (RuntimeError)   a pruned model that computes something else
     PrifuWarning (UserWarning)
 
@@ -34,11 +34,11 @@ class OrderError(PrifuError, RuntimeError):
 
 
 class CaptureError(PrifuError, RuntimeError):
-    """A model whose graph could not be captured."""
+    """A model whose graph could not be captured, or does not compute what the model does."""
 
 
 class FilterError(PrifuError, RuntimeError):
-    """Filter weights that are NaN or infinite."""
+    """Filter weights or gradients that are not finite, or a saved state that does not fit."""
 
 
 class VerificationError(PrifuError, RuntimeError):

@@ -321,9 +321,9 @@ def page(rows, versions):
     lines = [
         "# The zoo",
         "",
-        "Every architecture with half of its channels closed at random: wrapped, trained a step,",
-        "pruned, compared. `python tests/sweep.py run`, then `table`, makes this page; a family is",
-        "run by its smallest member, the smallest first; rows stay until they are run again.",
+        "Every family of architectures with half of its channels closed at random: wrapped, trained",
+        "a step, pruned, compared. `python tests/sweep.py run`, then `table`, makes this page; a",
+        "family is run by its smallest member; rows may be of different dates.",
         "for: how many architectures a row stands for. fp64: largest relative difference behind",
         "pruning. saved of possible: work saved, of the most that an independent probe finds could",
         "be; empty where it was not run.",

@@ -554,3 +554,10 @@ def test_networks_that_checkpoint_are_pruned_whole(name):
     assert not any("in parts" in why for _, why in prifu.report(pruned).notes)
     assert prifu.cut_points(wrapped, x)
     torch.testing.assert_close(pruned(x), wrapped(x))
+
+
+def test_a_hook_that_changes_what_a_layer_returns_is_named():
+    net = Between(nn.ReLU())
+    net.body.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(VerificationError, match="Take the forward hook of 'body' off"):
+        prifu.prune(half_off(net), torch.randn(2, 3, 8, 8))

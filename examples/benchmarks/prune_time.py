@@ -1,6 +1,6 @@
 """Where prune's time goes, for the networks of the sweep that take longest.
 
-    python examples/benchmarks/prune_time.py > docs/results/prune-time.txt
+    python examples/benchmarks/prune_time.py --below 2.5e7 > docs/results/prune-time.txt
 
 The five that took longest are read from docs/results/zoo.json. Time is given in forward passes of
 the filtered network on the same batch, one thread; shares are of the time of one run, in the order

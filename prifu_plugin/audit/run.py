@@ -236,7 +236,7 @@ def _not_tested(
         found.append("search for images against the edge (it ended at the floor: no evidence)")
     if rebuilt is not None and queries > 1 and suite != "full":
         found.append("reconstruction from repeated queries")
-    if z[0].numel() > WIDE:
+    if z[0].numel() > WIDE and z.ndim > 2:
         found.append(
             f"single values of such wide uploads ({z[0].numel()} numbers): vector attackers see "
             "their strongest components and their moments"

@@ -20,7 +20,7 @@ def has_hooks(module: nn.Module) -> bool:
 def take_off(model: nn.Module) -> tuple[tuple[str, str], ...]:
     """Take the hooks of a model itself off, in place, and return the note of it if it had some.
 
-    A trace begins inside them. Those of the modules inside are traced with them.
+    A trace begins inside them. Those of containers inside are traced with them.
     """
     notes = (("the model", LOST),) if has_hooks(model) else ()
     model._forward_hooks.clear()

@@ -19,6 +19,7 @@ from prifu_plugin.errors import CaptureError, ConfigError, PrifuError, Verificat
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.guards import is_guard
+from prifu_plugin.prune.hooks import has_hooks
 from prifu_plugin.prune.inputs import Inputs, refusal, suited, takes
 from prifu_plugin.prune.ladder import recorded
 from prifu_plugin.prune.memory import check_memory
@@ -215,7 +216,14 @@ def _certify(
         raise VerificationError(
             f"The pruned {type(captured.root).__name__} differs from the filtered one by "
             f"{check.difference:.1e} ({check.dtype}, inputs {list(check.shapes)}; allowed "
-            f"{check.tolerance:.0e}), first at {where or 'the output'}. Nothing was changed. Leave "
-            "the module around it out of the filters with exclude=, and please report it."
+            f"{check.tolerance:.0e}), first at {where or 'the output'}. Nothing was changed. "
+            + _cure(original)
         )
     return tuple(checks)
+
+
+def _cure(original: nn.Module) -> str:
+    hooked = [path for path, part in original.named_modules() if path and has_hooks(part)]
+    if hooked:
+        return f"Take the forward hook of '{hooked[0]}' off, if it changes what the layer returns."
+    return "Leave the module around it out of the filters with exclude=, and please report it."
