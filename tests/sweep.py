@@ -321,7 +321,7 @@ def page(rows, versions):
     lines = [
         "# The zoo",
         "",
-        "Every family of architectures with half of its channels closed at random: wrapped, trained",
+        "Every family of architectures, half of its channels closed at random: wrapped, trained",
         "a step, pruned, compared. `python tests/sweep.py run`, then `table`, makes this page; a",
         "family is run by its smallest member; rows may be of different dates.",
         "for: how many architectures a row stands for. fp64: largest relative difference behind",
