@@ -152,7 +152,8 @@ def _labels(
         return None
     if not moves:
         return None
-    return [m.long() for m in moved]
+    # Half the memory of int64; there are many, and no tensor here has 2**31 values.
+    return [m.int() if size < 2**31 - 1 else m.long() for m in moved]
 
 
 def _combined(runs: list[Tensor], fact: Fact, begin: tuple[Start, ...]) -> Moved | None:
@@ -248,7 +249,7 @@ def _relation(
 
     All that the analysis concludes of a movement follows from it.
     """
-    origin = torch.zeros_like(labels)
+    origin = torch.zeros_like(labels, dtype=torch.int64)
     for index, size in zip(indices, sizes, strict=True):
         origin = origin * size + index
     count = math.prod(sizes)
