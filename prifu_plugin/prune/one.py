@@ -92,6 +92,8 @@ def prune_graph(
         made_of = {"inputs": runs[0].to_dict(), "graph": fingerprint(captured)}
         plan = make_plan(analysis, {**recipe, **made_of}, round_to, move_cost)
         plan = dataclasses.replace(plan, notes=(*plan.notes, *_asleep(captured.graph)))
+        layers = fates(analysis, plan)
+        analysis.forget_movements()
         begin("rewrite")
         pruned = rewrite(captured, plan)
         twin = rewrite(exact, plan) if verify else pruned
@@ -100,7 +102,7 @@ def prune_graph(
             original = captured.root if original is None else original
             both = (pruned, twin)
             checks = _certify(analysis, original, captured, exact, plan, both, runs, seed)
-    return Pruned(pruned, twin, plan, checks, fates(analysis, plan))
+    return Pruned(pruned, twin, plan, checks, layers)
 
 
 @contextmanager

@@ -46,6 +46,11 @@ class Analysis:
     calls: dict[Hashable, list[fx.Node]] = field(default_factory=dict)
     move_cost: float = 0.0
 
+    def forget_movements(self) -> None:
+        """Let go of where each value came from, gigabytes in large networks: the plan knows it."""
+        self.movements.clear()
+        self.rules.clear()
+
     def fact(self, node: fx.Node) -> Fact:
         """Return the fact of a node that is one tensor."""
         value = self.values[node]
