@@ -616,3 +616,17 @@ def test_a_norm_that_cannot_be_copied_is_one():
     norm.kept = torch.ones(2, requires_grad=True) * 2  # torch copies no computed tensors
     site = prifu.sites(nn.Sequential(norm))[0]
     assert site.channels == 4
+
+
+def test_a_layer_that_is_called_as_a_function_is_called_is_none():
+    class Iterating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer_norm = nn.LayerNorm(4)
+
+        def forward(self, x):
+            for _ in range(int(x.sum()) + 1):  # torch.fx cannot follow
+                x = self.layer_norm(x)
+            return x
+
+    assert [(site.path, site.refused) for site in prifu.sites(Iterating())] == [("layer_norm", "")]

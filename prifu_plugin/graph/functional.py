@@ -8,6 +8,7 @@ for each combination it meets. The module keeps its class name, children and par
 
 from __future__ import annotations
 
+import dis
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -83,10 +84,19 @@ def functional_owners(graph: fx.Graph) -> Iterator[str]:
 
 
 def names_functional(forward: Any) -> bool:
-    """Whether the code of a forward names a functional normalization."""
+    """Whether the code of a forward names a functional normalization; self.layer_norm is none."""
     code = getattr(forward, "__code__", None)
     names = {getattr(function, "__name__", function) for function in FUNCTIONAL_DIMS}
-    return code is not None and bool(names & set(code.co_names))
+    if code is None or not names & set(code.co_names):
+        return False
+    own = code.co_varnames[:1]
+    steps = list(dis.get_instructions(code))
+    return any(
+        step.argval in names
+        and not (before.opname.startswith("LOAD_FAST") and before.argval in own)
+        for before, step in zip(steps, steps[1:], strict=False)
+        if isinstance(step.argval, str)
+    )
 
 
 def host_calls(module: nn.Module, filters: FilterGroup, child: str) -> None:
