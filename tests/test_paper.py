@@ -196,3 +196,16 @@ def test_the_audit_page_follows_from_its_reports():
     assert len(reports) == text.count("\n## ") == 6
     for file in reports:
         assert prifu.AuditReport.from_json(file.read_text()).to_markdown().strip() in text, file
+
+
+def test_a_seed_that_not_every_setting_has_run_is_left_out():
+    scale = Scale("cpu")
+    results = [
+        {"run": run_of(scale, method, seed, cut="early")}
+        for seed, methods in ((0, ("plain", "CI")), (1, ("plain", "CI")), (2, ("plain",)))
+        for method in methods
+    ]
+    kept = tables.of_whole_seeds(results)
+    assert {result["run"]["seed"] for result in kept} == {0, 1}
+    assert len(kept) == 4
+    assert tables.of_whole_seeds([]) == []

@@ -75,6 +75,15 @@ class Line:
         return statistics.mean(shares) if len(shares) == len(names) else float("nan")
 
 
+def of_whole_seeds(results: list[Result]) -> list[Result]:
+    """Leave out seeds that fewer settings have run than others: means over other seeds differ."""
+    runs: dict[int, set[tuple]] = {}
+    for result in results:
+        runs.setdefault(result["run"]["seed"], set()).add(_identity(result["run"]))
+    most = max(map(len, runs.values()), default=0)
+    return [result for result in results if len(runs[result["run"]["seed"]]) == most]
+
+
 def lines(results: list[Result], seen: str = "once") -> list[Line]:
     """Group results by all but the seed; leaks are against "plain" on the same data and cut.
 
