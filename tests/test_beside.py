@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import prifu_plugin as prifu
-from prifu_plugin.errors import CaptureError, NoSiteError
+from prifu_plugin.errors import CaptureError, NoSiteError, PrifuWarning
 from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.prune.verify import difference
 
@@ -258,7 +258,7 @@ def test_attributes_that_change_all_the_time_leave_little_behind():
     net.nothing = float("nan")
     wrapped, x = prifu.wrap(net), torch.randn(6, 4)
     held = inspect.getclosurevars(type(wrapped).forward).globals["call"]
-    forwards = inspect.getclosurevars(held).nonlocals["forwards"]
+    forwards = inspect.getclosurevars(held).nonlocals["forwards"].by_key
     for scale in (2.0, *torch.linspace(0, 1, 20).tolist(), 2.0):
         net.scale = wrapped.scale = scale
         torch.testing.assert_close(wrapped(x), net(x))
@@ -277,3 +277,15 @@ def test_attributes_may_change_under_a_compiler():
     for scale in (2.0, 3.0, 2.0, 4.0):
         net.scale = wrapped.scale = scale
         torch.testing.assert_close(compiled(x), net(x))
+
+
+def test_a_normalization_that_an_attribute_brings_is_named():
+    def body(self, x):
+        return F.layer_norm(x, (4,)) if self.scale > 3 else x
+
+    net, x = Around(body), torch.randn(6, 4)
+    wrapped = prifu.wrap(net)
+    wrapped(x)
+    wrapped.scale = 5.0
+    with pytest.warns(PrifuWarning, match="'layer_norm_1' with other arguments or attributes"):
+        wrapped(x)

@@ -12,7 +12,7 @@ import dis
 import inspect
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -108,9 +108,9 @@ def host_calls(module: nn.Module, filters: FilterGroup, child: str) -> None:
 def _rehost(module: nn.Module, child: str) -> None:
     base = base_class(module)
     module.__class__ = base
-    forwards: Forwards = {}
+    forwards = Forwards()
     for training in (True, False):
-        _add_forward(forwards, module, child, training, _default_values(module))
+        _add_forward(forwards, module, child, training, _default_values(module), known=True)
     members = {
         "forward": _choosing(base, child, forwards),
         "__reduce_ex__": _reduction(base, child),
@@ -141,12 +141,27 @@ class _Traced:
 _KEPT = 8
 """Forwards that are kept for other values of attributes: one that is annealed has many."""
 
-Forwards = dict[tuple[Any, ...], list[tuple[Reads, Any]]]
-"""Key -> compiled forwards, with the attributes for which each is right."""
+
+@dataclass
+class Forwards:
+    """The compiled forwards of a host.
+
+    Attributes:
+        by_key: mode and arguments -> compiled forwards, with the attributes each is right for.
+        known: the normalizations that wrap saw, whether it put a filter there or not.
+    """
+
+    by_key: dict[tuple[Any, ...], list[tuple[Reads, Any]]] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
 
 
 def _add_forward(
-    forwards: Forwards, module: nn.Module, child: str, training: bool, values: dict[str, Any]
+    forwards: Forwards,
+    module: nn.Module,
+    child: str,
+    training: bool,
+    values: dict[str, Any],
+    known: bool = False,
 ) -> Any:
     """Compile a forward that passes through the filters, for one combination of arguments."""
     filters = module._modules[child]
@@ -154,28 +169,29 @@ def _add_forward(
     traced = _trace(module, training, values)
     graph = traced.graph
     for node in list(_calls(graph)):
+        forwards.known.update([node.name] if known else [])
         if node.name in filters:
             with graph.inserting_after(node):
                 call = graph.call_module(f"{child}.{node.name}", (node,))
             for user in [user for user in node.users if user is not call]:
                 user.replace_input_with(node, call)
-        elif values != _default_values(module):
+        elif node.name not in forwards.known:
             warnings.warn(
-                f"{base_class(module).__name__} makes the normalization '{node.name}' only when "
-                "it is called with other arguments than its defaults: it has no filter.",
+                f"{base_class(module).__name__} makes the normalization '{node.name}' with other "
+                "arguments or attributes only than it had when it was wrapped: it has no filter.",
                 PrifuWarning,
                 stacklevel=2,
             )
     compiled = _compiled(graph)
     key = _key(training, values, traced.numbers)
-    forwards[key] = [(traced.reads, compiled), *forwards.get(key, ())][:_KEPT]
+    forwards.by_key[key] = [(traced.reads, compiled), *forwards.by_key.get(key, ())][:_KEPT]
     return compiled
 
 
 def _forward_for(forwards: Forwards, module: nn.Module, values: dict[str, Any]) -> Any:
     """Return the compiled forward for these arguments and today's attributes, if there is one."""
     for numbers in (False, True):
-        for reads, compiled in forwards.get(_key(module.training, values, numbers), ()):
+        for reads, compiled in forwards.by_key.get(_key(module.training, values, numbers), ()):
             if still_so(module, reads):
                 return compiled
     return None
