@@ -184,13 +184,13 @@ def test_sharded_over_one_process_it_is_the_same(one_process):
 
 
 def test_a_copy_in_ddp_is_refused_by_name():
-    class Wrapper(nn.Module):
+    class DistributedDataParallel(nn.Module):  # a real one needs processes
         def __init__(self, module):
             super().__init__()
             self.module = module
 
     with pytest.raises(prifu.errors.OrderError, match="DDP"):
-        prifu.wrap(Wrapper(copy.deepcopy(nn.Sequential(nn.BatchNorm1d(2)))))
+        prifu.wrap(DistributedDataParallel(copy.deepcopy(nn.Sequential(nn.BatchNorm1d(2)))))
 
 
 if __name__ == "__main__":
