@@ -137,8 +137,8 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
     stepped = []
     with torch.no_grad():
         for unit, rate, before, grad, lent in remembered:
-            if lent is not None and grad is not None:
-                grad.copy_(lent)  # who accumulates gradients does not accumulate the decay
+            if lent is not None and grad is not None and grad._version == lent[1]:
+                grad.copy_(lent[0])  # who accumulates gradients does not accumulate the decay
             # Some steps free the gradients; closures make them.
             if unit.weight.grad is None and (grad is None or _closures(args, kwargs)):
                 continue
@@ -190,8 +190,8 @@ def _check_coupled(optimizer: Optimizer, unit: PriFU, group: Group, closure: boo
         )
 
 
-def _couple(optimizer: Optimizer, unit: PriFU, group: Group) -> Tensor | None:
-    """Put beta * W into the gradient, for the length of the step; return the gradient itself."""
+def _couple(optimizer: Optimizer, unit: PriFU, group: Group) -> tuple[Tensor, int] | None:
+    """Put beta * W into the gradient for the step; return it as it was, and its version now."""
     if unit.weight.grad is None:
         return None
     lent = unit.weight.grad.clone()
@@ -201,7 +201,7 @@ def _couple(optimizer: Optimizer, unit: PriFU, group: Group) -> Tensor | None:
     first = optimizer.state.get(unit.weight, {}).get("momentum_buffer") is None
     damped = 1.0 if first or not momentum else 1 - float(group["dampening"])
     unit.dose += damped * rate * unit.beta / (1 - momentum)
-    return lent
+    return lent, unit.weight.grad._version
 
 
 def _filter(units: list[PriFU], optimizer: Optimizer) -> None:

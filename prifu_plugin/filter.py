@@ -216,6 +216,8 @@ class PriFU(nn.Module):
             )
         self.alpha, self.gain, self.dose = settings[:3]
         if settings[3:]:  # since format 2
+            if self.holds_scale and not settings[3]:
+                self.lets_go = self.frees_scale  # `keep_fixed` frees the norm's scale
             self.holds_scale, self.frees_scale = map(bool, settings[3:])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PriFU:

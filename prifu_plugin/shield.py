@@ -31,7 +31,7 @@ class Before(NamedTuple):
     rate: float
     weight: Tensor
     grad: Tensor | None
-    lent: Tensor | None = None
+    lent: tuple[Tensor, int] | None = None
 
 
 def shield(optimizer: Optimizer, filters: dict[int, PriFU]) -> None:

@@ -100,3 +100,11 @@ def test_who_holds_the_scale_is_in_a_checkpoint(frozen):
     assert torch.equal(plain.eval()(x), expected.eval()(x))
     assert all(norm.weight.requires_grad == (not frozen) for norm in norms(plain))
     assert not plain._load_state_dict_post_hooks
+
+
+def test_a_checkpoint_that_absorbed_nothing_frees_the_scales():
+    plain, absorbed = (prifu.wrap(pretrained(), bias=True) for _ in range(2))
+    prifu.absorb(absorbed)
+    absorbed.load_state_dict(plain.state_dict())
+    norms = [m for m in absorbed.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(norm.weight.requires_grad and norm.bias.requires_grad for norm in norms)

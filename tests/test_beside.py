@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import prifu_plugin as prifu
-from prifu_plugin.errors import CaptureError, NoSiteError, PrifuWarning
+from prifu_plugin.errors import CaptureError, NoSiteError
 from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.prune.verify import difference
 
@@ -279,13 +279,67 @@ def test_attributes_may_change_under_a_compiler():
         torch.testing.assert_close(compiled(x), net(x))
 
 
-def test_a_normalization_that_an_attribute_brings_is_named():
+@pytest.mark.parametrize("scale", [5.0, 1.0])
+def test_normalizations_that_an_attribute_brings_or_takes_are_refused(scale):
     def body(self, x):
         return F.layer_norm(x, (4,)) if self.scale > 3 else x
 
     net, x = Around(body), torch.randn(6, 4)
+    net.scale = 6.0 - scale
     wrapped = prifu.wrap(net)
     wrapped(x)
-    wrapped.scale = 5.0
-    with pytest.warns(PrifuWarning, match="'layer_norm_1' with other arguments or attributes"):
+    wrapped.scale = scale
+    with pytest.raises(CaptureError, match="which filter belongs to which"):
         wrapped(x)
+
+
+class Number(Around):
+    def forward(self, x, k=2.0):
+        y = self.normed(x)
+        return y * k if isinstance(k, torch.Tensor) else y + k
+
+
+class Several(Around):
+    def __init__(self):
+        super().__init__(None)
+        self.attention = nn.MultiheadAttention(4, 1)
+
+    def forward(self, x):
+        y = self.normed(x)
+        y = self.attention(y, y, y)
+        return y if isinstance(y, torch.Tensor) else y[0]
+
+
+def test_numbers_and_tuples_are_no_tensors():
+    torch.manual_seed(0)
+    x = torch.randn(6, 4)
+    net = Number(None).eval()
+    torch.testing.assert_close(prifu.wrap(net).eval()(x, 3.0), net(x, 3.0))
+    net = Several().eval()
+    torch.testing.assert_close(prifu.wrap(net).eval()(x), net(x))
+
+
+def test_numbers_of_numpy_and_attributes_that_go():
+    net = Around(lambda self, x: x * np.sqrt(4.0) * getattr(self, "more", 1.0))
+    x = torch.randn(6, 4)
+    net.more = 2.0
+    wrapped = prifu.wrap(net)
+    for model in (net, wrapped):
+        del model.more
+    torch.testing.assert_close(wrapped(x), net(x))
+
+
+def test_a_part_that_a_mask_copies_is_no_view():
+    class Masked(Dropping):
+        def forward(self, x):
+            x = self.n(self.a(x))
+            x[x > 0].zero_()
+            return self.b(x)
+
+    torch.manual_seed(0)
+    wrapped, x = prifu.wrap(Masked(0.0)).eval(), torch.randn(6, 4)
+    try:
+        pruned = prifu.prune(wrapped, x, verify=False)
+    except CaptureError:
+        return
+    torch.testing.assert_close(pruned(x), wrapped(x))

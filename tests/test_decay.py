@@ -420,3 +420,13 @@ def test_a_coupled_step_that_is_refused_changes_no_filter():
         torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9).step()
     assert torch.equal(first.weight.grad, grad)
     assert first.dose == 0
+
+
+def test_what_a_hook_does_to_the_gradient_after_a_coupled_step_stays():
+    net = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4))
+    unit = prifu.filters(prifu.wrap(net, decay="coupled", init=1.0))["1"]
+    optimizer = torch.optim.SGD([unit.weight], lr=0.1)
+    optimizer.register_step_post_hook(lambda opt, *_: opt.zero_grad(set_to_none=False))
+    unit.weight.grad = torch.ones_like(unit.weight)
+    optimizer.step()
+    assert not unit.weight.grad.any()

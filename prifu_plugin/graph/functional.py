@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import dis
 import inspect
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
 
-from prifu_plugin.errors import CaptureError, PrifuWarning
+from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.graph.norms import FUNCTIONAL_DIMS, base_class
 from prifu_plugin.graph.proxies import answering_types
@@ -55,7 +55,9 @@ class _OwnTracer(fx.Tracer):
         return True
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+        if isinstance(a, fx.Proxy):
+            return a.node
+        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
 
 
 def functional_calls(module: nn.Module) -> list[FunctionalCall]:
@@ -110,7 +112,7 @@ def _rehost(module: nn.Module, child: str) -> None:
     module.__class__ = base
     forwards = Forwards()
     for training in (True, False):
-        _add_forward(forwards, module, child, training, _default_values(module), known=True)
+        _add_forward(forwards, module, child, training, _default_values(module), first=True)
     members = {
         "forward": _choosing(base, child, forwards),
         "__reduce_ex__": _reduction(base, child),
@@ -148,11 +150,11 @@ class Forwards:
 
     Attributes:
         by_key: mode and arguments -> compiled forwards, with the attributes each is right for.
-        known: the normalizations that wrap saw, whether it put a filter there or not.
+        known: mode -> the normalizations that wrap saw, with a filter or without.
     """
 
     by_key: dict[tuple[Any, ...], list[tuple[Reads, Any]]] = field(default_factory=dict)
-    known: set[str] = field(default_factory=set)
+    known: dict[bool, list[str]] = field(default_factory=dict)
 
 
 def _add_forward(
@@ -161,27 +163,29 @@ def _add_forward(
     child: str,
     training: bool,
     values: dict[str, Any],
-    known: bool = False,
+    *,
+    first: bool = False,
 ) -> Any:
     """Compile a forward that passes through the filters, for one combination of arguments."""
     filters = module._modules[child]
     assert isinstance(filters, FilterGroup)
     traced = _trace(module, training, values)
     graph = traced.graph
-    for node in list(_calls(graph)):
-        forwards.known.update([node.name] if known else [])
+    calls = list(_calls(graph))
+    names = [node.name for node in calls]
+    if forwards.known.setdefault(training, names if first else []) != names:
+        raise CaptureError(
+            f"{base_class(module).__name__} makes other normalizations with these arguments or "
+            f"attributes ({', '.join(names) or 'none'}) than when it was wrapped "
+            f"({', '.join(forwards.known[training]) or 'none'}): which filter belongs to which is "
+            "not clear. Wrap it as it is to be used, or leave it out with exclude=."
+        )
+    for node in calls:
         if node.name in filters:
             with graph.inserting_after(node):
                 call = graph.call_module(f"{child}.{node.name}", (node,))
             for user in [user for user in node.users if user is not call]:
                 user.replace_input_with(node, call)
-        elif node.name not in forwards.known:
-            warnings.warn(
-                f"{base_class(module).__name__} makes the normalization '{node.name}' with other "
-                "arguments or attributes only than it had when it was wrapped: it has no filter.",
-                PrifuWarning,
-                stacklevel=2,
-            )
     compiled = _compiled(graph)
     key = _key(training, values, traced.numbers)
     forwards.by_key[key] = [(traced.reads, compiled), *forwards.by_key.get(key, ())][:_KEPT]

@@ -53,12 +53,13 @@ def _give_back(host: nn.Module, unit: PriFU) -> None:
 
 
 def keep_fixed(host: nn.Module, unit: PriFU) -> None:
-    """Let the scale and shift of a host stay as they are, if its filter has taken them over."""
-    if unit.holds_scale:
+    """Let the scale and shift of a host stay as they are, while its filter has taken them over."""
+    freed = unit.__dict__.pop("lets_go", None)
+    if unit.holds_scale or freed is not None:
         for name in ("weight", "bias"):
             own = host._parameters.get(name)
             if own is not None:
-                own.requires_grad_(False)
+                own.requires_grad_(not unit.holds_scale and bool(freed))
 
 
 def is_host(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
@@ -32,7 +32,8 @@ def answering_types() -> Iterator[None]:
 
     def answer(value: Any, classes: Any) -> bool:
         if _isinstance(value, fx.Proxy) and _is_tensor(value):
-            return _isinstance(_SOME, classes) or issubclass(type(value), classes)
+            shown = value.value if _isinstance(value, SizedProxy) else _SOME
+            return _isinstance(shown, classes) or issubclass(type(value), classes)
         return _isinstance(value, classes)
 
     with mock.patch.object(builtins, "isinstance", answer):
@@ -40,6 +41,10 @@ def answering_types() -> Iterator[None]:
 
 
 _isinstance = isinstance
+_LAYERS = (
+    *(nn.Linear, nn.LayerNorm, nn.GroupNorm),
+    *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
+)
 _SOME = torch.empty(0)
 
 
@@ -47,7 +52,18 @@ def _is_tensor(proxy: fx.Proxy) -> bool:
     """Whether a proxy stands for a tensor, as far as its value, or else what made it, tells."""
     if _isinstance(proxy, SizedProxy):
         return _isinstance(proxy.__dict__.get("value"), Tensor)
-    return not _isinstance(proxy, fx.proxy.Attribute) and not _is_size(proxy.node)
+    return not _isinstance(proxy, fx.proxy.Attribute) and _makes_tensor(proxy.node, proxy.tracer)
+
+
+def _makes_tensor(node: fx.Node, tracer: Any) -> bool:
+    """Whether a node is certainly one tensor: no number, no tuple."""
+    if node.op == "placeholder":
+        return not node.args  # a default may be a number
+    if node.op == "call_module":
+        return _isinstance(tracer.root.get_submodule(str(node.target)), _LAYERS)
+    arithmetic = getattr(node.target, "__module__", "") == "_operator"
+    arithmetic = arithmetic and node.target is not operator.getitem
+    return arithmetic and any(_makes_tensor(n, tracer) for n in node.all_input_nodes)
 
 
 class SizedProxy(fx.Proxy):
@@ -82,7 +98,8 @@ class SizedProxy(fx.Proxy):
 
     def __getitem__(self, key: Any) -> Any:
         part = self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
-        part.__dict__["part_of"] = self, key  # for what is written into the part in place
+        if not reads_tensors(key):  # which would copy: what is written then stays there
+            part.__dict__["part_of"] = self, key
         return part
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -187,15 +204,6 @@ class _SizedAttribute(SizedProxy):
             made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
             self.__dict__["_proxy"] = made
         return self._proxy
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Whether a node is a size of a tensor, or made of sizes alone."""
-    asked = node.args[1] if node.target is getattr else node.target
-    if isinstance(asked, str) and node.op != "placeholder" and asked in SIZES:
-        return True
-    combines = getattr(node.target, "__module__", "") in ("_operator", "math")
-    return combines and bool(node.all_input_nodes) and all(map(_is_size, node.all_input_nodes))
 
 
 def number_of_parts(how: str, args: Any, kwargs: Any) -> Any:

@@ -41,10 +41,13 @@ def noting_reads(module: nn.Module) -> Iterator[Reads]:
 def still_so(module: nn.Module, reads: Reads) -> bool:
     """Whether all that was read is what it was."""
     for (path, name), value in reads.items():
-        owner: Any = module
-        for part in path.split(".") if path else ():
-            owner = owner._modules[part]
-        now = getattr(owner, name)
+        try:
+            owner: Any = module
+            for part in path.split(".") if path else ():
+                owner = owner._modules[part]
+            now = getattr(owner, name)
+        except (AttributeError, KeyError):  # gone
+            return False
         if now is not value and (type(now) is not type(value) or now != value):
             return False
     return True
