@@ -338,8 +338,5 @@ def test_a_part_that_a_mask_copies_is_no_view():
 
     torch.manual_seed(0)
     wrapped, x = prifu.wrap(Masked(0.0)).eval(), torch.randn(6, 4)
-    try:
-        pruned = prifu.prune(wrapped, x, verify=False)
-    except CaptureError:
-        return
-    torch.testing.assert_close(pruned(x), wrapped(x))
+    with pytest.raises(CaptureError, match="zero_|cannot be traced|branches"):
+        prifu.prune(wrapped, x, verify=False)

@@ -23,7 +23,7 @@ from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.graph.norms import FUNCTIONAL_DIMS, base_class
 from prifu_plugin.graph.proxies import answering_types
-from prifu_plugin.graph.reads import Reads, noting_reads, still_so
+from prifu_plugin.graph.reads import Reads, check_unchanged, held, noting_reads, still_so
 from prifu_plugin.graph.undisturbed import undisturbed
 
 
@@ -269,10 +269,10 @@ def _trace_with(
     try:
         with undisturbed(module), only_operations(in_training=True):
             module.train(training)
-            before = _held(module)
+            before = held(module)
             with noting_reads(module) as reads, answering_types():
                 graph = _OwnTracer().trace(module, concrete_args=decided or None)
-            _check_unchanged(module, before)
+            check_unchanged(module, before)
     except Exception as error:
         raise CaptureError(
             f"the forward of {type(module).__name__} cannot be traced by itself: {error}"
@@ -285,38 +285,6 @@ def _trace_with(
                 graph.erase_node(last)
             graph.erase_node(user)
     return graph, reads
-
-
-def _held(module: nn.Module) -> dict[str, Any]:
-    """Return what a module and those inside it hold, by name: what a trace must leave as it is."""
-    held: dict[str, Any] = {}
-    for path, part in module.named_modules():
-        for name, value in part.__dict__.items():
-            where = f"{path}.{name}".lstrip(".")
-            held[where] = value
-            if isinstance(value, list | tuple | set):
-                held[f"an item of {where}"] = tuple(value)
-            elif isinstance(value, dict) and name != "_modules":
-                held.update({f"{where}['{key}']": item for key, item in value.items()})
-    versions = ((f"buffer {name}", b._version) for name, b in module.named_buffers())
-    return {**held, **dict(versions)}
-
-
-def _check_unchanged(module: nn.Module, before: dict[str, Any]) -> None:
-    after = _held(module)
-    for name in [*before, *after]:
-        was, now = before.get(name, _ANY), after.get(name, _ANY)
-        if was is now or (type(was) is type(now) and _same_items(was, now)):
-            continue
-        if "_tensor_constant" in name:
-            raise CaptureError("it makes tensors of its own")
-        raise CaptureError(f"it changes {name}, which its graph would not")
-
-
-def _same_items(was: Any, now: Any) -> bool:
-    if isinstance(was, tuple):
-        return len(was) == len(now) and all(a is b for a, b in zip(was, now, strict=True))
-    return isinstance(was, int | float | str) and bool(was == now)
 
 
 def _calls(graph: fx.Graph) -> Iterator[fx.Node]:

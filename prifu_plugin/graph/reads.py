@@ -1,4 +1,4 @@
-"""Which plain attributes a forward reads: numbers, flags and words, which a trace would freeze."""
+"""What a forward reads of its module, which a trace would freeze, and changes, which it loses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from prifu_plugin.errors import CaptureError
 
 Reads = dict[tuple[str, str], Any]
 """(path of a module below the one that is traced, attribute) -> what it was."""
@@ -51,6 +53,42 @@ def still_so(module: nn.Module, reads: Reads) -> bool:
         if now is not value and (type(now) is not type(value) or now != value):
             return False
     return True
+
+
+def held(module: nn.Module) -> dict[str, Any]:
+    """Return what a module and those inside it hold, by name: which a trace must leave as it is."""
+    found: dict[str, Any] = {}
+    for path, part in module.named_modules():
+        for name, value in part.__dict__.items():
+            where = f"{path}.{name}".lstrip(".")
+            found[where] = value
+            if isinstance(value, list | tuple | set):
+                found[f"an item of {where}"] = tuple(value)
+            elif isinstance(value, dict) and name != "_modules":
+                found.update({f"{where}['{key}']": item for key, item in value.items()})
+    versions = ((f"buffer {name}", b._version) for name, b in module.named_buffers())
+    return {**found, **dict(versions)}
+
+
+def check_unchanged(module: nn.Module, before: dict[str, Any]) -> None:
+    """Raise CaptureError if a module holds something else than `held` said before."""
+    after = held(module)
+    for name in [*before, *after]:
+        was, now = before.get(name, _NOTHING), after.get(name, _NOTHING)
+        if was is now or (type(was) is type(now) and _same_items(was, now)):
+            continue
+        if "_tensor_constant" in name:
+            raise CaptureError("it makes tensors of its own")
+        raise CaptureError(f"it changes {name}, which its graph would not")
+
+
+def _same_items(was: Any, now: Any) -> bool:
+    if isinstance(was, tuple):
+        return len(was) == len(now) and all(a is b for a, b in zip(was, now, strict=True))
+    return isinstance(was, int | float | str) and bool(was == now)
+
+
+_NOTHING = object()
 
 
 def _noting(cls: type[nn.Module], path: str, reads: Reads) -> type[nn.Module]:
