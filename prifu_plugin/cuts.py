@@ -15,7 +15,7 @@ from prifu_plugin.graph.guards import GUARD, fix_sizes, is_guard
 from prifu_plugin.graph.sized import capture_sized
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.prune.examples import record_examples
-from prifu_plugin.prune.inputs import Inputs, suited, takes
+from prifu_plugin.prune.inputs import Inputs, refusal, suited, takes
 from prifu_plugin.prune.lower import drop_unused, name_effects
 from prifu_plugin.prune.places import PLACES, place
 
@@ -63,9 +63,12 @@ def captured_at(model: nn.Module, inputs: Inputs) -> Captured:
 
 
 def _runs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, Inputs]:
-    first = suited(model, inputs.batch(2))
+    first = suited(model, inputs.batch(2), inputs)
     if first is None:
-        raise ConfigError(f"{type(model).__name__} refuses inputs of shape {list(inputs.shapes)}.")
+        raise ConfigError(
+            f"{type(model).__name__} refuses inputs of shape {list(inputs.shapes)}: "
+            f"{refusal(model, inputs)} Pass example_inputs= a batch as the model takes it."
+        )
     inputs = replace(inputs, within=first.within)
     others = [*inputs.batch(OTHER).sized(), inputs.batch(OTHER)]
     return first, next((one for one in others if takes(model, one)), first)
@@ -74,6 +77,8 @@ def _runs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, Inputs]:
 def _recorded(captured: Captured, first: Inputs, other: Inputs) -> Captured:
     name_effects(captured.graph, captured.root)
     drop_unused(captured.graph)  # what nobody reads does not cross a cut
+    if other is first:  # what is concluded of one size holds there
+        fix_sizes(captured.graph, first.shapes, batch=True)
     device = device_of(captured.root)
     drawn = [[x.to(device) for x in run.draw(captured.root, 0)] for run in (first, other)]
     record_examples(captured.root, captured.graph, *drawn)

@@ -74,6 +74,7 @@ def _before_step(
     """Remember W of the filters in this optimizer, and shield them from other weight decay."""
     restore(optimizer)
     _end_of_step(optimizer)
+    _give_back(_REMEMBERED.pop(optimizer, []))  # of a step that another hook refused
     filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
     if not filters:
         return None
@@ -135,10 +136,9 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
     if was_shielded and not is_known(optimizer):
         check_groups(optimizer, remembered)
     stepped = []
+    _give_back(remembered)
     with torch.no_grad():
-        for unit, rate, before, grad, lent in remembered:
-            if lent is not None and grad is not None and grad._version == lent[1]:
-                grad.copy_(lent[0])  # who accumulates gradients does not accumulate the decay
+        for unit, rate, before, grad, _ in remembered:
             # Some steps free the gradients; closures make them.
             if unit.weight.grad is None and (grad is None or _closures(args, kwargs)):
                 continue
@@ -183,10 +183,14 @@ def _check_coupled(optimizer: Optimizer, unit: PriFU, group: Group, closure: boo
             "without a closure, fused scaling, maximize, nesterov or a wrapper around it. Use "
             "decay='decoupled' for anything else."
         )
-    if _rate(optimizer, group) * unit.beta >= 1 - float(group["momentum"]):
+    momentum = float(group["momentum"])
+    damped = 1 - float(group["dampening"]) if momentum else 1.0
+    # W alone follows z**2 - (1 + momentum - damped * lr * beta) * z + momentum = 0.
+    if damped * _rate(optimizer, group) * unit.beta > (1 - math.sqrt(momentum)) ** 2:
         raise ConfigError(
-            f"lr * beta / (1 - momentum) >= 1 at the filter of '{unit.path}': W would change "
-            "its sign. Lower beta or the rate."
+            f"lr * beta = {_rate(optimizer, group) * unit.beta:g} at the filter of '{unit.path}' "
+            f"is more than {(1 - math.sqrt(momentum)) ** 2 / damped:g}: with momentum={momentum} "
+            "the decay would carry W beyond 0. Lower beta or the rate."
         )
 
 
@@ -194,14 +198,23 @@ def _couple(optimizer: Optimizer, unit: PriFU, group: Group) -> tuple[Tensor, in
     """Put beta * W into the gradient for the step; return it as it was, and its version now."""
     if unit.weight.grad is None:
         return None
-    lent = unit.weight.grad.clone()
+    lent = unit.weight.grad.detach().clone()
     rate, momentum = float(group["lr"]), float(group["momentum"])
-    unit.weight.grad.add_(unit.weight.detach(), alpha=unit.beta)
+    with torch.no_grad():
+        unit.weight.grad.add_(unit.weight, alpha=unit.beta)
     # SGD damps every gradient but the first, which starts its buffer.
     first = optimizer.state.get(unit.weight, {}).get("momentum_buffer") is None
     damped = 1.0 if first or not momentum else 1 - float(group["dampening"])
     unit.dose += damped * rate * unit.beta / (1 - momentum)
     return lent, unit.weight.grad._version
+
+
+def _give_back(remembered: list[Before]) -> None:
+    """Take beta * W out of gradients again: who accumulates them does not accumulate the decay."""
+    for _, _, _, grad, lent in remembered:
+        if lent is not None and grad is not None and grad._version == lent[1]:
+            with torch.no_grad():
+                grad.copy_(lent[0])
 
 
 def _filter(units: list[PriFU], optimizer: Optimizer) -> None:

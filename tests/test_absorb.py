@@ -108,3 +108,28 @@ def test_a_checkpoint_that_absorbed_nothing_frees_the_scales():
     absorbed.load_state_dict(plain.state_dict())
     norms = [m for m in absorbed.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(norm.weight.requires_grad and norm.bias.requires_grad for norm in norms)
+
+
+def test_a_checkpoint_without_filters_would_count_absorbed_scales_twice():
+    checkpoint = pretrained().state_dict()
+    absorbed = prifu.wrap(pretrained(), bias=True)
+    prifu.absorb(absorbed)
+    before = {name: value.clone() for name, value in absorbed.state_dict().items()}
+    with pytest.raises(OrderError, match="Load it before absorb"):
+        absorbed.load_state_dict(checkpoint)
+    assert all(torch.equal(before[name], value) for name, value in absorbed.state_dict().items())
+    head = {name: value for name, value in checkpoint.items() if name.startswith("fc.")}
+    absorbed.load_state_dict(head, strict=False)
+
+
+def test_momentum_does_not_move_scales_that_a_checkpoint_fixed():
+    model, other = (prifu.wrap(pretrained(), bias=True) for _ in range(2))
+    prifu.absorb(other)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x = torch.randn(2, 3, 64, 64).double()
+    model(x).sum().backward()
+    optimizer.step()
+    model.load_state_dict(other.state_dict())
+    optimizer.step()
+    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert torch.equal(norm.weight.detach().abs(), torch.ones_like(norm.weight))

@@ -416,7 +416,7 @@ def test_a_coupled_step_that_is_refused_changes_no_filter():
     last.beta = 1.5
     loss_of(net).backward()
     grad = first.weight.grad.clone()
-    with pytest.raises(ConfigError, match="change its sign"):
+    with pytest.raises(ConfigError, match="beyond 0"):
         torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9).step()
     assert torch.equal(first.weight.grad, grad)
     assert first.dose == 0
@@ -430,3 +430,48 @@ def test_what_a_hook_does_to_the_gradient_after_a_coupled_step_stays():
     unit.weight.grad = torch.ones_like(unit.weight)
     optimizer.step()
     assert not unit.weight.grad.any()
+
+
+def test_coupled_decay_with_momentum_never_carries_weights_beyond_zero():
+    def run(product, steps=400):
+        net = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4))
+        unit = prifu.filters(prifu.wrap(net, decay="coupled", beta=product / 0.1, alpha=0.0))["1"]
+        optimizer = torch.optim.SGD([unit.weight], lr=0.1, momentum=0.9)
+        for _ in range(steps):
+            unit.weight.grad = torch.zeros_like(unit.weight)
+            optimizer.step()
+        return unit
+
+    bound = (1 - 0.9**0.5) ** 2
+    assert (run(0.99 * bound).weight > 0).all()
+    with pytest.raises(ConfigError, match="beyond 0"):
+        run(1.01 * bound)
+
+
+def test_a_coupled_gradient_is_itself_again_after_a_step_that_another_hook_refused():
+    net = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4))
+    unit = prifu.filters(prifu.wrap(net, decay="coupled", init=1.0, beta=0.5))["1"]
+    optimizer = torch.optim.SGD([unit.weight], lr=0.1)
+
+    def refuse(*_):
+        raise KeyboardInterrupt
+
+    handle = optimizer.register_step_pre_hook(refuse)
+    unit.weight.grad = torch.ones_like(unit.weight)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    handle.remove()
+    before = unit.weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(unit.weight.detach(), before - 0.1 * (1 + 0.5 * before))
+
+
+def test_coupled_decay_takes_gradients_that_can_be_differentiated():
+    net = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4))
+    model = prifu.wrap(net, decay="coupled", init=1.0, beta=0.5)
+    unit = prifu.filters(model)["1"]
+    loss = model(torch.randn(3, 2)).square().sum()
+    (unit.weight.grad,) = torch.autograd.grad(loss, [unit.weight], create_graph=True)
+    grad = unit.weight.grad.detach().clone()
+    torch.optim.SGD([unit.weight], lr=0.1).step()
+    torch.testing.assert_close(unit.weight.grad.detach(), grad)

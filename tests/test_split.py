@@ -8,8 +8,9 @@ import torchvision
 from torch import nn
 
 import prifu_plugin as prifu
-from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
+from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError, PrifuWarning
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.prune.verify import difference
 from prifu_plugin.split import Split
 
 CUTS = [
@@ -355,3 +356,61 @@ def test_the_statistics_of_a_model_in_training_stay():
     assert model.training
     assert not model[1].running_mean.any()
     assert model[1].num_batches_tracked == 0
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        late = torch.rand_like(x)  # drawn first, for the cloud
+        x = self.a(x + torch.rand_like(x))
+        return self.b(x) + late[:, :2]
+
+
+def test_random_draws_may_change_their_order():
+    model, x = Noisy().eval(), torch.randn(5, 4)
+    edge, cloud = prifu.split(model, "a", x, several=True)
+    assert cloud(edge(x)).shape == (5, 2)
+
+
+def test_parts_of_a_model_without_finite_outputs_were_not_compared():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    nn.init.constant_(model[1].bias, float("nan"))
+    with pytest.warns(PrifuWarning, match="nothing was compared"):
+        prifu.split(model, "0", torch.randn(5, 4))
+
+
+class Single(nn.Module):
+    """Takes one image at a time, and its cloud asks for sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.a(x).view(1, 4, 36).mean(2)
+        return self.b(y) * x.shape[2]
+
+
+def test_a_model_that_takes_one_input_only_is_cut_for_its_size():
+    model, x = Single().eval(), torch.randn(1, 3, 8, 8)
+    with pytest.raises(RuntimeError, match="shape"):
+        model(torch.randn(2, 3, 8, 8))
+    edge, cloud = prifu.split(model, "a", x)
+    torch.testing.assert_close(cloud(edge(x)), model(x))
+    with pytest.raises(AssertionError, match="other input sizes"):
+        edge(torch.randn(2, 3, 8, 8))
+
+
+def test_an_input_that_a_model_refuses_is_said_with_its_reason():
+    with pytest.raises(ConfigError, match="refuses inputs.*mat1"):
+        prifu.split(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "0", torch.randn(5, 3))
+
+
+def test_complex_outputs_are_compared_with_their_imaginary_parts():
+    a = torch.tensor([1 + 2j, 3 + 1j])
+    assert difference(a, a.real + 0j) > 0.1
+    assert difference(a, a) == 0
+    assert difference(a, torch.view_as_real(a)) == float("inf")

@@ -60,6 +60,8 @@ def keep_fixed(host: nn.Module, unit: PriFU) -> None:
             own = host._parameters.get(name)
             if own is not None:
                 own.requires_grad_(not unit.holds_scale and bool(freed))
+                if unit.holds_scale:
+                    own.grad = None  # an optimizer's momentum would move it on
 
 
 def is_host(module: nn.Module) -> bool:

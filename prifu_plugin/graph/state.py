@@ -118,9 +118,14 @@ def complete_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: st
     """Let a checkpoint from before wrap load, keeping our filters, and one from before a version.
 
     A filter that the checkpoint has is completed with what it does not have of it yet.
+
+    Raises:
+        OrderError: if it brings norms a scale that our filters hold already.
     """
     ours = {k: v for k, v in model.state_dict().items() if f".{CHILD}." in f".{k}"}
     known = [key for key in ours if prefix + key in state_dict]
+    if not known:
+        _check_scales(model, state_dict, prefix)
     for key, value in ours.items():
         if not known:
             state_dict[prefix + key] = value
@@ -128,3 +133,15 @@ def complete_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: st
             state_dict.setdefault(prefix + key, torch.zeros_like(value))
         elif key.endswith("._extra_state"):
             state_dict.setdefault(prefix + key, value)
+
+
+def _check_scales(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    for path, host in model.named_modules():
+        unit = host._modules.get(CHILD) if is_host(host) else None
+        holds = isinstance(unit, PriFU) and unit.holds_scale
+        if holds and f"{prefix}{path}.weight" in state_dict:
+            raise OrderError(
+                f"The checkpoint is of a model without filters and has the scale of '{path}', "
+                "which its filter has absorbed: it would count twice. Load it before absorb, or "
+                "before wrap."
+            )

@@ -1,8 +1,12 @@
-"""Runs without the noise of cut filters, which is drawn anew each time."""
+"""Runs that can be compared: without the noise of cut filters, and with the same draws."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prifu_plugin.cut import CutFilter
 
@@ -30,3 +34,21 @@ class Quiet:
             unit.noise = level
         for vector, value in zip(self.vectors, self.copies, strict=True):
             vector.copy_(value)
+
+
+class DrawingAlike(TorchDispatchMode):
+    """Let every operation that draws at random draw the same, in whatever order they come.
+
+    Example:
+        >>> with DrawingAlike():
+        ...     torch.equal(torch.rand(3), torch.rand(3))
+        True
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation, after seeding the generators if it draws."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            torch.manual_seed(0)
+        return func(*args, **(kwargs or {}))

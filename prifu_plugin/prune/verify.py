@@ -133,9 +133,9 @@ def _gap(a: Any, b: Any) -> float:
     """Return the relative difference of two leaves: inf for another kind, nan for no evidence."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return 0.0 if type(a) is type(b) and a == b else float("inf")
-    if a.shape != b.shape:
+    if a.shape != b.shape or a.is_complex() != b.is_complex():
         return float("inf")
-    a, b = a.detach().double(), b.detach().double()
+    a, b = _real(a), _real(b)
     finite = torch.isfinite(a)
     if a.numel() and not finite.any():
         return float("nan")
@@ -147,6 +147,11 @@ def _gap(a: Any, b: Any) -> float:
     if not finite.any():
         return 0.0
     return float(((a - b).abs() / _scale(a, finite))[finite].max())
+
+
+def _real(x: Tensor) -> Tensor:
+    """Return the values of a tensor in fp64; those of a complex one as pairs."""
+    return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).detach().double()
 
 
 def _scale(a: Tensor, finite: Tensor) -> Tensor:
