@@ -147,7 +147,6 @@ def test_the_state_of_something_else(wrapped):
         prifu.FilterSchedule(wrapped, 10, alpha=(0, 0.1)).load_state_dict({})
 
 
-
 def test_reports_that_are_damaged(pruned):
     report = prifu.report(pruned)
     for data in ({}, {**report.to_dict(), "checks": [{}]}, {**report.to_dict(), "layers": 3}):

@@ -1,9 +1,12 @@
 """What a forward does beside its operations: kept, or refused in words; never lost."""
 
 import copy
+import enum
 import inspect
 import random
 import re
+from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -340,3 +343,103 @@ def test_a_part_that_a_mask_copies_is_no_view():
     wrapped, x = prifu.wrap(Masked(0.0)).eval(), torch.randn(6, 4)
     with pytest.raises(CaptureError, match="zero_|cannot be traced|branches"):
         prifu.prune(wrapped, x, verify=False)
+
+
+class Kind(enum.Enum):
+    DOUBLE, HALVE = 2.0, 0.5
+
+
+@dataclass
+class Settings:
+    factors: list[float]
+
+
+READS = {
+    "what was not there": (
+        lambda self, x: x * getattr(self, "later", 1.0),
+        lambda m: setattr(m, "later", 3.0),
+    ),
+    "an enumeration": (
+        lambda self, x: x * self.kind.value,
+        lambda m: setattr(m, "kind", Kind(0.5)),
+    ),
+    "a function of torch": (
+        lambda self, x: self.builtin(x),
+        lambda m: setattr(m, "builtin", torch.sigmoid),
+    ),
+    "a list in a list": (
+        lambda self, x: x * self.nested[0][0],
+        lambda m: m.nested[0].__setitem__(0, 5.0),
+    ),
+    "settings": (
+        lambda self, x: x * self.settings.factors[0],
+        lambda m: m.settings.factors.__setitem__(0, 5.0),
+    ),
+    "a child": (
+        lambda self, x: x if self.extra is None else self.extra(x),
+        lambda m: setattr(m, "extra", None),
+    ),
+    "no child": (
+        lambda self, x: x if self.nothing is None else self.nothing(x),
+        lambda m: setattr(m, "nothing", nn.Tanh()),
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "change"), READS.values(), ids=READS)
+def test_what_a_functional_host_reads_in_other_ways_stays_alive(body, change):
+    torch.manual_seed(0)
+    net, x = Around(body), torch.randn(6, 4)
+    net.kind, net.builtin, net.nested = Kind.DOUBLE, torch.tanh, [[2.0]]
+    net.settings, net.extra, net.nothing = Settings([2.0]), nn.Sigmoid(), None
+    wrapped = prifu.wrap(net)
+    torch.testing.assert_close(wrapped(x), net(x))
+    for model in (net, wrapped):
+        change(model)
+    torch.testing.assert_close(wrapped(x), net(x))
+
+
+def changing_a_tensor(self, x):
+    self.plain.add_(1)
+    return x
+
+
+def changing_an_array(self, x):
+    self.array[0] += 1
+    return x
+
+
+def changing_a_queue(self, x):
+    self.queue.append(1)
+    return x
+
+
+def drawing_of_its_own(self, x):
+    return x * float(self.random.random())
+
+
+def drawing_of_its_own_in_torch(self, x):
+    return x * float(torch.rand((), generator=self.generator))
+
+
+def asking_for_autocast(self, x):
+    return x * 2 if torch.is_autocast_enabled() else x
+
+
+HIDDEN = {
+    changing_a_tensor: "changes the values in plain",
+    changing_an_array: "changes the values in array",
+    changing_a_queue: "changes an item of queue",
+    drawing_of_its_own: "changes the values in random",
+    drawing_of_its_own_in_torch: "changes the values in generator",
+    asking_for_autocast: "asks for autocast",
+}
+
+
+@pytest.mark.parametrize(("body", "why"), HIDDEN.items(), ids=[f.__name__ for f in HIDDEN])
+def test_what_a_functional_host_changes_in_hidden_places_is_refused(body, why):
+    net = Around(body)
+    net.plain, net.array, net.queue = torch.zeros(2), np.zeros(2), deque([0])
+    net.random, net.generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    (site,) = prifu.sites(net)
+    assert re.search(why, site.refused or "")

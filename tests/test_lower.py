@@ -148,8 +148,6 @@ def test_a_cast_to_another_type_is_a_copy():
     torch.testing.assert_close(prifu.prune(wrapped, X)(X), wrapped(X))
 
 
-
-
 def test_dropout_in_place_is_its_own_result():
     torch.manual_seed(0)
     layers = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Hardswish(inplace=True)]

@@ -46,10 +46,9 @@ def only_operations(
             refusing = _refusing(kept, words, computing, harmless, in_training)
             stack.enter_context(mock.patch.object(home, name, refusing))
         if in_training:
-            asked = _refusing(
-                torch.is_grad_enabled, "it asks for gradients, or switches them", computing
-            )
-            stack.enter_context(mock.patch.object(torch, "is_grad_enabled", asked))
+            for name, words in _ASKED.items():
+                asked = _refusing(getattr(torch, name), words, computing)
+                stack.enter_context(mock.patch.object(torch, name, asked))
         yield
     if _drawn() != before:
         raise CaptureError("it draws random numbers itself, which a graph would keep for ever")
@@ -71,6 +70,13 @@ _LOST: tuple[tuple[Any, str, str, Callable[[Any, bool], bool]], ...] = (
     (torch.inference_mode, "__enter__", "it has a region in inference mode", _never),
     (autocast, "__enter__", "it has a region under autocast", _no_change),
 )
+
+
+_ASKED = {
+    "is_grad_enabled": "it asks for gradients, or switches them",
+    "is_inference_mode_enabled": "it asks for inference mode",
+    "is_autocast_enabled": "it asks for autocast",
+}
 
 
 def _refusing(

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import random
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FunctionType
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prifu_plugin.errors import CaptureError
 
 Reads = dict[tuple[str, str], Any]
 """(path of a module below the one that is traced, attribute) -> what it was."""
+ABSENT, CHILD_IS_THERE = object(), object()
+"""Of an attribute that was asked for and not there, and of a module."""
 
 
 @contextmanager
@@ -47,10 +54,13 @@ def still_so(module: nn.Module, reads: Reads) -> bool:
             owner: Any = module
             for part in path.split(".") if path else ():
                 owner = owner._modules[part]
-            now = getattr(owner, name)
-        except (AttributeError, KeyError):  # gone
+            now = getattr(owner, name, ABSENT)
+        except KeyError:  # gone
             return False
-        if now is not value and (type(now) is not type(value) or now != value):
+        if value is CHILD_IS_THERE:
+            if not isinstance(now, nn.Module):
+                return False
+        elif now is not value and (type(now) is not type(value) or now != value):
             return False
     return True
 
@@ -62,10 +72,12 @@ def held(module: nn.Module) -> dict[str, Any]:
         for name, value in part.__dict__.items():
             where = f"{path}.{name}".lstrip(".")
             found[where] = value
-            if isinstance(value, list | tuple | set):
+            if isinstance(value, list | tuple | set | deque):
                 found[f"an item of {where}"] = tuple(value)
             elif isinstance(value, dict) and name != "_modules":
                 found.update({f"{where}['{key}']": item for key, item in value.items()})
+            else:
+                found[f"the values in {where}"] = _inside(value)
     versions = ((f"buffer {name}", b._version) for name, b in module.named_buffers())
     return {**found, **dict(versions)}
 
@@ -82,6 +94,19 @@ def check_unchanged(module: nn.Module, before: dict[str, Any]) -> None:
         raise CaptureError(f"it changes {name}, which its graph would not")
 
 
+def _inside(value: Any) -> Any:
+    """Return what shows that a tensor, an array or a generator of its own was changed in place."""
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else value._version
+    if isinstance(value, np.ndarray):
+        return hash(value.tobytes())
+    if isinstance(value, torch.Generator):
+        return hash(bytes(value.get_state().numpy()))
+    if isinstance(value, np.random.Generator):
+        return str(value.bit_generator.state)
+    return str(value.getstate()) if isinstance(value, random.Random) else None
+
+
 def _same_items(was: Any, now: Any) -> bool:
     if isinstance(was, tuple):
         return len(was) == len(now) and all(a is b for a, b in zip(was, now, strict=True))
@@ -95,10 +120,27 @@ def _noting(cls: type[nn.Module], path: str, reads: Reads) -> type[nn.Module]:
     def read(self: nn.Module, name: str) -> Any:
         value = super(noting, self).__getattribute__(name)
         if name not in _OF_EVERY_MODULE and not name.startswith("__") and _is_plain(value):
-            reads.setdefault((path, name), copy.copy(value))
+            reads.setdefault((path, name), copy.deepcopy(value))
         return value
 
-    members = {"__getattribute__": read, "__module__": cls.__module__}
+    def look_for(self: nn.Module, name: str) -> Any:
+        """Note children, and what is not there: "if self.norm" and getattr with a default."""
+        try:
+            value = super(noting, self).__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            reads.setdefault((path, name), ABSENT)
+            raise
+        if isinstance(value, nn.Module):
+            reads.setdefault((path, name), CHILD_IS_THERE)
+        elif value is None:
+            reads.setdefault((path, name), None)
+        return value
+
+    members = {
+        "__getattribute__": read,
+        "__getattr__": look_for,
+        "__module__": cls.__module__,
+    }
     noting: type[nn.Module] = type(cls.__name__, (cls,), members)
     noting.__qualname__ = cls.__qualname__
     return noting
@@ -107,10 +149,15 @@ def _noting(cls: type[nn.Module], path: str, reads: Reads) -> type[nn.Module]:
 _OF_EVERY_MODULE = set(nn.Module().__dict__) - {"training"}
 """What torch itself reads of each module."""
 
-_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, FunctionType)
+_PLAIN = (
+    *(type(None), bool, int, float, complex, str, Enum, torch.dtype, torch.device),
+    *(FunctionType, BuiltinFunctionType),
+)
 
 
 def _is_plain(value: Any) -> bool:
+    if is_dataclass(value) and not isinstance(value, type):
+        return all(_is_plain(getattr(value, part.name)) for part in fields(value))
     if isinstance(value, tuple | list | set | frozenset):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
