@@ -10,7 +10,7 @@ from torch import fx
 
 GUARD = (
     "This model was made for other input sizes: its forward decides on sizes, and for this input "
-    "it would decide differently. Prune or split again with example_inputs= of this size."
+    "it would decide differently. Prune again with example_inputs= of this size."
 )
 
 

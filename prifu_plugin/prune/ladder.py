@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import fx, nn
 
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import Captured
@@ -77,7 +77,7 @@ def _in_turn(
     if sized is not None:
         yield sized, runs
         for other in runs[0].batch(3).sized():
-            if other != runs[-1] and takes(model, other):
+            if other != runs[-1] and takes(fx.GraphModule(sized.root, sized.graph), other):
                 yield sized, (runs[0], other)
         another = runs[0].batch(3)
         if another != runs[-1]:

@@ -25,11 +25,11 @@ from prifu_plugin.prune.ladder import recorded
 from prifu_plugin.prune.memory import check_memory
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.planner import make_plan
-from prifu_plugin.prune.precise import precise, reference
+from prifu_plugin.prune.precise import precise
 from prifu_plugin.prune.report import Fate, fates
 from prifu_plugin.prune.rewrite import rewrite
 from prifu_plugin.prune.rules import Analysis, analyse
-from prifu_plugin.prune.verify import Check, compare, culprit
+from prifu_plugin.prune.verify import Check, compare, culprit, reference
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,9 @@ def _certify(
     guarded = any(is_guard(node) for node in twin.graph.nodes)
     if not takes(captured.root, single) or (guarded and not takes(twin, single)):
         single = runs[0]
-    filtered = reference(exact, single.draw(exact.root, seed))
+    filtered, given = reference(exact, single, seed)
     checks = [
-        compare(filtered, twin, single, seed),
+        compare(filtered, twin, single, seed, expected=given),
         compare(filtered, twin, runs[-1], seed + 1),
         compare(original, pruned, runs[0], seed + 2, filtered),
     ]

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.insert import filters
-from prifu_plugin.graph.undisturbed import run_undisturbed
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = {"float": "double", "half": "double", "bfloat16": "double"}
@@ -127,14 +126,3 @@ class LowestPrecision(TorchDispatchMode):
         results = result if isinstance(result, tuple | list) else (result,)
         self.lower |= any(isinstance(r, Tensor) and r.dtype in _LOWER for r in results)
         return result
-
-
-def reference(captured: Captured, inputs: list[Tensor]) -> nn.Module:
-    """Return the model in fp64 as Python runs it, or by its graph where Python casts."""
-    lowest = LowestPrecision()
-    try:
-        with lowest, raised():
-            run_undisturbed(captured.root, inputs)
-    except Exception:  # noqa: BLE001 - a cast meets weights in fp64
-        return fx.GraphModule(captured.root, captured.graph)
-    return fx.GraphModule(captured.root, captured.graph) if lowest.lower else captured.root
