@@ -202,11 +202,11 @@ class Quantizer(nn.Module):
 class Noise(nn.Module):
     """Gaussian noise of a fixed scale, drawn once for each upload.
 
-    In eval mode the draw is a function of the upload, in steps of about 1/16 of its deviation, and
-    of a secret key: the same query returns the same answer, in another batch too (but for the few
-    uploads with a value on the border of two steps). A query that differs a little is drawn anew,
-    so that averaging over *varied* queries still helps an attacker; `prifu_plugin.audit` tries
-    that. In training the draw is fresh.
+    In eval mode the draw is a function of the upload, in coarse steps, and of a secret key: the
+    same query returns the same answer, in another batch too, whose fp32 results differ in their
+    last digits (half precision rounds by more, and some uploads are drawn anew). A query that
+    differs a little is drawn anew, so that averaging over *varied* queries still helps an
+    attacker; `prifu_plugin.audit` tries that. In training the draw is fresh.
 
     Args:
         scale: standard deviation, in units of z.
@@ -230,7 +230,7 @@ class Noise(nn.Module):
         """Return z with noise, shape and dtype of z."""
         if self.training:
             return z + self.scale * torch.randn_like(z)
-        return z + self.scale * keyed_gaussian(z, self.key)
+        return z + self.scale * keyed_gaussian(z, self.key, self.scale or math.inf)
 
     def extra_repr(self) -> str:
         """Say the scale, not the key."""
@@ -265,7 +265,9 @@ class Projection(nn.Module):
                 "nn.Linear that reads the upload."
             )
         left, values, right = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
-        smallest = max(linear.weight.shape) * torch.finfo(linear.weight.dtype).eps
+        # Half precision rounds the weights, but they are what the server computes with.
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        smallest = max(linear.weight.shape) * torch.finfo(dtype).eps
         rank = max(1, int((values > values.max() * smallest).sum()))
         rest = (left * values)[:, :rank].contiguous()
         self.register_buffer("basis", right[:rank].to(linear.weight.dtype).contiguous())

@@ -1,8 +1,10 @@
-"""Where a module is."""
+"""Where a module is, of what type its numbers are, and draws there that leave no trace."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,3 +21,57 @@ def device_of(module: nn.Module) -> torch.device:
     """
     first: Tensor | None = next(itertools.chain(module.parameters(), module.buffers()), None)
     return CPU if first is None else first.device
+
+
+def like_of(module: nn.Module) -> Tensor:
+    """Return a tensor of the device and type that a module computes in: fp32 if it has none.
+
+    Filters are in fp32 or better whatever the model is in, and are not asked.
+
+    Example:
+        >>> like_of(nn.Linear(2, 2).bfloat16()).dtype
+        torch.bfloat16
+    """
+    named = itertools.chain(module.named_parameters(), module.named_buffers())
+    own = (value for name, value in named if ".prifu." not in f".{name}")
+    return next((value for value in own if value.is_floating_point()), torch.zeros(()))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """Draw with a seed on the CPU and a device, in a with block; others go on as they were.
+
+    `torch.manual_seed` would seed every device, and what it did there would stay.
+
+    Example:
+        >>> torch.manual_seed(5).initial_seed()
+        5
+        >>> with seeded(0):
+        ...     x = torch.rand(3)
+        >>> with seeded(0):
+        ...     torch.equal(x, torch.rand(3))
+        True
+        >>> torch.initial_seed()
+        5
+    """
+    if not _is_away(device):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+        return
+    home = torch.get_device_module(device.type)
+    index = home.current_device() if device.index is None else device.index
+    with torch.random.fork_rng(devices=[index], device_type=device.type):
+        torch.default_generator.manual_seed(seed)
+        with home.device(index):
+            home.manual_seed(seed)
+        yield
+
+
+def _is_away(device: torch.device) -> bool:
+    """Whether a device is an accelerator whose generators can be kept and put back."""
+    if not torch.accelerator.is_available():
+        return False
+    there, home = torch.accelerator.current_accelerator(), torch.get_device_module()
+    known = hasattr(home, "get_rng_state") and hasattr(home, "current_device")
+    return there is not None and there.type == device.type and known

@@ -36,7 +36,7 @@ def learned(outputs: Tensor, targets: Tensor) -> bool:
     right = float(are_right(outputs, targets).mean())
     if is_above_chance(right, targets):
         return True
-    chance = float(targets.bincount().max()) / len(targets)
+    chance = float(targets.long().bincount().max()) / len(targets)
     warnings.warn(
         f"The model is at chance: {100 * right:.1f} % right, and {100 * chance:.1f} % by always "
         "giving the most frequent answer. What it hides says nothing about filters. Lower alpha "
@@ -77,6 +77,7 @@ def are_right(outputs: Tensor, targets: Tensor) -> Tensor:
         )
     if targets.is_floating_point() or targets.is_complex():
         raise ConfigError(f"targets are {targets.dtype}: pass classes, integers from 0.")
+    targets = targets.to(outputs.device).long()
     classes = 2 if flat else outputs.shape[1]
     if int(targets.min()) < 0 or int(targets.max()) >= classes:
         raise ConfigError(
@@ -96,5 +97,5 @@ def named(outputs: Tensor) -> Tensor:
 def is_above_chance(accuracy: float, targets: Tensor) -> bool:
     """Return whether an accuracy on targets (N,) beats the most frequent class."""
     count = len(targets)
-    chance = float(targets.bincount().max()) / count
+    chance = float(targets.long().bincount().max()) / count
     return accuracy > chance + 1.96 * math.sqrt(chance * (1 - chance) / count)

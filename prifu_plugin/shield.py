@@ -19,9 +19,10 @@ Group = dict[str, Any]
 _DECAYS = {"weight_decay", "lambd"}
 """What optimizers call the share of a weight that each step takes off (lambd: ASGD)."""
 
-_SHIELDED: weakref.WeakKeyDictionary[Optimizer, list[tuple[Group, list[Tensor]]]] = (
+_SHIELDED: weakref.WeakKeyDictionary[Optimizer, list[tuple[Group, list[Tensor], Group]]] = (
     weakref.WeakKeyDictionary()
 )
+"""Optimizer -> its groups, the parameters each had, and the group that was added for it."""
 
 
 class Before(NamedTuple):
@@ -36,16 +37,14 @@ class Before(NamedTuple):
 
 def shield(optimizer: Optimizer, filters: dict[int, PriFU]) -> None:
     """Move W into a group without weight decay, for the length of one step."""
-    shielded: list[tuple[Group, list[Tensor]]] = []
-    extra: list[Group] = []
+    shielded: list[tuple[Group, list[Tensor], Group]] = []
     for group in optimizer.param_groups:
         weights = [p for p in group["params"] if id(p) in filters]
         if not weights or not any(group.get(name) for name in _DECAYS):
             continue
-        shielded.append((group, group["params"]))
         own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
         off = dict.fromkeys(_DECAYS & own.keys(), 0.0)
-        extra.append({**own, "params": weights, **off})
+        shielded.append((group, group["params"], {**own, "params": weights, **off}))
         group["params"] = [p for p in group["params"] if id(p) not in filters]
     if not shielded:
         return
@@ -55,7 +54,7 @@ def shield(optimizer: Optimizer, filters: dict[int, PriFU]) -> None:
         optimizer.register_state_dict_pre_hook(_forget)
         _GUARDED.add(optimizer)
     _SHIELDED[optimizer] = shielded
-    optimizer.param_groups.extend(extra)
+    optimizer.param_groups.extend(extra for _, _, extra in shielded)
 
 
 _GUARDED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -64,10 +63,10 @@ _GUARDED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 def restore(optimizer: Optimizer) -> bool:
     """Undo the shield; return whether there was one."""
     shielded = _SHIELDED.pop(optimizer, [])
-    for group, params in shielded:
+    for group, params, extra in shielded:
         group["params"] = params
-    if shielded:
-        del optimizer.param_groups[-len(shielded) :]
+        # Others may have added groups since, behind ours.
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g is not extra]
     return bool(shielded)
 
 

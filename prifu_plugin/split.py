@@ -88,7 +88,7 @@ class Split:
                 "at least two different ones."
             )
         with undisturbed(self.edge), torch.no_grad():
-            z = self.edge.eval()(x)
+            z = self.edge.eval()(x.to(device_of(self.edge), copy=True))
         if not isinstance(z, Tensor):
             raise ConfigError(
                 f"The upload at '{self.at}' is {len(z)} tensors, which have no single payload: "
@@ -288,11 +288,11 @@ def _size(
 def _check(model: nn.Module, halves: Split, inputs: Inputs) -> None:
     """Raise CaptureError if the halves do not compute what the model does, in eval mode."""
     shell = nn.ModuleList([model, *halves])
-    with undisturbed(shell), Quiet(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with undisturbed(shell), Quiet(model), torch.no_grad():
         shell.eval()
         drawn = (suited(model, inputs.batch(2), inputs) or inputs).draw(model, 0)
         drawn = [x.to(device_of(model)) for x in drawn]
-        with DrawingAlike():
+        with DrawingAlike(device_of(model)):
             expected = model(*(x.clone() for x in drawn))
             found = halves.cloud(halves.edge(*drawn))
     gap = difference(expected, found)

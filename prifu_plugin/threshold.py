@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from prifu_plugin.arguments import check_callable, number, whole_number
 from prifu_plugin.batches import check_repeatable, pairs
-from prifu_plugin.device import device_of
+from prifu_plugin.device import device_of, seeded
 from prifu_plugin.errors import ConfigError, PrifuWarning
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
@@ -122,13 +122,16 @@ def fit_alpha(
     metric: Metric | None = None,
     steps: int = 12,
 ) -> Threshold:
-    """Find the strongest filter within a budget, and set it on the model.
+    """Set alpha to the strongest threshold whose metric still holds, or the weakest that is small.
+
+    Never below the present one: with `max_drop` the strongest whose metric falls by no more, with
+    `keep` or `macs` the weakest that keeps no more.
 
     Args:
         model: a wrapped, trained model; its filters' alpha is set.
         data: batches (x, target) that were not trained on.
         max_drop: how far the mean metric may fall below that at the present alpha.
-        keep: share of channels to keep at most; the weakest filter that keeps no more.
+        keep: share of channels to keep at most.
         macs: share of multiply-accumulates to keep at most, after pruning.
         metric: one number a sample; whether the class is right by default.
         steps: of the search; each reads the data once.
@@ -146,7 +149,8 @@ def fit_alpha(
     check_repeatable(data)
     check_callable("metric", metric, "outputs and targets, one number a sample")
     present = max(unit.alpha for unit in filters(model).values())
-    reference = _evaluate(model, data, present, metric or are_right, False)  # as it is
+    sized = macs is not None
+    reference = _evaluate(model, data, present, metric or are_right, sized)  # as it is
     _warn_at_chance(reference, data, metric)
     if max_drop is not None:
         least = reference.score - max_drop
@@ -162,10 +166,12 @@ def fit_alpha(
     else:
         share = "open_share" if keep is not None else "macs_share"
         most = keep if keep is not None else macs
+        if getattr(reference, share) <= most:
+            return reference
         best = _bisect(
-            lambda alpha: _measure(model, data, [alpha], metric, macs is not None)[0],
+            lambda alpha: _measure(model, data, [alpha], metric, sized)[0],
             lambda found: getattr(found, share) <= most,
-            (0.0, 1.0),
+            (present, 1.0),
             steps,
             strongest=False,
         )
@@ -236,9 +242,8 @@ def _at(model: nn.Module, alpha: float) -> Iterator[None]:
 def _evaluate(model: nn.Module, data: Data, alpha: float, metric: Metric, macs: bool) -> Threshold:
     device = device_of(model)
     total, count = 0.0, 0
-    devices = [device] if device.type == "cuda" else []
-    with undisturbed(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)  # noise on an upload is the same for every threshold
+    # Noise on an upload is the same for every threshold.
+    with undisturbed(model), torch.no_grad(), seeded(0, device):
         model.eval()
         first = None
         for x, target in pairs(data, device):

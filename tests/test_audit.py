@@ -513,7 +513,7 @@ def test_nothing_is_read_from_a_constant_upload():
 def test_keyed_noise_is_averaged_over_varied_queries():
     def read(key):
         net = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Identity())
-        edge = prifu.wrap(nn.Sequential(net, nn.BatchNorm1d(3)), cut="0", noise=0.3,
+        edge = prifu.wrap(nn.Sequential(net, nn.BatchNorm1d(3)), cut="0", noise=0.03,
                           example_inputs=TRAIN.images[:4])  # fmt: skip
         edge.get_submodule("0.prifu").key = key
         return run(edge[0], queries=4).upload, run(edge[0], queries=4).attributes[0].repeated
@@ -521,6 +521,7 @@ def test_keyed_noise_is_averaged_over_varied_queries():
     upload, averaged = read(bytes(range(32)))
     assert not upload.stochastic
     assert averaged == pytest.approx(read(None)[1], abs=0.06)
+    assert averaged > 0.65
 
 
 def test_uploads_that_are_no_real_vectors(plain):
@@ -651,3 +652,47 @@ def test_what_is_rounded_is_asked_again():
     assert once.unique().numel() == 2
     told = [torch.corrcoef(torch.stack([z.mean(1), truth.mean(1)]))[0, 1] for z in (once, often)]
     assert told[1] > max(0.9, told[0] + 0.05)
+
+
+def test_a_noisy_edge_is_audited_alike_with_the_same_seed():
+    torch.manual_seed(1)
+    first = run(Edge(noise=0.3), seed=3)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert run(Edge(noise=0.3), seed=3).to_json() == first.to_json()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_cloud_is_no_reference():
+    with pytest.raises(ConfigError, match="'cloud' is not"):
+        run(Edge(), references={"cloud": Edge().eval()})
+
+
+class Linear(nn.Sequential):
+    def __init__(self, *sizes):
+        super().__init__(
+            nn.Flatten(), *(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision_are_audited(dtype):
+    torch.manual_seed(0)
+    edge, cloud = Linear(192, 16).to(dtype).eval(), Linear(16, 8, 2).to(dtype).eval()
+    parts = [prifu.AuditData(part.images.to(dtype), part.labels) for part in (TRAIN, TEST)]
+    settings = {"task": "task", "attributes": ["private"], "cloud": cloud}
+    report = prifu.audit(edge, *parts, suite="quick", seeds=1, reconstruct=True, **settings)
+    assert rows(report)["private"].accuracy.value > 0.9
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"),
+    [(lambda z: {"logits": z}, "dict"), (lambda z: z[..., None], r"\(4, 3, 1\)")],
+)
+def test_a_cloud_that_returns_no_logits_is_said(answer, what):
+    class Strange(nn.Module):
+        def forward(self, z):
+            return answer(z)
+
+    with pytest.raises(ConfigError, match=f"The cloud returns {what}"):
+        answers_of(Strange(), torch.zeros(4, 3), torch.zeros(4))

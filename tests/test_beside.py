@@ -5,7 +5,9 @@ import enum
 import inspect
 import random
 import re
+import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,8 @@ from torch import nn
 import prifu_plugin as prifu
 from prifu_plugin.errors import CaptureError, NoSiteError
 from prifu_plugin.graph.beside import only_operations
+from prifu_plugin.graph.capture import capture
+from prifu_plugin.graph.functional import functional_calls
 from prifu_plugin.prune.verify import difference
 
 
@@ -443,3 +447,43 @@ def test_what_a_functional_host_changes_in_hidden_places_is_refused(body, why):
     net.random, net.generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     (site,) = prifu.sites(net)
     assert re.search(why, site.refused or "")
+
+
+def test_a_trace_is_felt_by_no_other_thread():
+    started, done, errors = threading.Event(), threading.Event(), []
+
+    def work():
+        started.wait(10)
+        try:
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                assert not torch.is_grad_enabled()
+            with torch.inference_mode():
+                pass
+        except BaseException as error:
+            errors.append(error)
+        done.set()
+
+    class Waiting(nn.Module):
+        def forward(self, x):
+            started.set()
+            assert done.wait(10)
+            return x * 2
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    capture(nn.Sequential(Waiting()))
+    thread.join()
+    assert not errors
+
+
+def test_two_threads_trace_in_turn():
+    def work():
+        for _ in range(3):
+            capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+            functional_calls(Around(lambda self, x: x))
+
+    kept = torch._C._set_grad_enabled, torch.is_grad_enabled, isinstance, len
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(work) for _ in range(4)]:
+            future.result()
+    assert (torch._C._set_grad_enabled, torch.is_grad_enabled, isinstance, len) == kept

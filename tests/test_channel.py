@@ -234,3 +234,39 @@ def test_what_is_not_finite_is_not_sent(channel):
 
 def test_half_uploads_are_projected():
     assert Projection(nn.Linear(8, 2))(torch.randn(3, 8).half()).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("count", "jitter", "least"), [(3, 1e-7, 1.0), (512, 5e-4, 0.6), (200_000, 1e-7, 1.0)]
+)
+def test_rounding_draws_no_other_noise(count, jitter, least):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(100, count, generator=generator)
+    rounded = z * (1 + jitter * torch.randn(z.shape, generator=generator))
+    same = (keyed_gaussian(z, KEY) == keyed_gaussian(rounded, KEY)).all(1)
+    assert same.float().mean() >= least
+    other = keyed_gaussian(z + 0.05 * torch.randn(z.shape, generator=generator), KEY)
+    assert not (keyed_gaussian(z, KEY) == other).all(1).any()
+
+
+def test_few_values_among_many_constants_are_told_apart():
+    torch.manual_seed(0)
+    z = torch.randn(512).repeat(200, 1)
+    z[:, :4] += 0.3 * torch.randn(200, 4)
+    noise = Noise(0.1, KEY).eval()(z) - z
+    assert len({tuple(row) for row in noise[:, 100:103].round(decimals=4).tolist()}) > 198
+
+
+def test_no_values_need_no_noise():
+    assert keyed_gaussian(torch.zeros(2, 0), KEY).shape == (2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_projection_of_a_half_precision_head_sees_what_it_sees(dtype):
+    torch.manual_seed(0)
+    head = nn.Linear(1280, 10).to(dtype)
+    projection = Projection(head)
+    assert projection.basis.shape == (10, 1280)
+    z = torch.randn(5, 1280).to(dtype)
+    expected, found = head(z).float(), projection.server()(projection(z)).float()
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()

@@ -475,3 +475,27 @@ def test_coupled_decay_takes_gradients_that_can_be_differentiated():
     grad = unit.weight.grad.detach().clone()
     torch.optim.SGD([unit.weight], lr=0.1).step()
     torch.testing.assert_close(unit.weight.grad.detach(), grad)
+
+
+def test_a_group_that_is_added_after_a_step_failed_stays():
+    net = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4))
+    model = prifu.wrap(net)
+    weight = prifu.filters(model)["1"].weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    model(torch.randn(3, 2)).square().sum().backward()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    handle = optimizer.register_step_pre_hook(fail)  # behind ours
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    handle.remove()
+    head = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [head]})
+    head.grad = torch.ones(3)
+    optimizer.step()
+    assert (head < 1).all()
+    groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    assert groups[-1] == [id(head)]
+    assert sum(id(weight) in group for group in groups) == 1

@@ -215,3 +215,25 @@ def test_the_papers_methods_are_deployed_there(cut, method, settings):
     deployed = deploy(run_of(scale, method, 0, cut=cut, **settings), study, scale)
     assert all_there(deployed.edge)
     assert uploads(deployed.edge, study.test.images[:4], "a probe").device.type == "cpu"
+
+
+def test_indices_are_drawn_where_the_model_is():
+    layers = nn.Embedding(9, 8), nn.LayerNorm(8), nn.Flatten(), nn.Linear(40, 2)
+    model, tokens = nn.Sequential(*layers).to(DEVICE).eval(), torch.randint(9, (2, 5)).to(DEVICE)
+    edge, cloud = prifu.split(model, "1", tokens)
+    assert isinstance(cloud(edge(tokens)), Elsewhere)
+
+
+def test_data_of_an_audit_may_be_there():
+    bits = torch.randint(2, (2, 400))
+    x = torch.rand(400, 3, 8, 8) * 0.3
+    x[:, 0] += 0.5 * bits[0][:, None, None]
+    x[:, 1] += 0.5 * bits[1][:, None, None]
+    data = prifu.AuditData(
+        x.to(DEVICE), {"task": bits[0].to(DEVICE), "private": bits[1].to(DEVICE)}
+    )
+    parts = data.at(torch.arange(300)), data.at(torch.arange(300, 400))
+    edge = nn.Sequential(nn.Flatten(), nn.Linear(192, 16)).to(DEVICE).eval()
+    settings = {"suite": "quick", "seeds": 1, "reconstruct": False}
+    report = prifu.audit(edge, *parts, task="task", attributes=["private"], **settings)
+    assert report.attributes[0].accuracy.value > 0.9

@@ -77,3 +77,8 @@ def test_one_logit_of_two_classes(shape):
 def test_classes_that_the_model_has_not_are_refused():
     with pytest.raises(ConfigError, match="reach from 10 to 11"):
         prifu.learned(torch.eye(2).repeat(20, 1), torch.arange(40) % 2 + 10)
+
+
+def test_flags_are_targets():
+    outputs, flags = torch.eye(2).repeat(20, 1), torch.tensor([False, True]).repeat(20)
+    assert prifu.learned(outputs, flags)

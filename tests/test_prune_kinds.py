@@ -599,3 +599,22 @@ def test_zeros_stay_zeros_where_no_mean_is_subtracted(norm, left):
     assert pruned.get_submodule("3").in_features == left
     x = torch.randn(6, 5, dtype=torch.float64)
     assert difference(model(x), pruned(x)) <= 1e-11
+
+
+@pytest.mark.parametrize("how", ["amax", "amin", "mean", "sum"])
+def test_what_is_reduced_over_constant_channels(how):
+    class Reduced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.n, self.b = nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(1, 2)
+
+        def forward(self, x):
+            y = self.n(self.a(x))
+            return self.b(getattr(y, how)(1, keepdim=True))
+
+    net = prifu.wrap(Reduced(), bias=True).eval()
+    unit = prifu.filters(net)["n"]
+    unit.weight.data.zero_()
+    unit.bias.data.copy_(torch.tensor([1.0, 2.0, 3.0, 10.0]))
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(prifu.prune(net, x)(x), net(x))

@@ -204,3 +204,11 @@ def test_a_budget_without_room_leaves_each_alpha_as_it_is():
     found = prifu.fit_alpha(model, data, max_drop=0.0)
     assert found.score == 1.0
     assert model(x).argmax(1).eq(data[0][1]).all()
+
+
+@pytest.mark.parametrize("budget", ["keep", "macs"])
+def test_a_budget_that_is_met_already_opens_nothing(budget):
+    model = trained()
+    before = {unit.alpha for unit in prifu.filters(model).values()}
+    found = prifu.fit_alpha(model, data(), **{budget: 1.0})
+    assert {unit.alpha for unit in prifu.filters(model).values()} == before == {found.alpha}

@@ -630,3 +630,50 @@ def test_a_layer_that_is_called_as_a_function_is_called_is_none():
             return x
 
     assert [(site.path, site.refused) for site in prifu.sites(Iterating())] == [("layer_norm", "")]
+
+
+class Counting(nn.LayerNorm):
+    calls = 0
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_a_norm_stores_on_itself_stays(bias):
+    net = prifu.wrap(nn.Sequential(nn.Linear(2, 4), Counting(4)), bias=bias)
+    for _ in range(3):
+        net(torch.randn(2, 2))
+    assert net[1].calls == 3
+    assert set(dict(net[1].named_parameters())) >= {"weight", "bias", "prifu.weight"}
+    assert net[1]._parameters["weight"] is net[1].weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_norms_without_parameters_are_filtered_in_the_models_type(dtype):
+    layers = nn.Linear(4, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 2)
+    net, seen = prifu.wrap(nn.Sequential(*layers).to(dtype)).eval(), []
+    x, norm = torch.randn(6, 4).to(dtype), torch.nn.functional.layer_norm
+
+    def noted(x, shape, weight=None, bias=None, eps=1e-5):
+        seen.extend(value.dtype for value in (weight, bias) if value is not None)
+        return norm(x, shape, weight, bias, eps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "layer_norm", noted)
+        net(x)
+    assert set(seen) == {dtype}
+    prifu.filters(net)["1"].weight.data[::2] = 0.0
+    pruned = prifu.prune(net, x)
+    assert {p.dtype for p in pruned.parameters()} == {dtype}
+
+
+def test_a_type_is_asked_of_the_model_and_not_of_its_filters():
+    layers = nn.BatchNorm1d(4, affine=False), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+    net = prifu.wrap(nn.Sequential(*layers).bfloat16()).eval()
+    x = torch.randn(6, 4).bfloat16()
+    pruned = prifu.prune(net, x)
+    assert pruned(x).dtype == torch.bfloat16
+    edge, cloud = prifu.split(net, "1", x)
+    assert torch.equal(cloud(edge(x)), net(x))

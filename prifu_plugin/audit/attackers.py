@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prifu_plugin.audit.statistics import area
 from prifu_plugin.audit.tail import repurposed
-from prifu_plugin.device import CPU
+from prifu_plugin.device import CPU, seeded
 
 Classifier = Callable[[Tensor], Tensor]
 """Prepared uploads -> logarithms of class probabilities, (N, K)."""
@@ -203,8 +203,7 @@ def _linear(weight: Tensor, temperature: float = 5.0) -> Classifier:
 
 def _train(make: Callable[[], nn.Module], sample: Sample, seed: int, epochs: int) -> Fitted:
     """Train with AdamW on a one-cycle schedule and keep the epoch best on validation data."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+    with seeded(seed, sample.device), torch.enable_grad():
         net = make().to(sample.device)
         size = min(64, max(8, len(sample.x) // 8))
         steps = epochs * max(1, len(sample.x) // size)

@@ -23,7 +23,8 @@ def check(
     test: AuditData,
     task: str,
     attributes: Sequence[str],
-    others: Mapping[str, nn.Module | AuditReport | None],
+    references: Mapping[str, nn.Module | AuditReport],
+    cloud: nn.Module | None,
 ) -> None:
     """Raise for modules in train mode, and for labels or images that do not fit."""
     if not isinstance(edge, nn.Module):
@@ -31,18 +32,20 @@ def check(
     check_strings("attributes", attributes)
     if not attributes:
         raise ConfigError("attributes is empty: name the private labels to attack.")
-    strange = [key for key in others if key not in ("plain", "untrained", "input", "cloud")]
+    if cloud is not None and not isinstance(cloud, nn.Module):
+        raise ConfigError(f"'cloud' is a {type(cloud).__name__}: pass a module, z -> logits.")
+    strange = [key for key in references if key not in ("plain", "untrained", "input")]
     if strange:
         raise ConfigError(f"The reference '{strange[0]}' is not 'plain', 'untrained' or 'input'.")
-    for label, module in others.items():
-        fits = isinstance(module, nn.Module | AuditReport) or (label == "cloud" and module is None)
-        if not fits or (label == "cloud" and isinstance(module, AuditReport)):
+    for label, module in references.items():
+        if not isinstance(module, nn.Module | AuditReport):
             raise ConfigError(
                 f"'{label}' is a {type(module).__name__}: pass a module, images -> z (of a Split "
-                "its edge; as cloud, z -> logits), or as a reference what audit said of one."
+                "its edge), or what audit said of one."
             )
-    for label, module in {"edge": edge, **others}.items():
-        if isinstance(module, nn.Module) and any(part.training for part in module.modules()):
+    used: dict[str, Any] = {"edge": edge, "cloud": cloud, **references}
+    for label, given in used.items():
+        if isinstance(given, nn.Module) and any(part.training for part in given.modules()):
             raise OrderError(
                 f"The module given as '{label}' is in train mode: what it computes in use is "
                 "something else. Call its eval() first."

@@ -67,8 +67,9 @@ def check_labels(data: AuditData, names: Sequence[str], where: str) -> None:
 
 
 def integers(data: AuditData) -> AuditData:
-    """Return the data with labels of type int64."""
-    return AuditData(data.images, {name: label.long() for name, label in data.labels.items()})
+    """Return the data on the CPU, with labels of type int64."""
+    labels = {name: label.cpu().long() for name, label in data.labels.items()}
+    return AuditData(data.images.cpu(), labels)
 
 
 def check_disjoint(train: AuditData, test: AuditData) -> None:
@@ -190,12 +191,16 @@ def fingerprint(*parts: AuditData) -> str:
     """Return a digest of images and labels in their order, by which audits know their data."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
-        digest.update(part.images.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(_bytes(part.images))
         for name in sorted(part.labels):
             digest.update(name.encode() + part.labels[name].cpu().long().numpy().tobytes())
     return digest.hexdigest()
 
 
 def _digests(images: Tensor) -> set[bytes]:
-    raw = images.detach().cpu().contiguous()
-    return {hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in raw}
+    return {hashlib.blake2b(_bytes(image), digest_size=16).digest() for image in images}
+
+
+def _bytes(x: Tensor) -> bytes:
+    """Return what a tensor holds, of types that numpy does not know too."""
+    return x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

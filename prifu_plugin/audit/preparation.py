@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prifu_plugin.device import seeded
+
 Transform = Callable[[Tensor], Tensor]
 
 TOLERANCE = 1e-7
@@ -194,8 +196,7 @@ def _reduced(z: Tensor) -> Transform:
         return _flat
     scale = standardize(flat)
     seen = scale(flat)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         _, _, turn = torch.pca_lowrank(seen, min(MOST, *seen.shape), niter=3)
     return lambda x: scale(x.flatten(1)) @ turn
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prifu_plugin.audit.preparation import WIDE, per_pixel, standardize, whiten
-from prifu_plugin.device import CPU
+from prifu_plugin.device import CPU, seeded
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,7 @@ def _decoder_of(
     x = prepare(z)
     if not x[0].numel():  # constant uploads: the mean image is all there is to know
         return lambda asked: images.mean(0).expand(len(asked), -1, -1, -1)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+    with seeded(seed, device), torch.enable_grad():
         net = decoder(x.shape[1:], tuple(images.shape[1:])).to(device)
         size = min(64, len(x))
         optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-4)

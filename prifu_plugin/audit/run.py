@@ -22,7 +22,7 @@ from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.audit.sending import Sent, arrived, rebuilt, send
 from prifu_plugin.audit.statistics import Interval, bootstrap
 from prifu_plugin.channel import Channel
-from prifu_plugin.device import device_of
+from prifu_plugin.device import device_of, seeded
 from prifu_plugin.errors import ConfigError
 
 References = Mapping[str, nn.Module | AuditReport]
@@ -96,7 +96,7 @@ def audit(
         True
     """
     references = references or {}
-    check(edge, train, test, task, attributes, {**references, "cloud": cloud})
+    check(edge, train, test, task, attributes, references, cloud)
     check_packages(suite, reconstructs=bool(reconstruct))
     seeds, queries = whole_number("seeds", seeds), whole_number("queries", queries)
     seed = whole_number("seed", seed, least=0)
@@ -112,19 +112,23 @@ def audit(
     data = fingerprint(train, test)
     _check_same_data(references, data)
     parts = (*split_off(train, 0.25, seed, [task, *attributes]), test)
-    sent = send(edge, channel, cloud, parts, task=task, queries=queries, name=name)
+    device = device_of(edge)
+    with seeded(seed, device):  # of noise that edges draw
+        sent = send(edge, channel, cloud, parts, task=task, queries=queries, name=name)
+        facts = facts_of(sent.uploads[0], edge, channel, test.images, sent.stochastic)
+        prepared = _prepared(sent, references, suite, cloud, device)
     reports = {k: v for k, v in references.items() if isinstance(v, AuditReport)}
-    prepared = _prepared(sent, references, suite, cloud, device_of(edge))
     evidence = Evidence(parts, sent.answers, prepared, reports, task, seeds, seed)
     bar = tqdm(attributes, desc=f"attacking {name}", leave=False, disable=None)
     rows = tuple(judge(label, evidence) for label in bar)
-    images = rebuilt(edge, channel, sent, suite, seed, losses) if losses else None
+    with seeded(seed, device):
+        images = rebuilt(edge, channel, sent, suite, seed, losses) if losses else None
     return AuditReport(
         name,
         task,
         _utility(sent.answers[2], test.labels[task], cloud, seed),
         rows,
-        facts_of(sent.uploads[0], edge, channel, test.images, sent.stochastic),
+        facts,
         images,
         (len(parts[0]), len(parts[1]), len(parts[2])),
         {**_settings(suite, seeds, seed, references, channel), "queries": queries, "data": data},

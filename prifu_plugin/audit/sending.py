@@ -12,7 +12,7 @@ import prifu_plugin.audit.reconstruction as decoding
 from prifu_plugin.audit.data import AuditData, uploads
 from prifu_plugin.channel import Channel, Noise, Quantizer
 from prifu_plugin.cut import CutFilter
-from prifu_plugin.device import device_of
+from prifu_plugin.device import device_of, like_of
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.keyed import KeyedNoise
@@ -156,10 +156,18 @@ def answers_of(cloud: nn.Module | None, z: Tensor, labels: Tensor) -> Tensor:
     """Return the task's answer for each upload; without a cloud, the true one, a higher floor."""
     if cloud is None:
         return labels
-    device = device_of(cloud)
+    like = like_of(cloud)
     with torch.no_grad():
         # Copies, since a cloud that begins in place would overwrite what is to be attacked.
-        logits = torch.cat([cloud(part.clone().to(device)).cpu() for part in z.split(250)])
+        answers = [cloud(part.to(like.device, like.dtype, copy=True)) for part in z.split(250)]
+    strange = next((a for a in answers if not isinstance(a, Tensor) or a.ndim > 2), None)
+    if strange is not None:
+        what = tuple(strange.shape) if isinstance(strange, Tensor) else type(strange).__name__
+        raise ConfigError(
+            f"The cloud returns {what}: let it return the task's logits, (N, classes), or one "
+            "logit of two classes, (N, 1) or (N,)."
+        )
+    logits = torch.cat([answer.float().cpu() for answer in answers])
     if not torch.isfinite(logits).all():
         raise ConfigError(
             "The cloud returns NaN or infinite logits for uploads of this data: its answers mean "
@@ -177,13 +185,13 @@ def rebuilt(
     losses: Sequence[str],
 ) -> decoding.Reconstruction:
     """Attack with decoders and, but for the quick suite, by search."""
-    device = device_of(edge)
-    quick = suite == "quick"
+    like = like_of(edge)
+    device, quick = like.device, suite == "quick"
 
     def upload(x: Tensor) -> Tensor:
-        z: Tensor = edge(x.to(device))
+        z: Tensor = edge(x.to(like)).float()
         arrived: Tensor = z if channel is None else channel(z.to(device_of(channel)))
-        return arrived.cpu()
+        return arrived.float().cpu()
 
     with undisturbed(channel or nn.Identity()):
         if channel is not None:

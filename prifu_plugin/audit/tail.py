@@ -28,7 +28,7 @@ def repurposed(cloud: nn.Module, z: Tensor, classes: int) -> nn.Module | None:
         >>> repurposed(cloud, torch.zeros(2, 4), 5)(torch.zeros(3, 4)).shape
         torch.Size([3, 5])
     """
-    net = copy.deepcopy(cloud).cpu()
+    net = copy.deepcopy(cloud).cpu().float()
     called: list[tuple[str, Any]] = []
     hooks = [
         module.register_forward_hook(lambda m, _, y, path=path: called.append((path, y)))

@@ -6,13 +6,14 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
-from unittest import mock
 
 import numpy as np
 import torch
 from torch.amp.autocast_mode import autocast
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prifu_plugin.errors import CaptureError
+from prifu_plugin.graph.patches import patched
 
 
 @contextmanager
@@ -44,13 +45,15 @@ def only_operations(
         for home, name, words, harmless in _LOST:
             kept = getattr(home, name)
             refusing = _refusing(kept, words, computing, harmless, in_training)
-            stack.enter_context(mock.patch.object(home, name, refusing))
+            stack.enter_context(patched(home, name, refusing))
         if in_training:
             for name, words in _ASKED.items():
                 asked = _refusing(getattr(torch, name), words, computing)
-                stack.enter_context(mock.patch.object(torch, name, asked))
-        yield
-    if _drawn() != before:
+                stack.enter_context(patched(torch, name, asked))
+        with _Draws() as draws:
+            yield
+    now = _drawn()
+    if now[1:] != before[1:] or (draws.seen and now != before):
         raise CaptureError("it draws random numbers itself, which a graph would keep for ever")
 
 
@@ -96,6 +99,20 @@ def _refusing(
 
 def _refuse(words: str) -> NoReturn:
     raise CaptureError(words)
+
+
+class _Draws(TorchDispatchMode):
+    """Note whether this thread draws with torch's generator, which others share."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 def _drawn() -> tuple[Any, ...]:

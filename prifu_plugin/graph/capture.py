@@ -24,6 +24,7 @@ from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.norms import is_norm
+from prifu_plugin.graph.patches import PATCHING, patched
 from prifu_plugin.graph.proxies import answering_types
 from prifu_plugin.graph.undisturbed import undisturbed
 
@@ -180,7 +181,12 @@ def _has_computed(captured: Captured) -> bool:
 def traced(model: nn.Module, tracer: ModelTracer) -> Captured:
     """Trace with a tracer; see `capture`."""
     try:
-        with _traceable_torch(), answering_types(), only_operations(lambda: tracer.computing):
+        with (
+            PATCHING,
+            _traceable_torch(),
+            answering_types(),
+            only_operations(lambda: tracer.computing),
+        ):
             return Captured(model, tracer.trace(model))
     except CaptureError as error:
         raise CaptureError(f"{type(model).__name__} cannot be traced: {error}") from error
@@ -258,12 +264,11 @@ def _traceable_torch() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with ExitStack() as stack:
-            for home, name, what in (
-                (transformer, "_get_seq_len", mock.Mock(return_value=None)),
-                (torch.autograd.Function, "apply", classmethod(_apply)),
-                *((checkpoint, name, _once) for name in _CHECKPOINTS),
-            ):
-                stack.enter_context(mock.patch.object(home, name, what, create=True))
+            stack.enter_context(patched(transformer, "_get_seq_len", lambda *_: None))
+            for name in _CHECKPOINTS:
+                stack.enter_context(patched(checkpoint, name, _once))
+            apply = classmethod(_apply)
+            stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", apply))
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -22,6 +22,7 @@ from torch._compile import _disable_dynamo
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.graph.norms import FUNCTIONAL_DIMS, base_class
+from prifu_plugin.graph.patches import PATCHING
 from prifu_plugin.graph.proxies import answering_types
 from prifu_plugin.graph.reads import Reads, check_unchanged, held, noting_reads, still_so
 from prifu_plugin.graph.undisturbed import undisturbed
@@ -267,7 +268,7 @@ def _trace_with(
     module: nn.Module, training: bool, decided: dict[str, Any]
 ) -> tuple[fx.Graph, Reads]:
     try:
-        with undisturbed(module), only_operations(in_training=True):
+        with PATCHING, undisturbed(module), only_operations(in_training=True):
             module.train(training)
             before = held(module)
             with noting_reads(module) as reads, answering_types():

@@ -81,11 +81,14 @@ def filter_of(host: nn.Module) -> PriFU | CutFilter:
     return unit
 
 
-def folded_parameters(host: nn.Module, unit: PriFU) -> dict[str, Tensor]:
+def folded_parameters(
+    host: nn.Module, unit: PriFU, otherwise: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Return weight and bias of a normalization with the filter's scale folded in.
 
     gain * RIW * (n * weight + bias) + b = n * (weight * scale) + (bias * scale + b), in the
-    precision of W, which is fp32 or better, rounded to that of the layer.
+    precision of W, which is fp32 or better, rounded to that of the layer, `otherwise` if it has
+    none.
     """
     scale = unit.scale()
     weight, bias = getattr(host, "weight", None), getattr(host, "bias", None)
@@ -95,7 +98,7 @@ def folded_parameters(host: nn.Module, unit: PriFU) -> dict[str, Tensor]:
     elif unit.bias is not None:
         folded["bias"] = unit.bias
     own = [weight, bias, getattr(host, "running_mean", None)]
-    dtype = next((value.dtype for value in own if value is not None), scale.dtype)
+    dtype = next((v.dtype for v in own if v is not None), otherwise or scale.dtype)
     if "bias" not in folded and dtype in (torch.float16, torch.bfloat16):
         folded["bias"] = torch.zeros_like(scale)  # torch has no half kernel without one
     given = {name: value.to(dtype) for name, value in folded.items() if value is not None}
@@ -125,7 +128,14 @@ def _kind(host: nn.Module, unit: PriFU | CutFilter) -> str:
 def _folded_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     unit = filter_of(self)
     assert isinstance(unit, PriFU)
-    return run_with(self, folded_parameters(self, unit), *args, **kwargs)
+    return run_with(self, folded_parameters(self, unit, _type_of(args)), *args, **kwargs)
+
+
+def _type_of(args: tuple[Any, ...]) -> torch.dtype | None:
+    """Return the type that a layer without parameters computes in; autocast has its own."""
+    if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+        return None
+    return None if torch.is_autocast_enabled(args[0].device.type) else args[0].dtype
 
 
 def run_with(host: nn.Module, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +149,20 @@ def run_with(host: nn.Module, parameters: dict[str, Tensor], *args: Any, **kwarg
     members.pop("weight", None)
     members.pop("bias", None)
     object.__setattr__(twin, "__dict__", members)  # not Module's, which looks into every value
-    return base.forward(twin, *args, **kwargs)
+    result = base.forward(twin, *args, **kwargs)
+    _keep(host, members, ("_parameters", "weight", "bias"))
+    return result
+
+
+def _keep(host: nn.Module, members: dict[str, Any], ours: tuple[str, ...]) -> None:
+    """Take over what a forward has stored on the twin it ran on, such as a count of calls."""
+    own = host.__dict__
+    for name, value in members.items():
+        if own.get(name, _NOTHING) is not value and name not in ours:
+            own[name] = value
+
+
+_NOTHING = object()
 
 
 def _output_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +171,9 @@ def _output_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     twin = object.__new__(base)
     children = {name: child for name, child in self._modules.items() if name != CHILD}
     twin.__dict__ = {**self.__dict__, "_modules": children}
-    return filter_of(self)(base.forward(twin, *args, **kwargs))
+    result = base.forward(twin, *args, **kwargs)
+    _keep(self, twin.__dict__, ("_modules",))
+    return filter_of(self)(result)
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:

@@ -33,6 +33,7 @@ from prifu_plugin.graph.capture import (
 from prifu_plugin.graph.guards import GUARD
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.padding import is_own_convolution, only_pads
+from prifu_plugin.graph.patches import PATCHING
 from prifu_plugin.graph.proxies import SIZES, SizedProxy, plain, reads_tensors, value_of
 from prifu_plugin.graph.undisturbed import undisturbed
 
@@ -73,7 +74,7 @@ def capture_sized(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
     while True:
         tracer = SizedTracer([x.clone() for x in inputs], leaves)
         try:
-            with undisturbed(model, keep=CONSTANT), _open():
+            with PATCHING, undisturbed(model, keep=CONSTANT), _open():
                 return traced(model, tracer)
         except CaptureError:
             if not tracer.entered or tracer.entered[-1] in leaves:

@@ -15,6 +15,7 @@ from prifu_plugin.config import FilterConfig
 from prifu_plugin.errors import OrderError
 from prifu_plugin.filter import WRAPPED, PriFU
 from prifu_plugin.graph.host import CHILD, is_host, keep_fixed
+from prifu_plugin.graph.patches import PATCHING
 from prifu_plugin.graph.watch import check_filters_are_there, check_filters_train
 
 STATE = "_prifu_state"
@@ -58,7 +59,7 @@ def copied(model: nn.Module) -> nn.Module:
     def copy_computed(self: Tensor, memo: dict[int, Any]) -> Any:
         return original(self if self.is_leaf else self.detach(), memo)
 
-    with mock.patch.object(Tensor, "__deepcopy__", copy_computed):
+    with PATCHING, mock.patch.object(Tensor, "__deepcopy__", copy_computed):
         return copy.deepcopy(model)
 
 

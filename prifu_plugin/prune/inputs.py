@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from prifu_plugin.arguments import tensors
+from prifu_plugin.device import like_of
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.graph.state import input_shapes
 from prifu_plugin.graph.undisturbed import run_undisturbed
@@ -115,7 +116,7 @@ class Inputs:
 
     def draw(self, model: nn.Module, seed: int) -> list[Tensor]:
         """Draw inputs: numbers Gaussian, or within what was shown; integers uniform."""
-        like = _reference(model)
+        like = like_of(model)
         generator = torch.Generator().manual_seed(seed)
         drawn = []
         begins = self.begins or (0,) * len(self.ends)
@@ -123,7 +124,7 @@ class Inputs:
             if kind != FLOAT:
                 begin, end = begins[at], max(self.ends[at], begins[at] + 1)
                 values = torch.randint(begin, end, shape, generator=generator)
-                drawn.append(values.to(getattr(torch, kind)))
+                drawn.append(values.to(like.device, getattr(torch, kind)))
             elif self.within:
                 low, high, whole = self.spans[at]
                 values = low + (high - low) * torch.rand(shape, generator=generator)
@@ -196,11 +197,6 @@ def _span(x: Tensor) -> tuple[float, float, bool]:
     if not shown.numel():
         return 0.0, 0.0, False
     return float(shown.min()), float(shown.max()), bool((shown == shown.round()).all())
-
-
-def _reference(model: nn.Module) -> Tensor:
-    floating = (p for p in model.parameters() if p.is_floating_point())
-    return next(floating, torch.zeros(()))
 
 
 def _kind(x: Tensor) -> str:

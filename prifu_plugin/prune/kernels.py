@@ -64,7 +64,11 @@ GROUPS = ("num_groups", "groups")
 
 
 def slice_norm(
-    module: nn.Module, channels: tuple[int, ...] | None, folded: bool, groups: int = 0
+    module: nn.Module,
+    channels: tuple[int, ...] | None,
+    folded: bool,
+    groups: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, Tensor | None, Tensor | None]:
     """Return a normalization layer without its filter, the scale folded in or beside it.
 
@@ -73,6 +77,7 @@ def slice_norm(
         channels: those to keep of a layer with running statistics; None for all.
         folded: put the filter's scale into the affine parameters.
         groups: in how many groups those channels are, 0 if the layer has none.
+        dtype: of the model, for a layer that has no parameters of its own.
 
     Returns:
         The layer, and the filter's scale and bias for a product behind it.
@@ -85,7 +90,7 @@ def slice_norm(
         detach(twin)
         scale, shift = unit.scale().detach(), unit.bias
         if folded:
-            for name, value in folded_parameters(module, unit).items():
+            for name, value in folded_parameters(module, unit, dtype).items():
                 assert value is not None
                 _set_affine(twin, name, value.detach(), unit.weight.requires_grad)
     _drop_hooks(twin)

@@ -6,7 +6,10 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+
+from prifu_plugin.device import like_of
 
 
 class Members:
@@ -59,11 +62,15 @@ class Members:
             path = "_" + path
         return path
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that the model computes in."""
+        return like_of(self.root).dtype
+
     def cast(self, value: Tensor) -> Tensor:
         """Bring a value to the type of the model's parameters."""
-        found = (p for p in self.root.parameters() if p.is_floating_point())
-        reference = next(found, None)
-        return value if reference is None else value.to(reference.device, reference.dtype)
+        like = like_of(self.root)
+        return value.to(like.device, like.dtype)
 
     def read(self) -> dict[str, Any]:
         """Return the members that the graph reads."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prifu_plugin.cut import CutFilter
+from prifu_plugin.device import CPU, seeded
 
 NOISE = "prifu_noise."
 """Prefix of the buffers of a pruned model that hold noise deviations."""
@@ -39,19 +40,24 @@ class Quiet:
 class DrawingAlike(TorchDispatchMode):
     """Let every operation that draws at random draw the same, in whatever order they come.
 
+    Args:
+        device: where operations draw, beside the CPU.
+
     Example:
         >>> with DrawingAlike():
         ...     torch.equal(torch.rand(3), torch.rand(3))
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation, after seeding the generators if it draws."""
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            torch.manual_seed(0)
-        return func(*args, **(kwargs or {}))
+        """Run an operation, with generators seeded for it if it draws."""
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        with seeded(0, self.device):
+            return func(*args, **(kwargs or {}))

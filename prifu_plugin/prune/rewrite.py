@@ -171,10 +171,11 @@ class _Rewriter:
     def _norm(self, node: fx.Node, kernel: SliceNorm | SelectNorm, operands: dict[str, Any]) -> Any:
         module = self._called(node)
         folded = isinstance(kernel, SliceNorm) or kernel.folded
-        if isinstance(kernel, SliceNorm):
-            layer, scale, shift = slice_norm(module, kernel.channels, folded)
-        else:
-            layer, scale, shift = slice_norm(module, kernel.inputs, folded, kernel.groups)
+        channels, groups = kernel.channels, 0
+        if isinstance(kernel, SelectNorm):
+            channels, groups = kernel.inputs, kernel.groups
+        dtype = self.members.dtype
+        layer, scale, shift = slice_norm(module, channels, folded, groups, dtype)
         path = self.members.layer(str(node.target), kernel, lambda: layer)
         result = self.new.call_module(path, (self._operand(node.args[0], operands),))
         if isinstance(kernel, SliceNorm):

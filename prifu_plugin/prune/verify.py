@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from prifu_plugin.device import like_of, seeded
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.undisturbed import run_undisturbed, undisturbed
 from prifu_plugin.prune.inputs import Inputs
@@ -69,7 +70,7 @@ def compare(
         precise: the filtered model in fp64, to measure the rounding error of a lower precision.
         expected: what the reference gives, if it has run already.
     """
-    dtype = next(p.dtype for p in filtered.parameters() if p.is_floating_point())
+    dtype = like_of(filtered).dtype
     drawn = inputs.draw(filtered, seed)
     rounding = 0.0
     throughout = raised() if dtype == torch.float64 else nullcontext()
@@ -103,8 +104,7 @@ def reference(captured: Captured, inputs: Inputs, seed: int) -> tuple[nn.Module,
 
 def _run(model: nn.Module, inputs: list[Tensor], seed: int) -> Any:
     """Run a model so that whatever it draws at random is the same each time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return run_undisturbed(model, inputs)
 
 

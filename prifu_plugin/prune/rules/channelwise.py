@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class ChannelwiseRule(Rule):
         dims: dimension of the input -> dimension of the result, for those that remain.
         border: the value that is padded and counted, so that another constant is none any more;
             None if none is.
-        gone: channel dimensions that a mean runs over; all of their channels are needed.
+        gone: channel dimensions that are reduced over; all of their channels are needed.
+        reduce: how, given a tensor and a dimension.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class ChannelwiseRule(Rule):
         dims: dict[int, int],
         border: float | None = None,
         gone: set[int] | None = None,
+        reduce: Callable[..., Tensor] = torch.mean,
     ) -> None:
         super().__init__(node)
         self.dims = dims
         self.gone = gone or set()
+        self.reduce = reduce
         self.border = border
         self.source = first_input(node)
 
@@ -48,7 +51,7 @@ class ChannelwiseRule(Rule):
         fact, shape = analysis.fact(self.source), self.node.meta["shape"]
         values = fact.const
         for dim in self.gone:
-            values = values.mean(dim, keepdim=True)
+            values = self.reduce(values, dim, keepdim=True)
         if self.border is not None:
             values = torch.where(values == self.border, values, torch.nan)
         axes = tuple(sorted(self.dims[axis] for axis in fact.axes if axis not in self.gone))
@@ -209,7 +212,9 @@ def _mean(analysis: Analysis, node: fx.Node, border: float | None = None) -> Rul
     gone = {d % rank for d in listed}
     kept = [d for d in range(rank) if keepdim or d not in gone]
     back = {d: p for p, d in enumerate(kept)}
-    return ChannelwiseRule(node, back, border, gone & set(fact.axes))
+    name = getattr(node.target, "__name__", node.target)
+    reduce = {"amax": torch.amax, "amin": torch.amin}.get(str(name), torch.mean)
+    return ChannelwiseRule(node, back, border, gone & set(fact.axes), reduce)
 
 
 def _positive(padding: Any) -> bool:
