@@ -20,7 +20,7 @@ from prifu_plugin.prune.lower import drop_unused, name_effects
 from prifu_plugin.prune.places import PLACES, place
 
 OTHER = 5
-"""Batch size of the second run: a number that sizes behind strides seldom grow to from 2."""
+"""Batch size of the second run: other sizes seldom change from 2 to 5, as the batch does."""
 
 
 def captured_at(model: nn.Module, inputs: Inputs) -> Captured:
@@ -67,7 +67,7 @@ def _runs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, Inputs]:
     if first is None:
         raise ConfigError(
             f"{type(model).__name__} refuses inputs of shape {list(inputs.shapes)}: "
-            f"{refusal(model, inputs)} Pass example_inputs= a batch as the model takes it."
+            f"{refusal(model, inputs)}. Pass example_inputs= a batch as the model takes it."
         )
     inputs = replace(inputs, within=first.within)
     others = [*inputs.batch(OTHER).sized(), inputs.batch(OTHER)]

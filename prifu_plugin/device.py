@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from prifu_plugin.names import is_of_filter
+
 CPU = torch.device("cpu")
 
 
@@ -33,7 +35,7 @@ def like_of(module: nn.Module) -> Tensor:
         torch.bfloat16
     """
     named = itertools.chain(module.named_parameters(), module.named_buffers())
-    own = (value for name, value in named if ".prifu." not in f".{name}")
+    own = (value for name, value in named if not is_of_filter(name))
     return next((value for value in own if value.is_floating_point()), torch.zeros(()))
 
 

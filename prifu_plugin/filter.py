@@ -22,7 +22,7 @@ LIVE_FILTERS: weakref.WeakSet[PriFU] = weakref.WeakSet()
 WRAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Every wrapped model in memory, to find out which parameters train beside a filter."""
 
-FORMAT = 2.0
+STATE_FORMAT = 2.0
 """Version of what a checkpoint holds of a filter besides its tensors."""
 
 
@@ -200,7 +200,7 @@ class PriFU(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return what a checkpoint holds besides tensors, as one: the version, then settings."""
         settings = self.alpha, self.gain, self.dose, self.holds_scale, self.frees_scale
-        return torch.tensor([FORMAT, *map(float, settings)], dtype=torch.float64)
+        return torch.tensor([STATE_FORMAT, *map(float, settings)], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over alpha, gain, dose and who holds the norm's scale from a checkpoint.
@@ -209,10 +209,10 @@ class PriFU(nn.Module):
             FilterError: if a later version wrote it.
         """
         version, *settings = state.tolist()
-        if version > FORMAT:
+        if version > STATE_FORMAT:
             raise FilterError(
                 f"The checkpoint's filters have format {version:g}; this version of prifu_plugin "
-                f"reads up to {FORMAT:g}. Upgrade it."
+                f"reads up to {STATE_FORMAT:g}. Upgrade it."
             )
         self.alpha, self.gain, self.dose = settings[:3]
         if settings[3:]:  # since format 2
@@ -240,7 +240,8 @@ class PriFU(nn.Module):
 
 
 _ROUNDED = (torch.float16, torch.bfloat16)
-"""Mixed precision hands forward a rounded W: what the step has zeroed is 0 there, no more."""
+"""Types in which W may arrive rounded, under mixed precision: there exact zeros alone are closed,
+alpha is applied to the fp32 W by the step."""
 _DEFAULT = FilterConfig(preserve=False)
 
 

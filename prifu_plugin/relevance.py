@@ -20,7 +20,6 @@ from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.host import (
-    CHILD,
     filter_of,
     folded_parameters,
     is_folded,
@@ -32,6 +31,7 @@ from prifu_plugin.graph.norms import norm_spec
 from prifu_plugin.graph.state import wrap_state
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.learned import are_right
+from prifu_plugin.names import CHILD
 from prifu_plugin.ranks import spearman
 from prifu_plugin.sharded import check_unsharded
 

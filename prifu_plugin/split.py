@@ -29,6 +29,7 @@ from prifu_plugin.cuts import (
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError, PrifuWarning
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.names import value_at
 from prifu_plugin.prune.inputs import Inputs, suited
 from prifu_plugin.prune.quiet import DrawingAlike, Quiet
 from prifu_plugin.prune.verify import TOLERANCES, difference
@@ -316,8 +317,5 @@ def _members(model: nn.Module, graph: fx.Graph) -> dict[str, Any]:
     members = {}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
-            target: Any = model
-            for part in str(node.target).split("."):
-                target = getattr(target, part)
-            members[str(node.target)] = target
+            members[str(node.target)] = value_at(model, str(node.target))
     return members

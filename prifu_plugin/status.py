@@ -51,7 +51,7 @@ class MaskHistory:
     """Masks over training: call `record` as often as is wanted.
 
     Args:
-        model: a wrapped model; the history does not keep it alive beyond its own life.
+        model: a wrapped model; the history holds a reference to it.
 
     Example:
         >>> import prifu_plugin as prifu

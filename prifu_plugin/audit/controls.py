@@ -57,8 +57,8 @@ def controls(
 ) -> tuple[float, float]:
     """Return the winner's accuracy with half of the data, and that of chance: permuted labels.
 
-    Permuted labels say whether the judging is sound, not how strong an attacker is: least squares
-    on the narrowest preparation does, ten times, which a network could not in that time.
+    Permuted labels check the scoring, not the strength of the attacker: least squares on the
+    narrowest preparation is cheap enough to be fitted to ten permutations.
     """
     train, validation, truth = labels
     size = len(train) // 2

@@ -37,19 +37,21 @@ def facts_of(
         strong = values[values > 1e-7 * values[0]]
         rank, condition = len(strong), float(strong[0] / strong[-1])
     sent = uploads(edge, images[:1], "one upload")
+    as_float = sent[0].numel() * 4
+    wire = as_float
+    if channel is not None:
+        wire = channel.bytes_per_sample(sent.to(device_of(channel)))
     return UploadFacts(
-        tuple(z.shape[1:]),
-        sent[0].numel() * 4
-        if channel is None
-        else channel.bytes_per_sample(sent.to(device_of(channel))),
-        flat.shape[1],
-        int((~varying).sum()),
-        rank,
-        condition,
-        stochastic,
-        _bits(edge, channel, images[:1], z[0]),
-        sent[0].numel() * 4,
-        image_bytes(images[:_IMAGES].float()) if _are_images(images) else {},
+        shape=tuple(z.shape[1:]),
+        bytes=wire,
+        values=flat.shape[1],
+        constant=int((~varying).sum()),
+        rank=rank,
+        condition=condition,
+        stochastic=stochastic,
+        bits=_bits(edge, channel, images[:1], z[0]),
+        bytes_as_float=as_float,
+        bytes_as_image=image_bytes(images[:_IMAGES].float()) if _are_images(images) else {},
     )
 
 
@@ -76,9 +78,11 @@ def _noisy_bits(edge: nn.Module, image: Tensor) -> float | None:
     made: list[tuple[CutFilter, Tensor]] = []
     cuts = [m for m in edge.modules() if isinstance(m, CutFilter) and m.noise > 0]
     hooks = [cut.register_forward_hook(lambda m, _, y: made.append((m, y.clone()))) for cut in cuts]
-    sent = _uploaded(edge, image)
-    for hook in hooks:
-        hook.remove()
+    try:
+        sent = _uploaded(edge, image)
+    finally:
+        for hook in hooks:
+            hook.remove()
     if not made or made[-1][1].shape != sent.shape or not torch.equal(made[-1][1], sent):
         return None
     channels = made[-1][0].bits()

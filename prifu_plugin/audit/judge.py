@@ -77,29 +77,29 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
         marks = ("the model is at chance at its own task", *marks)
     marks = (*_of_the_task(evidence, labels), *marks)
     return AttributeResult(
-        label,
-        classes,
-        accuracy,
-        tuple(float((one.scores.argmax(1) == truth).double().mean()) for one in found),
-        first.balanced,
-        first.auc,
-        task_auc,
-        bootstrap(lambda index: float((right - floor)[index].mean()), len(truth), seed),
-        first.bits,
-        float(majority.mean()),
-        float(task_only.mean()),
-        ceilings,
-        leak(right, others["plain"], floor, seed) if "plain" in others else None,
-        ("mean of repeated queries, " if used == "repeated" else "") + found[0].winner,
-        converged,
-        half,
-        permuted,
-        float(once.mean()),
-        repeated,
-        marks,
-        right,
-        once,
-        floor,
+        name=label,
+        classes=classes,
+        accuracy=accuracy,
+        seeds=tuple(float((one.scores.argmax(1) == truth).double().mean()) for one in found),
+        balanced=first.balanced,
+        auc=first.auc,
+        task_auc=task_auc,
+        gain=bootstrap(lambda index: float((right - floor)[index].mean()), len(truth), seed),
+        bits=first.bits,
+        majority=float(majority.mean()),
+        task_only=float(task_only.mean()),
+        ceilings=ceilings,
+        leak=leak(right, others["plain"], floor, seed) if "plain" in others else None,
+        winner=("mean of repeated queries, " if used == "repeated" else "") + found[0].winner,
+        converged=converged,
+        half_data=half,
+        permuted=permuted,
+        once=float(once.mean()),
+        repeated=repeated,
+        marks=marks,
+        right=right,
+        once_right=once,
+        floor_right=floor,
     )
 
 
@@ -109,7 +109,10 @@ def _strongest(
     labels: tuple[Tensor, Tensor, Tensor],
     classes: int,
 ) -> tuple[list[Inference], str, float | None]:
-    """Return the better attack by validation data, on what, and what repeated queries gave."""
+    """Return the attack that is better on validation data, what it reads, and what queries give.
+
+    It reads uploads as "sent" or means of "repeated" queries; last is the accuracy on those.
+    """
     if "repeated" not in evidence.prepared:
         return single, "sent", None
     again = _attack(evidence, "repeated", labels, classes)

@@ -15,7 +15,7 @@ from prifu_plugin.audit.statistics import Interval
 from prifu_plugin.formats import FORMAT, read_format, reading
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttributeResult:
     """What an attacker reads of one private attribute.
 
@@ -84,7 +84,7 @@ class AttributeResult:
         return not self.marks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UploadFacts:
     """What is uploaded.
 
@@ -114,7 +114,7 @@ class UploadFacts:
     bytes_as_image: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AuditReport:
     """The result of `prifu_plugin.audit`.
 
@@ -160,15 +160,15 @@ class AuditReport:
         data = read_format(text, "audit", ("name", "task", "attributes"))
         with reading("audit"):
             return cls(
-                data["name"],
-                data["task"],
-                _interval(data["utility"]),
-                tuple(_attribute(item) for item in data["attributes"]),
-                _upload(data["upload"]),
-                _reconstruction(data["reconstruction"]),
-                tuple(data["sizes"]),
-                data["settings"],
-                tuple(data["not_tested"]),
+                name=data["name"],
+                task=data["task"],
+                utility=_interval(data["utility"]),
+                attributes=tuple(_attribute(item) for item in data["attributes"]),
+                upload=_upload(data["upload"]),
+                reconstruction=_reconstruction(data["reconstruction"]),
+                sizes=tuple(data["sizes"]),
+                settings=data["settings"],
+                not_tested=tuple(data["not_tested"]),
             )
 
     def to_markdown(self) -> str:

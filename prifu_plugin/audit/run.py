@@ -72,7 +72,7 @@ def audit(
             little varied, to average the answers; 1 for an attacker who sees what one person
             uploads once.
         reconstruct: also reconstruct images, which must be in [0, 1]; True trains a decoder on each
-            loss in `audit.reconstruction.LOSSES`, names choose among them.
+            loss, names choose among "squared error", "absolute error", "structure".
         name: of what is audited, for the report.
         seed: of splits and bootstraps, and the first of the attacks.
 
@@ -123,16 +123,17 @@ def audit(
     rows = tuple(judge(label, evidence) for label in bar)
     with seeded(seed, device):
         images = rebuilt(edge, channel, sent, suite, seed, losses) if losses else None
+    settings = _settings(suite, seeds, seed, references, channel)
     return AuditReport(
-        name,
-        task,
-        _utility(sent.answers[2], test.labels[task], cloud, seed),
-        rows,
-        facts,
-        images,
-        (len(parts[0]), len(parts[1]), len(parts[2])),
-        {**_settings(suite, seeds, seed, references, channel), "queries": queries, "data": data},
-        _not_tested(images, suite, queries, sent.uploads[0]),
+        name=name,
+        task=task,
+        utility=_utility(sent.answers[2], test.labels[task], cloud, seed),
+        attributes=rows,
+        upload=facts,
+        reconstruction=images,
+        sizes=(len(parts[0]), len(parts[1]), len(parts[2])),
+        settings={**settings, "queries": queries, "data": data},
+        not_tested=_not_tested(images, suite, queries, sent.uploads[0]),
     )
 
 

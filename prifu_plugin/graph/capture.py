@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
@@ -192,6 +193,8 @@ def traced(model: nn.Module, tracer: ModelTracer) -> Captured:
         raise CaptureError(f"{type(model).__name__} cannot be traced: {error}") from error
     except Exception as error:
         why = str(error).rstrip(".") or type(error).__name__
+        if not isinstance(error, TraceError):
+            why = f"its forward raises {type(error).__name__}: {why}"
         raise CaptureError(
             f"{type(model).__name__} cannot be traced: {why}. Its forward branches on the value "
             "of a tensor, or uses an operation torch.fx does not know."

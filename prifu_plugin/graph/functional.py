@@ -26,6 +26,7 @@ from prifu_plugin.graph.patches import PATCHING
 from prifu_plugin.graph.proxies import answering_types
 from prifu_plugin.graph.reads import Reads, check_unchanged, held, noting_reads, still_so
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.names import value_at
 
 
 @dataclass(frozen=True)
@@ -305,9 +306,7 @@ def _channels(module: nn.Module, node: fx.Node) -> int | None:
         if isinstance(value, tuple | list) and value and isinstance(value[-1], int):
             return value[-1]
         if isinstance(value, fx.Node) and value.op == "get_attr":
-            tensor: Any = module
-            for part in str(value.target).split("."):
-                tensor = getattr(tensor, part)
+            tensor = value_at(module, str(value.target))
             if isinstance(tensor, Tensor) and tensor.ndim == 1:
                 return tensor.numel()
     return None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+# A plan is recognized by its graph, guards included: plans of before are lost if this is reworded.
 GUARD = (
     "This model was made for other input sizes: its forward decides on sizes, and for this input "
     "it would decide differently. Prune again with example_inputs= of this size."

@@ -17,9 +17,7 @@ from torch.nn.utils import parametrize
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.norms import NormSpec, base_class, norm_spec
-
-CHILD = "prifu"
-"""Name of the filter in its host, and so the last part but one of W's key in a checkpoint."""
+from prifu_plugin.names import CHILD
 
 
 def attach(host: nn.Module, unit: PriFU | CutFilter) -> None:

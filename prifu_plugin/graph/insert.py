@@ -17,7 +17,7 @@ from prifu_plugin.errors import ConfigError, NoSiteError, PrifuWarning
 from prifu_plugin.filter import WRAPPED, PriFU
 from prifu_plugin.graph.checks import check_alone, check_wrappable, probe_cut, warn_of_wrappers
 from prifu_plugin.graph.functional import FilterGroup, functional_calls, host_calls
-from prifu_plugin.graph.host import CHILD, attach, detach, is_host
+from prifu_plugin.graph.host import attach, detach, is_host
 from prifu_plugin.graph.norms import norm_spec, num_channels
 from prifu_plugin.graph.sites import Site, no_match, norm_modules, select, sites
 from prifu_plugin.graph.state import (
@@ -29,6 +29,7 @@ from prifu_plugin.graph.state import (
     remember_inputs,
     wrap_state,
 )
+from prifu_plugin.names import CHILD
 
 
 def wrap(

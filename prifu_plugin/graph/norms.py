@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prifu_plugin.errors import ConfigError
+from prifu_plugin.names import CHILD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,8 @@ class NormSpec:
             perhaps followed by an activation; a scale can then be folded into them for the call.
         folds_bias: the class has such a bias.
         running: with running statistics in eval mode, each channel is an affine map of its own.
-        centers: a mean over other values is subtracted; if not, a channel of zeros comes out the
-            same whatever the others are.
+        centers: whether a mean over other values is subtracted. If not (RMSNorm), a channel of
+            zeros stays zero whatever the other channels hold.
         fused: an activation follows inside the module.
         channels: name of the attribute that tells how many channels there are; "" for the usual.
         image_dim: channel dimension of an output of four dimensions or more, where it is another:
@@ -256,7 +257,7 @@ def _keeps_shape(module: nn.Module, channels: int, others: list[int], dim: int) 
     try:
         twin: Any = copy.deepcopy(module).eval()
         twin.__class__ = base_class(module)
-        twin._modules.pop("prifu", None)
+        twin._modules.pop(CHILD, None)
         first = next(iter([*twin.parameters(), *twin.buffers()]), torch.zeros(()))
         with torch.no_grad():
             return bool(twin(torch.zeros(shape).to(first)).shape == torch.Size(shape))

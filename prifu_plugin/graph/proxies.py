@@ -16,12 +16,6 @@ from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
-SIZES = {
-    *("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "dtype", "device"),
-    *("is_cuda", "requires_grad", "is_floating_point", "layout", "stride", "is_contiguous"),
-}
-"""What may be asked of a tensor for Python to decide on."""
-
 
 @contextmanager
 def answering_types() -> Iterator[None]:

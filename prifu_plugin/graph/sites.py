@@ -22,6 +22,7 @@ from prifu_plugin.graph.functional import (
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.norms import base_class, norm_spec, num_channels
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.names import CHILD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ def _module_site(path: str, module: nn.Module, reached: str) -> Site:
         channels=channels,
         dim=spec.dim,
         reached=reached,
-        filtered=is_host(module) and isinstance(module._modules.get("prifu"), PriFU),
+        filtered=is_host(module) and isinstance(module._modules.get(CHILD), PriFU),
         refused="" if channels else "its number of channels is not known before a forward pass",
     )
 
@@ -194,7 +195,7 @@ def _functional_sites(model: nn.Module, path: str) -> Iterator[Site]:
             refused=f"a functional normalization, but {error}",
         )
         return
-    group = owner._modules.get("prifu")
+    group = owner._modules.get(CHILD)
     for call in calls_made:
         unknown = "its arguments do not tell its number of channels"
         yield Site(

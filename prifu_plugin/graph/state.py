@@ -14,9 +14,10 @@ from prifu_plugin.arguments import check_model
 from prifu_plugin.config import FilterConfig
 from prifu_plugin.errors import OrderError
 from prifu_plugin.filter import WRAPPED, PriFU
-from prifu_plugin.graph.host import CHILD, is_host, keep_fixed
+from prifu_plugin.graph.host import is_host, keep_fixed
 from prifu_plugin.graph.patches import PATCHING
 from prifu_plugin.graph.watch import check_filters_are_there, check_filters_train
+from prifu_plugin.names import CHILD, is_of_filter
 
 STATE = "_prifu_state"
 META = "_prifu_pruned"
@@ -109,7 +110,7 @@ def remember_inputs(model: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def fix_scales(model: nn.Module, _: Any) -> None:
-    """Let scales stay fixed that, says a checkpoint just loaded, the filters hold (a hook)."""
+    """Freeze the norm scales that filters have absorbed, after loading a checkpoint (a hook)."""
     for host in model.modules():
         if is_host(host) and isinstance(unit := host._modules.get(CHILD), PriFU):
             keep_fixed(host, unit)
@@ -123,7 +124,7 @@ def complete_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: st
     Raises:
         OrderError: if it brings norms a scale that our filters hold already.
     """
-    ours = {k: v for k, v in model.state_dict().items() if f".{CHILD}." in f".{k}"}
+    ours = {k: v for k, v in model.state_dict().items() if is_of_filter(k)}
     known = [key for key in ours if prefix + key in state_dict]
     if not known:
         _check_scales(model, state_dict, prefix)

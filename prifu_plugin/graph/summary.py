@@ -8,10 +8,10 @@ from torch import nn
 
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.graph.functional import FilterGroup
-from prifu_plugin.graph.host import CHILD
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.norms import base_class
 from prifu_plugin.graph.state import wrap_state
+from prifu_plugin.names import CHILD
 from prifu_plugin.sharded import check_unsharded
 
 

@@ -1,7 +1,7 @@
 """Layers that are called several times: their calls agree on one slice, or weights multiply.
 
-What one call needs, all calls that need anything compute; what one call keeps, all keep. A pass
-that widens its masks so is repeated until nothing changes.
+If any call of a shared layer needs a channel, every call that is needed at all computes it; if any
+call keeps it, every call keeps it. A pass is repeated until its masks do not grow any more.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def refusal(model: nn.Module, inputs: Inputs) -> str | None:
     try:
         run_undisturbed(model, inputs.draw(model, 0))
     except Exception as error:  # noqa: BLE001 - any refusal is an answer
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return None
 
 

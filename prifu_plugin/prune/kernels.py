@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.filter import PriFU
-from prifu_plugin.graph.host import CHILD, detach, filter_of, folded_parameters, folds, is_host
+from prifu_plugin.graph.host import detach, filter_of, folded_parameters, folds, is_host
 from prifu_plugin.graph.norms import norm_spec
+from prifu_plugin.names import CHILD
 from prifu_plugin.prune.layout import FILL
 from prifu_plugin.prune.plan import SliceLinear
 from prifu_plugin.prune.transposed import TRANSPOSED, rows_of_outputs, turned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -86,8 +85,3 @@ def like(original: Any, value: Tensor) -> Any:
     if isinstance(original, nn.Parameter):
         return nn.Parameter(value.detach().clone(), original.requires_grad)
     return value.detach().clone()
-
-
-def value_at(root: nn.Module, path: str) -> Any:
-    """Return what is at a dotted path of a module."""
-    return operator.attrgetter(path)(root)

@@ -93,7 +93,7 @@ def prune_graph(
         plan = make_plan(analysis, {**recipe, **made_of}, round_to, move_cost)
         plan = dataclasses.replace(plan, notes=(*plan.notes, *_asleep(captured.graph)))
         layers = fates(analysis, plan)
-        analysis.forget_movements()
+        analysis.release()
         begin("rewrite")
         pruned = rewrite(captured, plan)
         twin = rewrite(exact, plan) if verify else pruned
@@ -140,7 +140,7 @@ def runs_of(filtered: nn.Module, inputs: Inputs) -> tuple[Inputs, ...]:
     if first is None:
         why = refusal(filtered, inputs)
         raise ConfigError(
-            f"{type(filtered).__name__} refuses inputs of shape {list(inputs.shapes)}: {why} "
+            f"{type(filtered).__name__} refuses inputs of shape {list(inputs.shapes)}: {why}. "
             "Pass example_inputs= a batch as the model takes it, with values of the kind it takes."
         )
     inputs = dataclasses.replace(inputs, within=first.within)

@@ -105,7 +105,7 @@ class _Work:
             one = prune_graph(part, runs, {}, **self.settings)
             self._put(path, part, one)
         except PrifuError as error:
-            self.notes.append((path, f"not pruned as one: {str(error)[:160]}"))
+            self.notes.append((path, f"not pruned as one: {error}"))
             for name, _ in part.named_children():
                 self.replace(f"{path}.{name}")
         else:

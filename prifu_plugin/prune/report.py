@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prifu_plugin.figures import new_figure
 from prifu_plugin.formats import FORMAT, check_format, reading
 from prifu_plugin.graph.undisturbed import run_undisturbed
+from prifu_plugin.names import is_of_filter
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.plan import Plan
@@ -58,7 +59,8 @@ class PruneReport:
         checks: the certificate: each comparison with the filtered model.
         seed: of its inputs.
         layers: fate of the channels, layer by layer.
-        notes: (node, reason) where an operation without a rule made inputs whole.
+        notes: (node or module, reason): what was left whole and why, and what the result does not
+            have any more, such as hooks and functional dropout.
         parameters: before (filters not counted), after.
         macs: multiply-accumulates for one input, before and after.
         bytes: of parameters and buffers, before and after.
@@ -196,7 +198,7 @@ def _count_macs(model: nn.Module, inputs: Inputs) -> int:
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters, filters not counted."""
-    return sum(p.numel() for name, p in model.named_parameters() if ".prifu." not in f".{name}")
+    return sum(p.numel() for name, p in model.named_parameters() if not is_of_filter(name))
 
 
 def count_bytes(model: nn.Module) -> int:
@@ -204,7 +206,7 @@ def count_bytes(model: nn.Module) -> int:
     return sum(
         value.numel() * value.element_size()
         for name, value in model.state_dict().items()
-        if isinstance(value, Tensor) and ".prifu." not in f".{name}"
+        if isinstance(value, Tensor) and not is_of_filter(name)
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.keyed import KeyedNoise
+from prifu_plugin.names import value_at
 from prifu_plugin.prune.border import border_map
 from prifu_plugin.prune.kernels import (
     concat_parts,
@@ -20,7 +21,7 @@ from prifu_plugin.prune.kernels import (
 )
 from prifu_plugin.prune.layout import FILL, Conform
 from prifu_plugin.prune.lower import drop_unused
-from prifu_plugin.prune.members import Members, like, value_at
+from prifu_plugin.prune.members import Members, like
 from prifu_plugin.prune.places import PLACES, places
 from prifu_plugin.prune.plan import (
     Alias,

@@ -216,7 +216,10 @@ def culprit(captured: Captured, plan: Plan, pruned: fx.GraphModule, inputs: Inpu
             return f"'{node.name}': shape {tuple(found.shape)} for {tuple(expected.shape)}"
         gap = difference(expected * mask, found * mask)
         if not gap <= TOLERANCES[torch.float64]:
-            return f"'{node.name}' ({node.op} {node.target}): {gap:.1e}"
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            inside = f" inside '{stack[-1][0]}'" if stack and stack[-1][0] else ""
+            what = getattr(node.target, "__name__", node.target)
+            return f"'{node.name}' ({node.op} {what}{inside}): {gap:.1e}"
     return ""
 
 

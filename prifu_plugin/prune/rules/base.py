@@ -28,7 +28,7 @@ class Analysis:
         need: node -> mask over its channels: can the output depend on it?
         wants: node -> mask over its channels: what readers asked for so far.
         keep: node -> mask over its channels: must it, or should it, exist?
-        notes: (node, reason) where no rule was found.
+        notes: (node, reason) for the report, such as that no rule was found.
         movements: what was found of operations that move data, for those that repeat.
         calls: layer -> the nodes that call it, in order; filled when a plan is made.
         move_cost: multiply-accumulates that moving one value is taken to cost.
@@ -46,7 +46,7 @@ class Analysis:
     calls: dict[Hashable, list[fx.Node]] = field(default_factory=dict)
     move_cost: float = 0.0
 
-    def forget_movements(self) -> None:
+    def release(self) -> None:
         """Let go of where each value came from, gigabytes in large networks: the plan knows it."""
         self.movements.clear()
         self.rules.clear()
@@ -110,7 +110,7 @@ class Rule(ABC):
         ]
 
     def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
-        """Return constant channels of inputs that had better exist, given what is kept here."""
+        """Return the constant channels of inputs that should be computed, to spare a copy here."""
         return {}
 
     def sliced_dim(self, analysis: Analysis) -> int:
@@ -130,7 +130,7 @@ class Rule(ABC):
         return float("inf")
 
     def work_of_input(self, analysis: Analysis) -> float | None:
-        """Return those that one channel of its input causes at one place; None if it has none."""
+        """Return the multiply-accumulates of one more input channel at one place, if any."""
         return None
 
     def aligned_dim(self, source: fx.Node) -> int | None:

@@ -24,8 +24,8 @@ class LinearMap:
         connected: whether any tap is not 0, same shape.
         bias: (out,), zeros if there is none.
         dim: the dimension it maps, in the input's shape.
-        padded: a constant does not become a constant: zeros are padded around the input, or taps
-            fall on some places and not on others.
+        padded: a constant input channel does not give a constant output, because zeros are padded
+            around it or the kernel's taps cover places unevenly.
         mappable: a two-dimensional convolution whose padding is given in numbers.
         spans: it reads several places, or leaves some out.
     """

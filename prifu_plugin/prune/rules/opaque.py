@@ -8,16 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from prifu_plugin.filter import PriFU
+from prifu_plugin.names import SIZE_QUERIES, value_at
 from prifu_plugin.prune.facts import Fact, first_channel, live_everywhere, tensor_inputs
 from prifu_plugin.prune.plan import Keep
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, run
-
-SIZE_QUERIES = {
-    *("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "dtype", "device"),
-    *("is_cuda", "requires_grad", "is_floating_point", "layout"),
-}
-"""Questions about a tensor that rewriting answers as the original would."""
 
 
 class OpaqueRule(Rule):
@@ -117,10 +112,7 @@ class StaticRule(Rule):
         if not isinstance(recorded, Tensor) or not recorded.is_floating_point():
             return recorded
         if self.node.op == "get_attr":
-            value: Any = analysis.root
-            for part in str(self.node.target).split("."):
-                value = getattr(value, part)
-            return value
+            return value_at(analysis.root, str(self.node.target))
         return run(analysis, self.node, lambda source: _value(analysis, source))
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
