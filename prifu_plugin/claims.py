@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from prifu_plugin.graph.guards import GUARD
+from prifu_plugin.prune.seen import seen
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def claim_of(here: Any, there: Any, tensors: Sequence[fx.Node]) -> Claim | tuple
     if here == there:
         return Claim(here)
     for tensor in tensors:
-        sizes = zip(tensor.meta["shape"], tensor.meta["other"][0], strict=True)
+        sizes = zip(seen(tensor).shape, seen(tensor).other_shape, strict=True)
         for dim, both in enumerate(sizes):
             if both == (here, there):
                 return Claim(tensor=tensor, dim=dim)

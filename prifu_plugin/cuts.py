@@ -18,6 +18,7 @@ from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.inputs import Inputs, refusal, suited, takes
 from prifu_plugin.prune.lower import drop_unused, name_effects
 from prifu_plugin.prune.places import PLACES, place
+from prifu_plugin.prune.seen import seen
 
 OTHER = 5
 """Batch size of the second run: other sizes seldom change from 2 to 5, as the batch does."""
@@ -104,7 +105,7 @@ def find(captured: Captured, model: nn.Module, at: str) -> fx.Node:
         stack = node.meta.get("nn_module_stack") or {}
         inside = {str(entry[0]) for entry in stack.values()}
         called = node.op == "call_module" and node.target == path
-        ends = path and path in inside and node.meta["shape"] and node in used
+        ends = path and path in inside and seen(node).shape and node in used
         if node.name == at or called or ends:
             found = node
     if found is None or found.op in ("placeholder", "output", "get_attr"):
@@ -124,7 +125,7 @@ def on_edge(graph: fx.Graph, node: fx.Node) -> set[fx.Node]:
     for guard in graph.nodes:
         if is_guard(guard):
             asked = ancestors(guard)
-            if all(n in found or n.op == "placeholder" or not n.meta["shape"] for n in asked):
+            if all(n in found or n.op == "placeholder" or not seen(n).shape for n in asked):
                 found |= asked
     return found
 
@@ -145,7 +146,7 @@ def with_sizes(graph: fx.Graph, computed: set[fx.Node]) -> set[fx.Node]:
     known = set(computed)
     for node in graph.nodes:
         asks = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
-        asks = asks and not node.meta["shape"] and not node.meta["nested"]
+        asks = asks and not seen(node).shape and not seen(node).nested
         if asks and all(source in known for source in node.all_input_nodes):
             known.add(node)
     return known
@@ -154,7 +155,7 @@ def with_sizes(graph: fx.Graph, computed: set[fx.Node]) -> set[fx.Node]:
 def is_free(node: fx.Node) -> bool:
     """Whether the cloud can compute a value by itself, from parameters alone."""
     return node.op == "get_attr" or (
-        "static" in node.meta and all(map(is_free, node.all_input_nodes))
+        seen(node).is_static and all(map(is_free, node.all_input_nodes))
     )
 
 
@@ -162,12 +163,12 @@ def points(graph: fx.Graph) -> list[str]:
     """Return the names of the nodes at which one tensor is all that crosses."""
     found = []
     for node in graph.nodes:
-        if node.op in ("placeholder", "output", "get_attr") or not node.meta["shape"]:
+        if node.op in ("placeholder", "output", "get_attr") or not seen(node).shape:
             continue
         known = with_sizes(graph, on_edge(graph, node))
-        sent = [n for n in crossing(graph, known) if n.meta["shape"]]
+        sent = [n for n in crossing(graph, known) if seen(n).shape]
         last = any(user.op == "output" for user in node.users)
-        if sent == [node] and not (last or node.meta["several"] or late_inputs(graph, known)):
+        if sent == [node] and not (last or seen(node).several or late_inputs(graph, known)):
             found.append(node.name)
     return found
 

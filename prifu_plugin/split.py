@@ -32,6 +32,7 @@ from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.names import value_at
 from prifu_plugin.prune.inputs import Inputs, suited
 from prifu_plugin.prune.quiet import DrawingAlike, Quiet
+from prifu_plugin.prune.seen import seen
 from prifu_plugin.prune.verify import TOLERANCES, difference
 
 
@@ -155,8 +156,8 @@ def split(
     computed = on_edge(graph, node)
     known = with_sizes(graph, computed)
     crosses = crossing(graph, known)
-    tensors = [n for n in crosses if n.meta["shape"]]
-    sizes = [n for n in crosses if not n.meta["shape"]]
+    tensors = [n for n in crosses if seen(n).shape]
+    sizes = [n for n in crosses if not seen(n).shape]
     if tensors != [node] and not several:
         others = [n.name for n in tensors if n is not node]
         raise ConfigError(
@@ -269,13 +270,13 @@ def _size(
     cloud: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any], claims: dict[fx.Node, Any]
 ) -> Any:
     """Give the cloud a size that the edge knew: always the same, the upload's, or made of such."""
-    tensors = [n for n in copies if n.meta["shape"]]
-    claim = claim_of(node.meta["example"], node.meta["other"][1], tensors)
+    tensors = [n for n in copies if seen(n).shape]
+    claim = claim_of(seen(node).example, seen(node).other_example, tensors)
     if claim is not None:
         claims[node] = claim
         return shown(cloud, claim, copies)
     sources = node.all_input_nodes
-    if sources and all(not source.meta["shape"] for source in sources):
+    if sources and all(not seen(source).shape for source in sources):
         made = {source: _size(cloud, source, copies, claims) for source in sources}
         args = fx.node.map_arg(node.args, lambda n: made[n])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: made[n])

@@ -256,9 +256,10 @@ def untrained(wrapped, x):
     return missing
 
 
-def child(name):
-    resource.setrlimit(resource.RLIMIT_DATA, (GIGABYTES << 30, GIGABYTES << 30))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
+def child(name, gigabytes=GIGABYTES, seconds=SECONDS):
+    bytes_, seconds = int(gigabytes) << 30, int(seconds)
+    resource.setrlimit(resource.RLIMIT_DATA, (bytes_, bytes_))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     torch.set_num_threads(1)
     try:
         row = run_one(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.prune.seen import Seen, note, seen, was_seen
 
 
 class _Recorder(fx.Interpreter):
@@ -19,20 +21,19 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        n.meta["several"] = _is_several(result)
-        n.meta["shape"] = _shape(result)
-        n.meta["nested"] = not n.meta["shape"] and _holds_tensors(result)
-        if isinstance(result, Tensor) and result.ndim == 0:
-            n.meta["zero_dim"] = True
-        n.meta["example"] = result if not isinstance(result, Tensor) else result.new_empty(0)
-        if n.meta["nested"]:
-            n.meta["example"] = None
-        if n.op == "get_attr" and n.meta["shape"]:
-            n.meta["static"] = result
-        elif n.op in ("call_function", "call_method", "call_module") and n.meta["shape"]:
-            tensors = [i for i in n.all_input_nodes if i.meta["shape"]]
-            if tensors and all("static" in i.meta for i in tensors):
-                n.meta["static"] = result
+        shape = _shape(result)
+        nested = not shape and _holds_tensors(result)
+        example = result.new_empty(0) if isinstance(result, Tensor) else result
+        known = Seen(
+            shape=shape,
+            several=_is_several(result),
+            nested=nested,
+            zero_dim=isinstance(result, Tensor) and result.ndim == 0,
+            example=None if nested else example,
+            static=result if shape and _follows_from_parameters(n) else None,
+            varies=was_seen(n) and seen(n).varies,
+        )
+        note(n, known)
         return result
 
 
@@ -46,11 +47,11 @@ class _SecondRecorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         example = result if not isinstance(result, Tensor) else None
-        n.meta["other"] = (_shape(result), example)
-        moves = any("varies" in i.meta for i in n.all_input_nodes)
-        if "static" in n.meta and (moves or not _same(n.meta["static"], result)):
-            del n.meta["static"]
-            n.meta["varies"] = True
+        known = replace(seen(n), other_shape=_shape(result), other_example=example)
+        moves = any(seen(i).varies for i in n.all_input_nodes)
+        if known.is_static and (moves or not _same(known.static, result)):
+            known = replace(known, static=None, varies=True)
+        note(n, known)
         return result
 
 
@@ -60,14 +61,14 @@ def record_examples(
     inputs: Sequence[Tensor],
     others: Sequence[Tensor] | None = None,
 ) -> None:
-    """Run a graph and record "shape", "several", "example" and "static" on its nodes.
+    """Run a graph and note what is `seen` of its nodes.
 
     Args:
         root: the model in eval mode.
         graph: a graph on it.
         inputs: example inputs, in the order of the graph's placeholders.
         others: inputs of another batch size, and of another size if the model takes one; what
-            they give is recorded as "other".
+            they give is noted as `other_shape` and `other_example`.
     """
     with torch.no_grad():
         with undisturbed(root):
@@ -76,6 +77,13 @@ def record_examples(
             return
         with undisturbed(root):
             _SecondRecorder(root, graph).run(*others)
+
+
+def _follows_from_parameters(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    tensors = [source for source in node.all_input_nodes if seen(source).shape]
+    return node.op.startswith("call_") and bool(tensors) and all(seen(s).is_static for s in tensors)
 
 
 def _is_several(result: Any) -> bool:

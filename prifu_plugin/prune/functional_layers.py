@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prifu_plugin.graph.capture import Captured
+from prifu_plugin.prune.seen import seen
 from prifu_plugin.prune.transposed import TRANSPOSED
 
 _LAYERS: dict[Any, type[nn.Module]] = {
@@ -86,7 +87,7 @@ def _numbers(node: fx.Node) -> tuple[str, ...]:
 
 
 def _can_be_taken_over(value: Any, reader: fx.Node) -> bool:
-    if not isinstance(value, fx.Node) or "static" not in value.meta:
+    if not isinstance(value, fx.Node) or not seen(value).is_static:
         return False
     made_of = {value}
     _collect(value, made_of)
@@ -105,12 +106,12 @@ def _collect(node: fx.Node, found: set[fx.Node]) -> None:
 
 
 def _is_trained(value: fx.Node) -> bool:
-    recorded = value.meta.get("static")
+    recorded = seen(value).static
     return value.op == "get_attr" and isinstance(recorded, Tensor) and recorded.requires_grad
 
 
 def _layer(node: fx.Node, given: dict[str, Any]) -> nn.Module:
-    weight: Tensor = given["weight"].meta["static"]
+    weight: Tensor = seen(given["weight"]).static
     bias = given.get("bias")
     groups = given.get("groups", 1)
     numbers = {name: given[name] for name in _numbers(node) if name in given}
@@ -128,7 +129,7 @@ def _layer(node: fx.Node, given: dict[str, Any]) -> nn.Module:
 
 
 def _parameter(value: fx.Node) -> nn.Parameter:
-    recorded: Tensor = value.meta["static"]
+    recorded: Tensor = seen(value).static
     made_of = {value}
     _collect(value, made_of)
     return nn.Parameter(recorded.detach().clone(), any(_is_trained(n) for n in made_of))
@@ -136,9 +137,9 @@ def _parameter(value: fx.Node) -> nn.Parameter:
 
 def _in_fp64(root: nn.Module, value: fx.Node) -> Any:
     """Compute a tensor anew in fp64: what was recorded has the model's own precision."""
-    if "static" not in value.meta:
-        return value.meta["example"]
-    recorded = value.meta["static"]
+    if not seen(value).is_static:
+        return seen(value).example
+    recorded = seen(value).static
     if not isinstance(recorded, Tensor) or not recorded.is_floating_point():
         return recorded
     if value.op == "get_attr":

@@ -205,16 +205,14 @@ def _certify(
     for check, used in zip(checks, (single, runs[-1], runs[0]), strict=True):
         if check.holds:
             continue
-        for node in exact.graph.nodes:
-            if node in analysis.need:
-                node.meta["needed"] = analysis.wanted(node)
         if check.difference != check.difference:
             raise VerificationError(
                 f"The filtered {type(captured.root).__name__} itself returns no finite number for "
                 f"Gaussian inputs {list(check.shapes)}: nothing can be compared. Look at its "
                 "weights and statistics, or pass verify=False if you have another test."
             )
-        where = culprit(exact, plan, twin, used)
+        needed = {node: analysis.wanted(node) for node in analysis.need}
+        where = culprit(exact, plan, twin, used, needed)
         raise VerificationError(
             f"The pruned {type(captured.root).__name__} differs from the filtered one by "
             f"{check.difference:.1e} ({check.dtype}, inputs {list(check.shapes)}; allowed "

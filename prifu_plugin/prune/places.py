@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import fx
 
+from prifu_plugin.prune.seen import seen, was_seen
+
 PLACES = "prifu_places"
 """Key of a pruned model's meta: module path -> [position among the calls, what is called]."""
 
@@ -24,7 +26,7 @@ def places(old: fx.Graph, new: fx.Graph, values: dict[fx.Node, Any]) -> dict[str
     position = {node: at for at, node in enumerate(calls(new))}
     found: dict[str, list[Any]] = {}
     for node in old.nodes:
-        if not node.meta.get("shape"):
+        if not was_seen(node) or not seen(node).shape:
             continue
         for entry in (node.meta.get("nn_module_stack") or {}).values():
             path, value = str(entry[0]), values.get(node)

@@ -13,6 +13,7 @@ from prifu_plugin.prune.agreement import Agreement, until_agreed
 from prifu_plugin.prune.facts import Fact, first_channel, tensor_inputs
 from prifu_plugin.prune.layout import FILL, Conform, Layout, box, physical, restrict, simplify
 from prifu_plugin.prune.plan import Keep, Kernel, NodePlan, Plan
+from prifu_plugin.prune.seen import seen
 
 if TYPE_CHECKING:
     from prifu_plugin.prune.rules.base import Analysis
@@ -232,7 +233,7 @@ def _find_keep(analysis: Analysis, round_to: int, agreement: Agreement) -> None:
                 _pass_wants(analysis, node)
             continue
         keep = analysis.wanted(node) | wants.get(node, torch.tensor(False))
-        sized = any(user in exists and user.meta["shape"] == () for user in node.users)
+        sized = any(user in exists and seen(user).shape == () for user in node.users)
         if sized and not keep.any():
             keep = first_channel(value)
         if analysis.move_cost:

@@ -37,6 +37,7 @@ from prifu_plugin.prune.plan import (
 )
 from prifu_plugin.prune.quiet import NOISE
 from prifu_plugin.prune.rules.sizes import SIZED, size_arguments
+from prifu_plugin.prune.seen import seen
 from prifu_plugin.prune.shape_answers import ShapeAnswers
 
 
@@ -115,7 +116,7 @@ class _Rewriter:
     # Operations.
 
     def _keep(self, node: fx.Node, kernel: Keep, operands: dict[str, Any]) -> Any:
-        if not node.meta["shape"] and not node.meta["nested"]:
+        if not seen(node).shape and not seen(node).nested:
             return self.asked.answer(node, lambda value: self._argument(node, value))
         args = self._argument(node, node.args, operands)
         kwargs = self._argument(node, node.kwargs, operands)
@@ -181,7 +182,7 @@ class _Rewriter:
         result = self.new.call_module(path, (self._operand(node.args[0], operands),))
         if isinstance(kernel, SliceNorm):
             return result
-        rank = len(node.meta["shape"])
+        rank = len(seen(node).shape)
         going_on = kernel.channels
         if kernel.inputs is not None and going_on is not None:
             where = {channel: place for place, channel in enumerate(kernel.inputs)}
@@ -197,7 +198,7 @@ class _Rewriter:
     def _scale(self, node: fx.Node, kernel: Scale, x: Any) -> Any:
         unit = self._called(node)
         scale, shift, noise = filter_vectors(unit)
-        rank = len(node.meta["shape"])
+        rank = len(seen(node).shape)
         result = self._vector(node, "scale", scale, kernel, rank, torch.mul, x)
         if kernel.shifted:
             result = self._vector(node, "shift", shift, kernel, rank, torch.add, result)
@@ -268,7 +269,7 @@ class _Rewriter:
     ) -> fx.Node:
         """Select positions along a dimension; FILL reads a zero channel padded for it."""
         name = f"{node.name}_{source.name if source is not None else 'pick'}_{dim}"
-        rank = len((source or node).meta["shape"])
+        rank = len(seen(source or node).shape)
         if FILL in positions:
             existing = self._width(source, dim)
             padding = [0, 0] * (rank - 1 - dim)
@@ -288,7 +289,7 @@ class _Rewriter:
     def _width(self, source: fx.Node, dim: int) -> int:
         plan = self.plans.get(source.name)
         layout = dict(plan.layout) if plan is not None else {}
-        return len(layout[dim]) if dim in layout else int(source.meta["shape"][dim])
+        return len(layout[dim]) if dim in layout else int(seen(source).shape[dim])
 
     # Members of the new model.
 

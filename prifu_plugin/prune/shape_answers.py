@@ -10,6 +10,7 @@ from torch import fx
 
 from prifu_plugin.prune.plan import NodePlan
 from prifu_plugin.prune.rules.base import first_input
+from prifu_plugin.prune.seen import seen
 
 _COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
 """Sizes are compared when the model runs; the nodes that stand for them are never equal."""
@@ -54,13 +55,13 @@ class ShapeAnswers:
             return node.target(*args)
         kwargs = translate(node.kwargs)
         if not _has_nodes((args, kwargs)):
-            return node.meta["example"]
+            return seen(node).example
         return self.new.create_node(node.op, node.target, tuple(args), kwargs)
 
     def _sizes(self, source: fx.Node) -> tuple[Any, ...]:
         plan = self.plans.get(source.name)
         layout = dict(plan.layout) if plan is not None else {}
-        shape, value = source.meta["shape"], self.values[source]
+        shape, value = seen(source).shape, self.values[source]
         return tuple(
             shape[d] if d in layout else self.new.call_method("size", (value, d))
             for d in range(len(shape))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from prifu_plugin.prune.seen import seen, was_seen
+
 _BY_EXAMPLE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
 
 
@@ -72,7 +74,7 @@ def spell_out_shapes(graph: fx.Graph) -> bool:
         if not sized and node.target is not torch.reshape or len(node.args) != 2:
             continue
         shape: Any = node.args[1]
-        example = shape.meta.get("example") if isinstance(shape, fx.Node) else None
+        example = seen(shape).example if isinstance(shape, fx.Node) and was_seen(shape) else None
         if not isinstance(example, tuple):
             continue
         with graph.inserting_before(node):

@@ -189,11 +189,17 @@ OUTLIER = 1000.0
 """Values this many times the median are no scale for the others."""
 
 
-def culprit(captured: Captured, plan: Plan, pruned: fx.GraphModule, inputs: Inputs) -> str:
+def culprit(
+    captured: Captured,
+    plan: Plan,
+    pruned: fx.GraphModule,
+    inputs: Inputs,
+    masks: dict[fx.Node, Tensor],
+) -> str:
     """Return the first node whose value differs, with its difference; "" if none does.
 
     Both graphs run in fp64; each node of the pruned one must be the original restricted to its
-    layout, on the channels that are live and needed.
+    layout, on the channels that are live and needed, by the masks.
     """
     drawn = inputs.draw(captured.root, 0)
     old = _values(captured.root, captured.graph, drawn)
@@ -201,7 +207,7 @@ def culprit(captured: Captured, plan: Plan, pruned: fx.GraphModule, inputs: Inpu
     layouts = {node.name: dict(node.layout) for node in plan.nodes}
     for node in captured.graph.nodes:
         value, found = old.get(node.name), new.get(node.name)
-        needed = node.meta.get("needed")
+        needed = masks.get(node)
         sliced = node.op == "get_attr"  # a parameter may be sliced for its only reader
         if (
             not isinstance(value, Tensor)

@@ -18,6 +18,7 @@ from prifu_plugin.prune.rules.movement import movement_rule
 from prifu_plugin.prune.rules.norm import norm_rule
 from prifu_plugin.prune.rules.opaque import InputRule, OpaqueRule, ScalarRule, StaticRule
 from prifu_plugin.prune.rules.pointwise import pointwise_rule
+from prifu_plugin.prune.seen import seen
 
 _LAYERS = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
 
@@ -27,17 +28,17 @@ _RECOGNIZED = (pointwise_rule, channelwise_rule, concat_rule, contraction_rule, 
 def find_rule(analysis: Analysis, node: fx.Node) -> Rule:
     """Return the rule that holds for a node; the opaque one, noted, if there is no other."""
     if node.op == "placeholder":
-        return InputRule(node) if node.meta["shape"] else ScalarRule(node)
-    if "static" in node.meta:
+        return InputRule(node) if seen(node).shape else ScalarRule(node)
+    if seen(node).is_static:
         if node.op == "call_module" and isinstance(analysis.module(node), _LAYERS):
             note = "it gives the same for every input; it stays, so that it can be trained"
             analysis.notes.append((node.name, note))
         return StaticRule(node)
-    if "varies" in node.meta:
+    if seen(node).varies:
         return OpaqueRule(node, "a parameter cut to the size of the input")
-    if node.meta["nested"] or any(n.meta["nested"] for n in node.all_input_nodes):
+    if seen(node).nested or any(seen(n).nested for n in node.all_input_nodes):
         return OpaqueRule(node, _describe(analysis, node))
-    if not node.meta["shape"]:
+    if not seen(node).shape:
         return ScalarRule(node)
     facts = [analysis.values[s] for s in node.all_input_nodes]
     if all(isinstance(f, Fact) or not is_fact_tuple(f) for f in facts):

@@ -15,6 +15,7 @@ from prifu_plugin.prune.plan import Keep
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, first_input
 from prifu_plugin.prune.rules.moving import work_before
+from prifu_plugin.prune.seen import seen
 
 
 class ChannelwiseRule(Rule):
@@ -48,7 +49,7 @@ class ChannelwiseRule(Rule):
 
     def const(self, analysis: Analysis) -> Fact:
         """Keep constants, dimension by dimension."""
-        fact, shape = analysis.fact(self.source), self.node.meta["shape"]
+        fact, shape = analysis.fact(self.source), seen(self.node).shape
         values = fact.const
         for dim in self.gone:
             values = self.reduce(values, dim, keepdim=True)
@@ -143,7 +144,7 @@ def _over_space(analysis: Analysis, node: fx.Node, shrinks: bool) -> Rule | None
     fact = analysis.input_fact(node)
     if fact is None or any(axis != 1 for axis in fact.axes) or len(fact.shape) < 3:
         return None
-    if len(node.meta["shape"]) != len(fact.shape) or not _is_alone(node):
+    if len(seen(node).shape) != len(fact.shape) or not _is_alone(node):
         return None
     return ChannelwiseRule(node, _same(fact), 0.0 if shrinks else None)
 
@@ -173,7 +174,7 @@ def padding_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
 
 def _is_only_pooled(analysis: Analysis, node: fx.Node, pads: Sequence[Any]) -> bool:
     """Whether max pooling alone reads a padding by -inf, in windows wider than it: none is left."""
-    widths = [p.meta["example"] if isinstance(p, fx.Node) else p for p in pads]
+    widths = [seen(p).example if isinstance(p, fx.Node) else p for p in pads]
     for user in node.users:
         if user.op == "call_module":
             module = analysis.module(user)
@@ -192,7 +193,7 @@ def _is_only_pooled(analysis: Analysis, node: fx.Node, pads: Sequence[Any]) -> b
 
 def _is_alone(node: fx.Node) -> bool:
     """Whether all inputs but the first are sizes."""
-    return not any(source.meta["shape"] for source in node.all_input_nodes[1:])
+    return not any(seen(source).shape for source in node.all_input_nodes[1:])
 
 
 def _same(fact: Fact) -> dict[int, int]:

@@ -12,6 +12,7 @@ from prifu_plugin.prune.layout import Conform
 from prifu_plugin.prune.plan import Concat
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule
+from prifu_plugin.prune.seen import seen
 
 
 class ConcatRule(Rule):
@@ -24,7 +25,7 @@ class ConcatRule(Rule):
 
     def const(self, analysis: Analysis) -> Fact:
         """Concatenate the constants."""
-        shape = self.node.meta["shape"]
+        shape = seen(self.node).shape
         facts = [analysis.fact(part) for part in self.parts]
         axes = {axis for fact in facts for axis in fact.axes}
         values = []
@@ -99,7 +100,7 @@ class ConcatRule(Rule):
         return planner.conform(part, self.node, target)
 
     def _split(self, analysis: Analysis, mask: Tensor) -> dict[fx.Node, Tensor]:
-        shape = self.node.meta["shape"]
+        shape = seen(self.node).shape
         mask = mask.expand([s if d == self.dim else mask.shape[d] for d, s in enumerate(shape)])
         found: dict[fx.Node, Tensor] = {}
         start = 0
@@ -129,6 +130,6 @@ def concat_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     named = node.kwargs.get("dim", node.kwargs.get("axis", 0))
     dim = node.args[1] if len(node.args) > 1 else named
     ranks = {len(analysis.fact(p).shape) for p in parts}
-    if not isinstance(dim, int) or ranks != {len(node.meta["shape"])}:
+    if not isinstance(dim, int) or ranks != {len(seen(node).shape)}:
         return None
-    return ConcatRule(node, list(parts), dim % len(node.meta["shape"]))
+    return ConcatRule(node, list(parts), dim % len(seen(node).shape))

@@ -17,6 +17,7 @@ from prifu_plugin.prune.plan import Keep
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule
 from prifu_plugin.prune.rules.opaque import OpaqueRule
+from prifu_plugin.prune.seen import seen
 
 
 class MatmulRule(OpaqueRule):
@@ -44,7 +45,7 @@ class MatmulRule(OpaqueRule):
             first = right.const.narrow(-2, 0, 1)
             same = (right.const == first).all(-2, keepdim=True)
             values = torch.where(same & torch.isnan(values), first, values)
-        shape, rank = self.node.meta["shape"], len(self.node.meta["shape"])
+        shape, rank = seen(self.node).shape, len(seen(self.node).shape)
         axes = {axis for axis in left.axes if axis != rank - 1}
         axes |= {axis for axis in right.axes if axis != rank - 2}
         return summarize(values, shape, tuple(sorted(axes)))
@@ -59,7 +60,7 @@ class MatmulRule(OpaqueRule):
 
     def plan(self, planner: Planner) -> None:
         """Multiply what meets no zero; a parameter is multiplied whole."""
-        analysis, rank = planner.analysis, len(self.node.meta["shape"])
+        analysis, rank = planner.analysis, len(seen(self.node).shape)
         left, right = analysis.fact(self.left), analysis.fact(self.right)
         kept = planner.kept(self.node)
         if kept is None:
@@ -100,7 +101,7 @@ class AttentionRule(OpaqueRule):
 
     def const(self, analysis: Analysis) -> Fact:
         """What a value channel is at every token stays what it is."""
-        value, shape = analysis.fact(self.value), self.node.meta["shape"]
+        value, shape = analysis.fact(self.value), seen(self.node).shape
         heads = {a for n in (self.query, self.key) for a in analysis.fact(n).axes}
         axes = (heads | set(value.axes)) - {len(shape) - 1} | ({len(shape) - 1} & set(value.axes))
         const = value.const
@@ -113,7 +114,7 @@ class AttentionRule(OpaqueRule):
         mask = self.node.kwargs.get("attn_mask", mask)
         if not isinstance(mask, fx.Node):
             return False
-        known = mask.meta.get("static")
+        known = seen(mask).static
         return known is None or known.dtype == torch.bool or not torch.isfinite(known).all()
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
@@ -132,7 +133,7 @@ class AttentionRule(OpaqueRule):
 
     def plan(self, planner: Planner) -> None:
         """Attend with the value channels that go on; the scale knows how wide queries are."""
-        analysis, last = planner.analysis, len(self.node.meta["shape"]) - 1
+        analysis, last = planner.analysis, len(seen(self.node).shape) - 1
         kept = planner.kept(self.node)
         if kept is None:
             return
@@ -180,7 +181,7 @@ def _of_one_rank(analysis: Analysis, nodes: list[fx.Node]) -> bool:
     facts = [analysis.values.get(n) for n in nodes]
     if not all(isinstance(fact, Fact) and len(fact.shape) >= 2 for fact in facts):
         return False
-    zero_dim = any("zero_dim" in n.meta for n in nodes)
+    zero_dim = any(seen(n).zero_dim for n in nodes)
     return len({len(analysis.fact(n).shape) for n in nodes}) == 1 and not zero_dim
 
 
@@ -193,7 +194,7 @@ def _is_convex(analysis: Analysis, node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if isinstance(module, _PASSING) or node.target in (F.dropout, "contiguous"):
         return isinstance(source, fx.Node) and _is_convex(analysis, source)
-    last = (-1, len(node.meta["shape"] or ()) - 1)
+    last = (-1, len(seen(node).shape or ()) - 1)
     if type(module) is nn.Softmax:
         return module.dim in last
     if node.target not in (F.softmax, torch.softmax, "softmax"):

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from prifu_plugin.prune.facts import Fact, any_over, summarize
 from prifu_plugin.prune.rules.base import Analysis, Rule, first_input
 from prifu_plugin.prune.rules.linear_map import LinearMap
+from prifu_plugin.prune.seen import seen
 
 NARROW = 48
 """Live input channels below which a border map is preferred to a carrier."""
@@ -172,6 +173,6 @@ class LinearFacts(Rule, ABC):
 
 
 def _output_shape(node: fx.Node) -> tuple[int, ...]:
-    shape = node.meta["shape"]
+    shape = seen(node).shape
     assert isinstance(shape, tuple)
     return shape

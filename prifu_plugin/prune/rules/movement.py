@@ -22,6 +22,7 @@ from prifu_plugin.prune.rules.base import Analysis, Rule, first_input
 from prifu_plugin.prune.rules.relabel import Moved, Start, moved_labels, starts
 from prifu_plugin.prune.rules.selection import fixed_crop, order, selection
 from prifu_plugin.prune.rules.sizes import patched_sizes, resized
+from prifu_plugin.prune.seen import seen
 
 
 class MovementRule(Rule):
@@ -53,7 +54,7 @@ class MovementRule(Rule):
         fact = analysis.fact(self.source)
         flat = torch.cat([torch.zeros(1).double(), fact.const.expand(fact.shape).flatten()])
         facts = tuple(summarize(flat[m.labels], tuple(m.labels.shape), m.axes) for m in self.moved)
-        return facts if self.node.meta["several"] else facts[0]
+        return facts if seen(self.node).several else facts[0]
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Move need back."""
@@ -65,7 +66,7 @@ class MovementRule(Rule):
 
     def _back(self, analysis: Analysis, mask_of: Any) -> dict[fx.Node, Tensor]:
         fact = analysis.fact(self.source)
-        if self.node.meta["several"]:
+        if seen(self.node).several:
             if _only_items(analysis, self.node):
                 return {}
             return {self.source: torch.ones(fact.summary_shape(), dtype=torch.bool)}
@@ -77,7 +78,7 @@ class MovementRule(Rule):
 
     def plan(self, planner: Planner) -> None:
         """Plan the whole chain of movements that ends here."""
-        if self.node.meta["several"]:
+        if seen(self.node).several:
             if not _only_items(planner.analysis, self.node):
                 _step(planner, self.node)
             return
@@ -101,7 +102,7 @@ def movement_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     if len(sources) != 1:
         return None
     source = sources[0]
-    if not node.args or node.args[0] is not source or "zero_dim" in source.meta:
+    if not node.args or node.args[0] is not source or seen(source).zero_dim:
         return None
     if is_fact_tuple(analysis.values[source]):
         split = analysis.rules[source]
@@ -136,7 +137,7 @@ def _is_inner(analysis: Analysis, node: fx.Node) -> bool:
     return bool(node.users) and all(
         isinstance(analysis.rules.get(user), MovementRule)
         and node in _data_inputs(user)
-        and not (user.meta["several"] and not _only_items(analysis, user))
+        and not (seen(user).several and not _only_items(analysis, user))
         for user in node.users
     )
 
@@ -158,7 +159,7 @@ def _plan_chain(planner: Planner, end: fx.Node) -> None:
         first = first_input(chain[0])
         rule = analysis.rules.get(first)
         inner = isinstance(rule, MovementRule) and (
-            first.meta["several"]
+            seen(first).several
             or (not planner.exists(first) and (rule.mixed or _is_inner(analysis, first)))
         )
         if not inner:
@@ -228,7 +229,7 @@ def _composed(
     for node in chain:
         rule = analysis.rules[node]
         assert isinstance(rule, MovementRule)
-        if node.meta["several"]:
+        if seen(node).several:
             continue
         steps = [step for step in (rule.moved[0].labels, rule.moved[0].other) if step is not None]
         if rule.source is not start and rule.source not in at:
@@ -250,7 +251,7 @@ def _step(planner: Planner, node: fx.Node) -> None:
     if isinstance(rule, ItemRule) and not isinstance(analysis.values[operand], Fact):
         planner.emit(node, Keep())
         return
-    if node.meta["several"]:
+    if seen(node).several:
         planner.emit(node, Keep(), {operand: planner.conform(operand, node)})
         return
     if planner.exists(operand) and planner.layouts[operand] and rule.source is operand:

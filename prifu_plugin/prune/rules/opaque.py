@@ -13,6 +13,7 @@ from prifu_plugin.prune.facts import Fact, first_channel, live_everywhere, tenso
 from prifu_plugin.prune.plan import Keep
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, run
+from prifu_plugin.prune.seen import seen
 
 
 class OpaqueRule(Rule):
@@ -29,10 +30,10 @@ class OpaqueRule(Rule):
 
     def const(self, analysis: Analysis) -> Any:
         """Know nothing."""
-        shapes = self.node.meta["shape"]
+        shapes = seen(self.node).shape
         if not shapes:
             return None
-        if self.node.meta["several"]:
+        if seen(self.node).several:
             return tuple(live_everywhere(shape) for shape in shapes)
         return live_everywhere(shapes)
 
@@ -86,7 +87,7 @@ class InputRule(Rule):
 
     def const(self, analysis: Analysis) -> Fact:
         """Know nothing."""
-        return live_everywhere(self.node.meta["shape"])
+        return live_everywhere(seen(self.node).shape)
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Has no inputs."""
@@ -108,7 +109,7 @@ class StaticRule(Rule):
         return Fact(tuple(value.shape), (), value.detach().double(), static=True)
 
     def _precise(self, analysis: Analysis) -> Any:
-        recorded = self.node.meta["static"]
+        recorded = seen(self.node).static
         if not isinstance(recorded, Tensor) or not recorded.is_floating_point():
             return recorded
         if self.node.op == "get_attr":
@@ -126,7 +127,7 @@ class StaticRule(Rule):
 
 def _value(analysis: Analysis, source: fx.Node) -> Any:
     """Return what a static node gave: in fp64 where it is a number, as recorded otherwise."""
-    recorded = source.meta.get("static")
+    recorded = seen(source).static
     if isinstance(recorded, Tensor) and recorded.is_floating_point():
         return analysis.fact(source).known
     if isinstance(recorded, tuple | list):
@@ -141,7 +142,7 @@ class ScalarRule(Rule):
 
     def const(self, analysis: Analysis) -> Any:
         """The value in the analysed run."""
-        return self.node.meta["example"]
+        return seen(self.node).example
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """A size asks for existence, not for values; another question for the whole tensor."""

@@ -18,6 +18,7 @@ from prifu_plugin.prune.plan import Alias, Keep, Parameter
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule, run
 from prifu_plugin.prune.rules.moving import cheaper_computed, work_before
+from prifu_plugin.prune.seen import seen
 
 PRODUCTS = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
 SCALINGS = {*PRODUCTS, operator.truediv, torch.div, torch.true_divide, "div", "true_divide"}
@@ -98,7 +99,7 @@ class PointwiseRule(Rule):
 
     def const(self, analysis: Analysis) -> Fact:
         """Run the operation on the constants; a product with a known 0 is 0."""
-        shape = self.node.meta["shape"]
+        shape = seen(self.node).shape
         facts = {n: analysis.fact(n) for n in tensor_inputs(self.node, analysis.values)}
         known = {n: _right(fact.known, len(shape)) for n, fact in facts.items()}
         out = run(analysis, self.node, lambda n: known[n] if n in known else analysis.values[n])
@@ -254,8 +255,8 @@ def pointwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     if node.target in POINTWISE:
         facts = [analysis.fact(n) for n in tensor_inputs(node, analysis.values)]
         ranks = max((len(fact.shape) for fact in facts), default=0)
-        same = ranks == len(node.meta["shape"])
-        floating = torch.is_floating_point(node.meta["example"])
+        same = ranks == len(seen(node).shape)
+        floating = torch.is_floating_point(seen(node).example)
         return PointwiseRule(node) if same and floating else None
     return None
 

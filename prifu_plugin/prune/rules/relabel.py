@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.rules.base import Analysis, mapped, run, run_with_gradients
 from prifu_plugin.prune.rules.passing import is_movement_by_name, passes_everything
+from prifu_plugin.prune.seen import seen
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Start:
 def starts(node: fx.Node, fact: Fact) -> tuple[Start, ...]:
     """Return fresh labels of a tensor, one for each run."""
     shapes = [fact.shape]
-    if "other" in node.meta:
-        shapes.append(node.meta["other"][0])
+    if seen(node).other_shape is not None:
+        shapes.append(seen(node).other_shape)
     return tuple(Start(_count(shape), shape) for shape in shapes)
 
 
@@ -91,7 +92,9 @@ def _key(
     leaves: list[Any] = []
 
     def replace(n: fx.Node) -> Any:
-        return "%source" if n is source else (analysis.values[n], n.meta.get("other"))
+        if n is source:
+            return "%source"
+        return analysis.values[n], seen(n).other_shape, seen(n).other_example
 
     args = mapped((node.args, node.kwargs), replace)
     fx.node.map_aggregate(args, leaves.append)
@@ -205,7 +208,7 @@ def _on(
     def replace(n: fx.Node) -> Any:
         if n is source:
             return value
-        return analysis.values[n] if index == 0 else n.meta["other"][1]
+        return analysis.values[n] if index == 0 else seen(n).other_example
 
     return how(analysis, node, replace)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from prifu_plugin.prune.rules.base import Analysis, mapped, run
+from prifu_plugin.prune.seen import seen
 
 SIZED = ("view", "reshape", "expand")
 """Methods whose arguments are the sizes of the result, one a dimension."""
@@ -19,7 +20,7 @@ def patched_sizes(
     """Return the size arguments that change: those of dimensions that shrink, except -1."""
     if node.target not in SIZED and node.target is not torch.reshape:
         return ()
-    shape = node.meta["shape"]
+    shape = seen(node).shape
     given = size_arguments(node)
     patched = []
     for dim, count in sorted(counts.items()):
