@@ -12,9 +12,11 @@ CHILD = "prifu"
 
 SIZE_QUERIES = {
     *("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "dtype", "device"),
-    *("is_cuda", "requires_grad", "is_floating_point", "layout", "stride", "is_contiguous"),
+    *("is_cuda", "requires_grad", "is_floating_point", "layout"),
 }
-"""What may be asked of a tensor without looking at its values."""
+"""What may be asked of a tensor without its values, and a pruned model answers as the original."""
+LAYOUT_QUERIES = {"stride", "is_contiguous"}
+"""What needs no values either, but is another answer where channels are gone."""
 
 
 def is_of_filter(name: str) -> bool:

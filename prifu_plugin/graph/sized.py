@@ -36,7 +36,7 @@ from prifu_plugin.graph.padding import is_own_convolution, only_pads
 from prifu_plugin.graph.patches import PATCHING
 from prifu_plugin.graph.proxies import SizedProxy, plain, reads_tensors, value_of
 from prifu_plugin.graph.undisturbed import undisturbed
-from prifu_plugin.names import SIZE_QUERIES
+from prifu_plugin.names import LAYOUT_QUERIES, SIZE_QUERIES
 
 _FILLED = ("empty", "zeros", "ones", "full")
 
@@ -185,7 +185,7 @@ class SizedTracer(ModelTracer):
             raise TraceError(f"'{proxy.node.name}' reads what was overwritten through a view.")
         values = map_aggregate((tuple(args), dict(kwargs)), value_of)
         asked = values[0][1] if target is getattr else target
-        reads = asked not in SIZE_QUERIES and reads_tensors((args, kwargs))
+        reads = asked not in SIZE_QUERIES | LAYOUT_QUERIES and reads_tensors((args, kwargs))
         of_values = kind != "get_attr" and reads
         if kind == "call_method" and target in _MADE:
             proxy.__dict__["sizes"] = (args[1:], kwargs)
