@@ -14,18 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
 
 from prifu_plugin.errors import CaptureError
-from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.graph.norms import FUNCTIONAL_DIMS, base_class
-from prifu_plugin.graph.patches import PATCHING
-from prifu_plugin.graph.proxies import answering_types
-from prifu_plugin.graph.reads import Reads, check_unchanged, held, noting_reads, still_so
-from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.graph.own_forward import default_values, key_of, trace_alone
+from prifu_plugin.graph.reads import Reads, still_so
 from prifu_plugin.names import value_at
 
 
@@ -50,18 +46,6 @@ class FilterGroup(nn.ModuleDict):
     """The filters of one forward, by the name of the normalization they follow."""
 
 
-class _OwnTracer(fx.Tracer):
-    """Trace one forward; every child is a call."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, fx.Proxy):
-            return a.node
-        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
-
-
 def functional_calls(module: nn.Module) -> list[FunctionalCall]:
     """List the functional normalizations in a module's own forward, in train and eval mode.
 
@@ -69,9 +53,9 @@ def functional_calls(module: nn.Module) -> list[FunctionalCall]:
         CaptureError: if the forward cannot be traced by itself.
     """
     found: dict[str, FunctionalCall] = {}
-    values = _default_values(module)
+    values = default_values(module)
     for training in (True, False):
-        for node in _calls(_trace(module, training, values).graph):
+        for node in _calls(trace_alone(module, training, values).graph):
             name = getattr(node.target, "__name__", "norm")
             channels = _channels(module, node)
             found[node.name] = FunctionalCall(
@@ -114,7 +98,7 @@ def _rehost(module: nn.Module, child: str) -> None:
     module.__class__ = base
     forwards = Forwards()
     for training in (True, False):
-        _add_forward(forwards, module, child, training, _default_values(module), first=True)
+        _add_forward(forwards, module, child, training, default_values(module), first=True)
     members = {
         "forward": _choosing(base, child, forwards),
         "__reduce_ex__": _reduction(base, child),
@@ -125,21 +109,6 @@ def _rehost(module: nn.Module, child: str) -> None:
         "_prifu_kind": "functional",
     }
     module.__class__ = type(base.__name__, (base,), members)
-
-
-@dataclass(frozen=True)
-class _Traced:
-    """A forward, with what was decided while it was traced.
-
-    Attributes:
-        graph: of it.
-        reads: the plain attributes it was traced with.
-        numbers: whether arguments that are numbers were decided too.
-    """
-
-    graph: fx.Graph
-    reads: Reads
-    numbers: bool
 
 
 _KEPT = 8
@@ -171,7 +140,7 @@ def _add_forward(
     """Compile a forward that passes through the filters, for one combination of arguments."""
     filters = module._modules[child]
     assert isinstance(filters, FilterGroup)
-    traced = _trace(module, training, values)
+    traced = trace_alone(module, training, values)
     graph = traced.graph
     calls = list(_calls(graph))
     names = [node.name for node in calls]
@@ -189,7 +158,7 @@ def _add_forward(
             for user in [user for user in node.users if user is not call]:
                 user.replace_input_with(node, call)
     compiled = _compiled(graph)
-    key = _key(training, values, traced.numbers)
+    key = key_of(training, values, traced.numbers)
     forwards.by_key[key] = [(traced.reads, compiled), *forwards.by_key.get(key, ())][:_KEPT]
     return compiled
 
@@ -197,7 +166,7 @@ def _add_forward(
 def _forward_for(forwards: Forwards, module: nn.Module, values: dict[str, Any]) -> Any:
     """Return the compiled forward for these arguments and today's attributes, if there is one."""
     for numbers in (False, True):
-        for reads, compiled in forwards.by_key.get(_key(module.training, values, numbers), ()):
+        for reads, compiled in forwards.by_key.get(key_of(module.training, values, numbers), ()):
             if still_so(module, reads):
                 return compiled
     return None
@@ -222,71 +191,6 @@ def _blank(base: type[nn.Module], child: str) -> nn.Module:
     module = cls.__new__(cls)
     assert isinstance(module, nn.Module)
     return module
-
-
-_DECIDED = (type(None), bool, str)
-
-
-def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    # Of the class, since self.forward of a host is the one that chooses.
-    forward: Any = base_class(module).forward
-    found = dict(list(inspect.signature(forward).parameters.items())[1:])
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in found.values()):
-        raise CaptureError(f"the forward of {type(module).__name__} takes *args or **kwargs")
-    return found
-
-
-def _default_values(module: nn.Module) -> dict[str, Any]:
-    """Return the default of each argument; those without one are tensors."""
-    return {
-        name: _ANY if parameter.default is parameter.empty else parameter.default
-        for name, parameter in _parameters(module).items()
-    }
-
-
-_ANY = object()
-"""Stands for an argument that stays one: a tensor, a number."""
-
-
-def _key(training: bool, values: dict[str, Any], numbers: bool = False) -> tuple[Any, ...]:
-    kinds = (*_DECIDED, int, float) if numbers else _DECIDED
-    return training, numbers, *(v if isinstance(v, kinds) else _ANY for v in values.values())
-
-
-def _trace(module: nn.Module, training: bool, values: dict[str, Any]) -> _Traced:
-    """Trace a forward with what is None, a flag or a word decided; numbers too if need be."""
-    decided = {name: v for name, v in values.items() if isinstance(v, _DECIDED)}
-    numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
-    try:
-        return _Traced(*_trace_with(module, training, decided), numbers=False)
-    except CaptureError:
-        if not numbers.keys() - decided.keys():
-            raise
-        return _Traced(*_trace_with(module, training, {**decided, **numbers}), numbers=True)
-
-
-def _trace_with(
-    module: nn.Module, training: bool, decided: dict[str, Any]
-) -> tuple[fx.Graph, Reads]:
-    try:
-        with PATCHING, undisturbed(module), only_operations(in_training=True):
-            module.train(training)
-            before = held(module)
-            with noting_reads(module) as reads, answering_types():
-                graph = _OwnTracer().trace(module, concrete_args=decided or None)
-            check_unchanged(module, before)
-    except Exception as error:
-        raise CaptureError(
-            f"the forward of {type(module).__name__} cannot be traced by itself: {error}"
-        ) from error
-    # The argument stays, for the caller's sake; what it is was decided.
-    names = set(_parameters(module))
-    for node in [n for n in graph.nodes if n.op == "placeholder" and n.target not in names]:
-        for user in list(node.users):
-            for last in list(user.users):
-                graph.erase_node(last)
-            graph.erase_node(user)
-    return graph, reads
 
 
 def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
