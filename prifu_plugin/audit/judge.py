@@ -24,14 +24,16 @@ from prifu_plugin.errors import ConfigError
 from prifu_plugin.learned import is_above_chance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What every attribute of an audit is judged on.
 
     Attributes:
         parts: data for training, choosing and judging attackers.
         answers: the task's answers for each of them.
-        prepared: uploads by what they are: "sent", "repeated", "reference ...".
+        sent: uploads.
+        repeated: means of repeated queries; None if there is nothing to average.
+        others: what edges to compare with upload, by what they are.
         reports: earlier audits on the same data, by what they are.
         task: name of the task.
         seeds: how many of the attacks.
@@ -40,7 +42,9 @@ class Evidence:
 
     parts: tuple[AuditData, ...]
     answers: tuple[Tensor, ...]
-    prepared: dict[str, Prepared]
+    sent: Prepared
+    repeated: Prepared | None
+    others: dict[str, Prepared]
     reports: dict[str, AuditReport]
     task: str
     seeds: int
@@ -57,25 +61,26 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
     labels, seed = evidence.labels(label), evidence.seed
     classes = int(max(int(y.max()) for y in labels)) + 1
     truth = labels[2]
-    single = _attack(evidence, "sent", labels, classes)
+    single = _attack(evidence, evidence.sent, labels, classes)
     found, used, repeated = _strongest(evidence, single, labels, classes)
     right, once = (right_share(attack, truth) for attack in (found, single))
     others = _others(evidence, label, labels, classes)
     majority, task_only, task_auc = _floors(evidence, labels)
     floor = majority if float(majority.mean()) > float(task_only.mean()) else task_only
-    half, permuted = controls(evidence.prepared[used], labels, classes, seed, found[0].winner)
+    half, permuted = controls(used, labels, classes, seed, found[0].winner)
     first = metrics(found[0].scores, truth, seed, probable=found[0].probable)
     accuracy = bootstrap(lambda index: float(right[index].mean()), len(truth), seed)
     converged = all(one.converged for one in found)
     ceilings = {key: float(value.mean()) for key, value in others.items()}
     ceilings = _known_ceilings(evidence.reports, label) | ceilings
     marks = marks_of(accuracy, floor, ceilings, permuted, half, converged, len(truth))
-    if not evidence.prepared["sent"].parts:
+    if not evidence.sent.parts:
         marks = (CONSTANT, *marks)
     truths = evidence.labels(evidence.task)[2]
     if not is_above_chance(float((evidence.answers[2] == truths).double().mean()), truths):
         marks = ("the model is at chance at its own task", *marks)
     marks = (*_of_the_task(evidence, labels), *marks)
+    asked = "mean of repeated queries, " if used is evidence.repeated else ""
     return AttributeResult(
         name=label,
         classes=classes,
@@ -90,7 +95,8 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
         task_only=float(task_only.mean()),
         ceilings=ceilings,
         leak=leak(right, others["plain"], floor, seed) if "plain" in others else None,
-        winner=("mean of repeated queries, " if used == "repeated" else "") + found[0].winner,
+        winner=("mean of repeated queries, " if used is evidence.repeated else "")
+        + found[0].winner,
         converged=converged,
         half_data=half,
         permuted=permuted,
@@ -108,25 +114,25 @@ def _strongest(
     single: list[Inference],
     labels: tuple[Tensor, Tensor, Tensor],
     classes: int,
-) -> tuple[list[Inference], str, float | None]:
+) -> tuple[list[Inference], Prepared, float | None]:
     """Return the attack that is better on validation data, what it reads, and what queries give.
 
-    It reads uploads as "sent" or means of "repeated" queries; last is the accuracy on those.
+    It reads uploads as sent or means of repeated queries; last is the accuracy on those.
     """
-    if "repeated" not in evidence.prepared:
-        return single, "sent", None
-    again = _attack(evidence, "repeated", labels, classes)
+    if evidence.repeated is None:
+        return single, evidence.sent, None
+    again = _attack(evidence, evidence.repeated, labels, classes)
     repeated = float(right_share(again, labels[2]).mean())
     if _best(again[0]) > _best(single[0]):
-        return again, "repeated", repeated
-    return single, "sent", repeated
+        return again, evidence.repeated, repeated
+    return single, evidence.sent, repeated
 
 
 def _attack(
-    evidence: Evidence, what: str, labels: tuple[Tensor, Tensor, Tensor], classes: int
+    evidence: Evidence, uploads: Prepared, labels: tuple[Tensor, Tensor, Tensor], classes: int
 ) -> list[Inference]:
     """Choose an attacker with the first seed and train it anew with the others."""
-    uploads, seed = evidence.prepared[what], evidence.seed
+    seed = evidence.seed
     first = infer(uploads, labels, classes, seed)
     others = range(1, evidence.seeds)
     return [first, *(infer(uploads, labels, classes, seed + k, first.winner) for k in others)]
@@ -141,11 +147,8 @@ def _others(
 ) -> dict[str, Tensor]:
     """Return how often attacks on references are right, by test item."""
     found = {
-        key.removeprefix("reference "): right_share(
-            [infer(uploads, labels, classes, evidence.seed)], labels[2]
-        )
-        for key, uploads in evidence.prepared.items()
-        if key.startswith("reference ")
+        key: right_share([infer(uploads, labels, classes, evidence.seed)], labels[2])
+        for key, uploads in evidence.others.items()
     }
     return found | _known(evidence.reports, label, len(labels[2]))
 

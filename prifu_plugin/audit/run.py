@@ -116,9 +116,19 @@ def audit(
     with seeded(seed, device):  # of noise that edges draw
         sent = send(edge, channel, cloud, parts, task=task, queries=queries, name=name)
         facts = facts_of(sent.uploads[0], edge, channel, test.images, sent.stochastic)
-        prepared = _prepared(sent, references, suite, cloud, device)
+        read, repeated, others = _prepared(sent, references, suite, cloud, device)
     reports = {k: v for k, v in references.items() if isinstance(v, AuditReport)}
-    evidence = Evidence(parts, sent.answers, prepared, reports, task, seeds, seed)
+    evidence = Evidence(
+        parts=parts,
+        answers=sent.answers,
+        sent=read,
+        repeated=repeated,
+        others=others,
+        reports=reports,
+        task=task,
+        seeds=seeds,
+        seed=seed,
+    )
     bar = tqdm(attributes, desc=f"attacking {name}", leave=False, disable=None)
     rows = tuple(judge(label, evidence) for label in bar)
     with seeded(seed, device):
@@ -143,25 +153,24 @@ def _prepared(
     suite: str,
     cloud: nn.Module | None,
     device: torch.device,
-) -> dict[str, Prepared]:
+) -> tuple[Prepared, Prepared | None, dict[str, Prepared]]:
     """Prepare all that is attacked: uploads, their means, those of other edges, and the images."""
 
     def ready(uploads: Iterable[Tensor], tail: nn.Module | None = None) -> Prepared:
         fitting, choosing, test = uploads
         return prepare(fitting, choosing, test, suite, tail, device)
 
-    found = {"sent": ready(sent.uploads, cloud)}
-    if sent.means is not None:
-        found["repeated"] = ready(sent.means, cloud)
+    others = {}
     for label, other in references.items():
         if isinstance(other, nn.Module):
             there = (arrived(other, None, part.images, label) for part in sent.parts)
-            found[f"reference {label}"] = ready(there)
+            others[label] = ready(there)
     told = (other for other in references.values() if isinstance(other, AuditReport))
     if not any("input" in row.ceilings for report in told for row in report.attributes):
         images = (part.images.float() for part in sent.parts)
-        found["reference input"] = ready(images)
-    return found
+        others["input"] = ready(images)
+    repeated = None if sent.means is None else ready(sent.means, cloud)
+    return ready(sent.uploads, cloud), repeated, others
 
 
 def _utility(
