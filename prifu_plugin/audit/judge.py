@@ -95,8 +95,7 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
         task_only=float(task_only.mean()),
         ceilings=ceilings,
         leak=leak(right, others["plain"], floor, seed) if "plain" in others else None,
-        winner=("mean of repeated queries, " if used is evidence.repeated else "")
-        + found[0].winner,
+        winner=asked + found[0].winner,
         converged=converged,
         half_data=half,
         permuted=permuted,
