@@ -59,13 +59,14 @@ class CutFilter(nn.Module):
         scale, shift, noise = (along(v, x.ndim, self.dim) for v in self._affine(mean, deviation))
         z = x * scale + shift
         if self.noise > 0:
-            z = z + self._draw(x, z) * noise
+            standard = (along(v, x.ndim, self.dim) for v in (mean, deviation))
+            z = z + self._draw(x, z, *standard) * noise
         return z.to(x.dtype)
 
-    def _draw(self, x: Tensor, z: Tensor) -> Tensor:
+    def _draw(self, x: Tensor, z: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
         if self.training or self.key is None:
             return torch.randn_like(z)
-        return keyed_gaussian(x, check_key(self.key)).to(z)
+        return keyed_gaussian((x - mean) / deviation, check_key(self.key), self.noise).to(z)
 
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return scale, shift and noise deviation per channel, each (C,), as in eval mode."""

@@ -184,12 +184,12 @@ def _check_coupled(optimizer: Optimizer, unit: PriFU, group: Group, closure: boo
             "decay='decoupled' for anything else."
         )
     momentum = float(group["momentum"])
-    damped = 1 - float(group["dampening"]) if momentum else 1.0
-    # W alone follows z**2 - (1 + momentum - damped * lr * beta) * z + momentum = 0.
-    if damped * _rate(optimizer, group) * unit.beta > (1 - math.sqrt(momentum)) ** 2:
+    # W alone follows z**2 - (1 + momentum - lr * beta) * z + momentum = 0; SGD does not dampen the
+    # first of its gradients.
+    if _rate(optimizer, group) * unit.beta > (1 - math.sqrt(momentum)) ** 2:
         raise ConfigError(
             f"lr * beta = {_rate(optimizer, group) * unit.beta:g} at the filter of '{unit.path}' "
-            f"is more than {(1 - math.sqrt(momentum)) ** 2 / damped:g}: with momentum={momentum} "
+            f"is more than {(1 - math.sqrt(momentum)) ** 2:g}: with momentum={momentum} "
             "the decay would carry W beyond 0. Lower beta or the rate."
         )
 

@@ -56,10 +56,17 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
         >>> torch.initial_seed()
         5
     """
+    if device.type == "mps":  # which has one generator, and fork_rng does not know
+        state = torch.mps.get_rng_state()
+        torch.mps.manual_seed(seed)
     if not _is_away(device):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            yield
+            try:
+                yield
+            finally:
+                if device.type == "mps":
+                    torch.mps.set_rng_state(state)
         return
     home = torch.get_device_module(device.type)
     index = home.current_device() if device.index is None else device.index

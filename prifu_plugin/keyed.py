@@ -22,15 +22,16 @@ def check_key(key: bytes) -> bytes:
 def keyed_gaussian(batch: Tensor, key: bytes, finest: float = math.inf) -> Tensor:
     """Return unit Gaussian noise for each sample of a batch, shape, device and dtype of it.
 
-    What counts of a sample is 64 sums of its values in coarse steps: the same image in another
-    batch differs in its last digits, and must not get another draw to average. In fp32 one in
-    thousands does; in half precision, one in four.
+    What counts of a sample is 64 sums of all its values, with signs that the key decides, in coarse
+    steps: the same image in another batch differs in its last digits, and must not get another draw
+    to average. In fp32 one in thousands does, of uploads of 100,000 values one in a hundred; in
+    half precision, one in four.
 
     Args:
         batch: (N, ...).
         key: 16 to 64 secret bytes.
-        finest: uploads that differ by more, as a value of few among many constants may, are told
-            apart: the deviation of the noise, so that two that share a draw show no more.
+        finest: the deviation that the noise will have: uploads that differ by more are told apart,
+            since two that share a draw show their difference.
 
     Example:
         >>> z = torch.zeros(2, 3)
@@ -38,8 +39,16 @@ def keyed_gaussian(batch: Tensor, key: bytes, finest: float = math.inf) -> Tenso
         >>> torch.equal(noise, keyed_gaussian(z, b"sixteen bytes .."))
         True
     """
-    drawn = [_draw(sample, key, finest) for sample in batch.detach().cpu()]
-    return torch.stack(drawn).to(batch) if drawn else torch.zeros_like(batch)
+    if not batch.numel():
+        return torch.zeros_like(batch)
+    exact = batch.detach().cpu().double().flatten(1)
+    # Few values have few sums that differ: the fewer there are, the finer each.
+    share = min(_SUMS, 2 ** min(exact.shape[1] - 1, 6)) / _PARTS
+    drawn = [
+        _draw(_content(sums, min(norm * share, finest / 2)), exact.shape[1], key)
+        for sums, norm in zip(_sums(exact, key), exact.norm(dim=1).tolist(), strict=True)
+    ]
+    return torch.stack(drawn).reshape(batch.shape).to(batch)
 
 
 class KeyedNoise(nn.Module):
@@ -47,6 +56,7 @@ class KeyedNoise(nn.Module):
 
     Args:
         key: 16 to 64 secret bytes, or None. A pickle of the module holds it, a state dict does not.
+        finest: the deviation that the noise will have.
 
     Example:
         >>> noise = KeyedNoise(b"sixteen bytes ..").eval()
@@ -55,26 +65,26 @@ class KeyedNoise(nn.Module):
         True
     """
 
-    def __init__(self, key: bytes | None = None) -> None:
+    def __init__(self, key: bytes | None = None, finest: float = math.inf) -> None:
         super().__init__()
         self.key = key
+        self.finest = finest
 
     def forward(self, z: Tensor) -> Tensor:
         """Return noise, shape and dtype of z; in training it is drawn anew."""
         if self.training or self.key is None:
             return torch.randn_like(z)
-        return keyed_gaussian(z, check_key(self.key))
+        return keyed_gaussian(z, check_key(self.key), self.finest)
 
     def extra_repr(self) -> str:
         """Say whether there is a key, not which."""
         return "no key" if self.key is None else "with a key"
 
 
-def _draw(sample: Tensor, key: bytes, finest: float) -> Tensor:
-    if not sample.numel():
-        return torch.zeros(sample.shape)
-    seed = hashlib.blake2b(_content(sample, key, finest), key=key, digest_size=64).digest()
-    count = sample.numel() + sample.numel() % 2
+def _draw(content: bytes, size: int, key: bytes) -> Tensor:
+    """Return Gaussian noise, (size,), fp32, that follows from a content and a key."""
+    seed = hashlib.blake2b(content, key=key, digest_size=64).digest()
+    count = size + size % 2
     # An extendable hash, since a generator seeded with 32 bits can be tried out.
     stream = hashlib.shake_256(key + seed).digest(8 * count)
     words = torch.frombuffer(bytearray(stream), dtype=torch.int64)
@@ -82,39 +92,39 @@ def _draw(sample: Tensor, key: bytes, finest: float) -> Tensor:
     first, second = uniform.chunk(2)
     radius = (-2 * first.log()).sqrt()
     pair = torch.cat([radius * (2 * math.pi * second).cos(), radius * (2 * math.pi * second).sin()])
-    return pair[: sample.numel()].reshape(sample.shape).float()
+    return pair[:size].float()
 
 
-def _content(sample: Tensor, key: bytes, finest: float) -> bytes:
-    """Return a sample in coarse steps: of sums of its values, which hardly depend on last digits.
-
-    Each value is in one of the sums, with a sign of its own that the key decides. Rounding that
-    would carry some of many values over a border is a small part of a sum's step.
-    """
-    exact = sample.double().flatten()
-    sums = torch.zeros(_SUMS, dtype=torch.float64)
-    place = torch.arange(exact.numel()) % _SUMS
-    sums.index_add_(0, place, exact * _signs(exact.numel(), key))
-    count = min(_SUMS, max(exact.numel(), 1))
-    usual = float(exact.norm()) / math.sqrt(count)
-    # The fewer sums there are, the finer each: what carries one of them over a border is alike.
-    width = min(usual * count / _PARTS, finest / 2)
+def _content(sums: Tensor, width: float) -> bytes:
+    """Return the sums of a sample, (64,), in steps of at most a width, a power of two."""
     step = 2.0 ** math.floor(math.log2(width)) if 0 < width < math.inf else 1.0
     steps = (sums / step).round().nan_to_num().clamp(-(2**62), 2**62).long()
     return step.hex().encode() + steps.numpy().tobytes()
 
 
-_SUMS = 64
-"""By how many numbers an upload is known."""
-_PARTS = 512
-"""A share of 1 / _PARTS that changes carries one sum over a border: uploads 1 % apart get other
-noise in 98 of 100 cases, those that fp32 has rounded otherwise in 1 of 10,000."""
+_SUMS, _PARTS = 64, 512
+"""A change by 1 / _PARTS carries about one of the sums over a border: uploads 1 % apart get other
+noise in 98 of 100 cases."""
 
 
-@functools.lru_cache(maxsize=8)
-def _signs(count: int, key: bytes) -> Tensor:
-    """Return -1 or 1 for each value of a sample, (count,), fp64."""
-    stream = hashlib.shake_256(b"signs" + key).digest(-(-count // 8))
-    words = torch.frombuffer(bytearray(stream or b"\0"), dtype=torch.uint8)
-    bits = (words[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return 2.0 * bits.flatten()[:count].double() - 1.0
+def _sums(samples: Tensor, key: bytes) -> Tensor:
+    """Return 64 sums of the values of each sample, (N, 64), each value with signs of its own.
+
+    Few values of many differ between sparse uploads: all of the sums must see all of them.
+    """
+    total = torch.zeros(len(samples), _SUMS, dtype=torch.float64, device="cpu")
+    for at, part in enumerate(samples.split(_CHUNK, 1)):
+        total += part @ _signs(at, key)[: part.shape[1]].double()
+    return total
+
+
+_CHUNK = 4096
+
+
+@functools.lru_cache(maxsize=64)
+def _signs(at: int, key: bytes) -> Tensor:
+    """Return -1 or 1 for each of _CHUNK values and each sum, (_CHUNK, 64), int8."""
+    stream = hashlib.shake_256(b"signs %d " % at + key).digest(_CHUNK * _SUMS // 8)
+    words = torch.frombuffer(bytearray(stream), dtype=torch.uint8)
+    bits = (words[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
+    return (2 * bits.reshape(_CHUNK, _SUMS).to(torch.int8) - 1).contiguous()

@@ -1,5 +1,7 @@
 """The norms' scale moves into W: the same function, the same checkpoint keys, and back again."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 import prifu_plugin as prifu
 from prifu_plugin.errors import ConfigError, NoSiteError, OrderError
+from prifu_plugin.graph.state import complete_checkpoint
 
 
 def pretrained(name="test_resnet"):
@@ -133,3 +136,12 @@ def test_momentum_does_not_move_scales_that_a_checkpoint_fixed():
     optimizer.step()
     norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert torch.equal(norm.weight.detach().abs(), torch.ones_like(norm.weight))
+
+
+def test_a_norm_that_is_the_model_is_known_too():
+    plain = nn.BatchNorm1d(3)
+    nn.init.normal_(plain.weight)
+    model = prifu.wrap(nn.Sequential(copy.deepcopy(plain)), bias=True)[0]
+    model.prifu.holds_scale = True
+    with pytest.raises(OrderError, match="count twice"):
+        complete_checkpoint(model, plain.state_dict(), "")

@@ -15,7 +15,7 @@ import prifu_plugin as prifu
 from prifu_plugin.audit import checks
 from prifu_plugin.audit import run as audit_run
 from prifu_plugin.audit.controls import BROKEN, marks_of
-from prifu_plugin.audit.data import AuditData, split_off
+from prifu_plugin.audit.data import AuditData, check_disjoint, fingerprint, split_off
 from prifu_plugin.audit.facts import facts_of
 from prifu_plugin.audit.page import html
 from prifu_plugin.audit.result import AuditReport
@@ -696,3 +696,12 @@ def test_a_cloud_that_returns_no_logits_is_said(answer, what):
 
     with pytest.raises(ConfigError, match=f"The cloud returns {what}"):
         answers_of(Strange(), torch.zeros(4, 3), torch.zeros(4))
+
+
+def test_images_may_be_views():
+    wide = torch.rand(40, 8, 8, 3)
+    views = [wide[..., 0].unsqueeze(1), torch.rand(40, 12)[:, ::2]]
+    for images in views:
+        data = prifu.AuditData(images, {"task": torch.arange(40) % 2})
+        assert fingerprint(data) == fingerprint(prifu.AuditData(images.contiguous(), data.labels))
+        check_disjoint(data.at(torch.arange(20)), data.at(torch.arange(20, 40)))

@@ -8,7 +8,7 @@ import re
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -18,9 +18,11 @@ from torch import nn
 
 import prifu_plugin as prifu
 from prifu_plugin.errors import CaptureError, NoSiteError
+from prifu_plugin.graph import functional
 from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.graph.capture import capture
 from prifu_plugin.graph.functional import functional_calls
+from prifu_plugin.prune.quiet import DrawingAlike
 from prifu_plugin.prune.verify import difference
 
 
@@ -487,3 +489,47 @@ def test_two_threads_trace_in_turn():
         for future in [pool.submit(work) for _ in range(4)]:
             future.result()
     assert (torch._C._set_grad_enabled, torch.is_grad_enabled, isinstance, len) == kept
+
+
+@dataclass(eq=False)
+class Unequal:
+    factor: float = 2.0
+    hidden: float = field(default=1.0, compare=False)
+
+
+def test_settings_that_are_equal_to_nothing_are_compared_by_their_fields():
+    net, x = (
+        Around(lambda self, x: x * self.settings.factor * self.settings.hidden),
+        torch.randn(6, 4),
+    )
+    net.settings = Unequal()
+    wrapped = prifu.wrap(net)
+    traces = []
+    with pytest.MonkeyPatch.context() as patch:
+        known = functional.trace_alone
+        patch.setattr(functional, "trace_alone", lambda *a: traces.append(1) or known(*a))
+        for _ in range(3):
+            torch.testing.assert_close(wrapped(x), net(x))
+        assert not traces
+        for name in ("factor", "hidden"):
+            for model in (net, wrapped):
+                setattr(model.settings, name, 5.0)
+            torch.testing.assert_close(wrapped(x), net(x))
+    assert len(traces) == 2
+
+
+def test_a_forward_that_seeds_is_refused():
+    def body(self, x):
+        torch.manual_seed(0)
+        return x + torch.rand_like(x)
+
+    (site,) = prifu.sites(Around(body))
+    assert "seeds random numbers" in site.refused
+
+
+def test_operators_of_higher_order_pass():
+    def body(x):
+        return torch.cond(x.sum() > 1e9, torch.sin, torch.cos, (x,))
+
+    with only_operations(lambda: True), DrawingAlike(), torch.no_grad():
+        assert body(torch.zeros(2)).tolist() == [1.0, 1.0]

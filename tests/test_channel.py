@@ -6,6 +6,8 @@ from torch import nn
 
 import prifu_plugin as prifu
 from prifu_plugin.channel import Channel, Noise, Projection, Quantizer, image_bytes
+from prifu_plugin.config import FilterConfig
+from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import ConfigError
 from prifu_plugin.keyed import keyed_gaussian
 
@@ -270,3 +272,42 @@ def test_a_projection_of_a_half_precision_head_sees_what_it_sees(dtype):
     z = torch.randn(5, 1280).to(dtype)
     expected, found = head(z).float(), projection.server()(projection(z)).float()
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_sparse_uploads_share_no_noise():
+    """Two that did would show their difference, and with it what each of them holds."""
+    x = torch.zeros(400, 1024)
+    x[torch.arange(400), torch.randperm(1024)[:400]] = 1.0
+    for finest in (float("inf"), 3.0):
+        assert len({tuple(row[:4].tolist()) for row in keyed_gaussian(x, KEY, finest)}) == 400
+
+
+def test_uploads_that_differ_in_one_value_share_no_noise():
+    torch.manual_seed(0)
+    cut = CutFilter(64, FilterConfig(noise=0.3)).eval()
+    cut.key = KEY
+    x = torch.randn(1, 64, 8, 8)
+    others = x.repeat(50, 1, 1, 1)
+    others.flatten(1)[torch.arange(50), torch.randperm(4096)[:50]] += 0.9
+    noise = [cut(y) - y for y in (x, *others.split(1))]
+    assert not any(torch.allclose(noise[0], other, atol=1e-3) for other in noise[1:])
+
+
+def test_a_large_mean_does_not_hide_what_differs():
+    torch.manual_seed(0)
+    cut = CutFilter(16, FilterConfig(noise=0.3)).eval()
+    cut.key = KEY
+    cut.running_mean[0] = 1000.0
+    x = torch.randn(60, 16, 4, 4)
+    x[:, 0] += 1000.0
+    noise = (cut(x) - x)[:, 1:].flatten(1)
+    assert len({tuple(row[:3].round(decimals=3).tolist()) for row in noise}) == 60
+
+
+def test_keyed_noise_is_drawn_on_the_cpu_wherever_tensors_are_made():
+    torch.set_default_device("meta")
+    try:
+        z = torch.ones(2, 3, device="cpu")
+        assert keyed_gaussian(z, KEY).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)

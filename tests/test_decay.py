@@ -499,3 +499,11 @@ def test_a_group_that_is_added_after_a_step_failed_stays():
     groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
     assert groups[-1] == [id(head)]
     assert sum(id(weight) in group for group in groups) == 1
+
+
+def test_dampening_does_not_reach_the_first_gradient():
+    net = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4))
+    unit = prifu.filters(prifu.wrap(net, decay="coupled", beta=9.0))["1"]
+    unit.weight.grad = torch.zeros_like(unit.weight)
+    with pytest.raises(ConfigError, match="beyond 0"):
+        torch.optim.SGD([unit.weight], lr=0.1, momentum=0.3, dampening=0.8).step()

@@ -14,6 +14,7 @@ import prifu_plugin as prifu
 from prifu_plugin import baselines
 from prifu_plugin.audit.data import uploads
 from prifu_plugin.channel import Channel, Noise, Projection, Quantizer
+from prifu_plugin.device import seeded
 
 pytestmark = pytest.mark.device
 
@@ -237,3 +238,13 @@ def test_data_of_an_audit_may_be_there():
     settings = {"suite": "quick", "seeds": 1, "reconstruct": False}
     report = prifu.audit(edge, *parts, task="task", attributes=["private"], **settings)
     assert report.attributes[0].accuracy.value > 0.9
+
+
+def test_the_one_generator_of_mps_is_seeded_and_put_back(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: "before")
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: calls.append(seed))
+    monkeypatch.setattr(torch.mps, "set_rng_state", calls.append)
+    with seeded(3, torch.device("mps")):
+        assert calls == [3]
+    assert calls == [3, "before"]

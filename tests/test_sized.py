@@ -401,3 +401,28 @@ def test_what_is_decided_on_types_is_no_matter_of_precision():
     pruned = prifu.prune(model, torch.randn(2, 3, 9, 9))
     x = torch.randn(5, 3, 9, 9)
     torch.testing.assert_close(pruned(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class ByShape(nn.Module):
+    """Decides on whether an image is a square, and computes a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.v, self.b = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        y = self.bn(self.c(x)).relu()
+        if x.shape[-1] != x.shape[-2]:
+            y = y * 2
+        return F.linear(y.mean((2, 3)), self.v / self.v.norm(dim=1, keepdim=True), self.b)
+
+
+def test_layers_are_made_after_sizes_were_tried_in_turn():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    model = prifu.wrap(ByShape(), example_inputs=x).eval()
+    prifu.filters(model)["bn"].weight.data[:3] = 0.0
+    pruned = prifu.prune(model, x)
+    torch.testing.assert_close(pruned(x), model(x))
+    assert pruned.get_submodule("c").out_channels == 5

@@ -13,7 +13,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import prifu_plugin as prifu
+from prifu_plugin.config import FilterConfig
+from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import ConfigError, NoSiteError, OrderError, PrifuWarning
+from prifu_plugin.graph.host import attach
 
 
 @pytest.fixture(params=zoo.SMALL)
@@ -677,3 +680,36 @@ def test_a_type_is_asked_of_the_model_and_not_of_its_filters():
     assert pruned(x).dtype == torch.bfloat16
     edge, cloud = prifu.split(net, "1", x)
     assert torch.equal(cloud(edge(x)), net(x))
+
+
+class Remembering(nn.Module):
+    """Adds what the last call left behind, and takes it away."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.layer = 0, nn.Linear(2, 2)
+        self.layer.register_forward_hook(lambda *_: setattr(self, "calls", self.calls + 1))
+
+    def forward(self, x):
+        y = self.layer(x)
+        if hasattr(self, "skip"):
+            y = y + self.skip
+            del self.skip
+        else:
+            self.skip = y.detach()
+        return y
+
+
+def test_what_a_hosts_forward_and_its_hooks_store_and_delete_is_kept():
+    plain = Remembering()
+    hosted = copy.deepcopy(plain)
+    hosted.layer._forward_hooks.clear()
+    hosted.layer.register_forward_hook(lambda *_: setattr(hosted, "calls", hosted.calls + 1))
+    attach(hosted, CutFilter(2, FilterConfig(alpha=0.0)))
+    for module in (plain, hosted):
+        module.eval()
+    for calls in range(1, 5):
+        for module in (plain, hosted):
+            module(torch.ones(1, 2))
+            assert module.calls == calls
+            assert hasattr(module, "skip") == (calls % 2 == 1)

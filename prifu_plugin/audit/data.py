@@ -203,4 +203,4 @@ def _digests(images: Tensor) -> set[bytes]:
 
 def _bytes(x: Tensor) -> bytes:
     """Return what a tensor holds, of types that numpy does not know too."""
-    return x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -72,6 +72,7 @@ _LOST: tuple[tuple[Any, str, str, Callable[[Any, bool], bool]], ...] = (
     (torch._C, "_set_grad_enabled", "it switches gradients on or off", _no_change),
     (torch.inference_mode, "__enter__", "it has a region in inference mode", _never),
     (autocast, "__enter__", "it has a region under autocast", _no_change),
+    (torch, "manual_seed", "it seeds random numbers itself", _never),
 )
 
 
@@ -104,6 +105,8 @@ def _refuse(words: str) -> NoReturn:
 class _Draws(TorchDispatchMode):
     """Note whether this thread draws with torch's generator, which others share."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = False
@@ -111,7 +114,7 @@ class _Draws(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        self.seen |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         return func(*args, **(kwargs or {}))
 
 

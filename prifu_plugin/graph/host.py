@@ -146,21 +146,20 @@ def run_with(host: nn.Module, parameters: dict[str, Tensor], *args: Any, **kwarg
     members["_parameters"] = {**host._parameters, **parameters}
     members.pop("weight", None)
     members.pop("bias", None)
+    before = members.copy()
     object.__setattr__(twin, "__dict__", members)  # not Module's, which looks into every value
     result = base.forward(twin, *args, **kwargs)
-    _keep(host, members, ("_parameters", "weight", "bias"))
+    _keep(host, before, members)
     return result
 
 
-def _keep(host: nn.Module, members: dict[str, Any], ours: tuple[str, ...]) -> None:
-    """Take over what a forward has stored on the twin it ran on, such as a count of calls."""
-    own = host.__dict__
-    for name, value in members.items():
-        if own.get(name, _NOTHING) is not value and name not in ours:
-            own[name] = value
-
-
-_NOTHING = object()
+def _keep(host: nn.Module, before: dict[str, Any], members: dict[str, Any]) -> None:
+    """Do to a host what a forward did to the twin it ran on, such as counting its calls."""
+    for name in before.keys() | members.keys():
+        if name not in members:
+            host.__dict__.pop(name, None)
+        elif name not in before or members[name] is not before[name]:
+            host.__dict__[name] = members[name]
 
 
 def _output_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -169,8 +168,9 @@ def _output_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     twin = object.__new__(base)
     children = {name: child for name, child in self._modules.items() if name != CHILD}
     twin.__dict__ = {**self.__dict__, "_modules": children}
+    before = dict(twin.__dict__)
     result = base.forward(twin, *args, **kwargs)
-    _keep(self, twin.__dict__, ("_modules",))
+    _keep(self, before, twin.__dict__)
     return filter_of(self)(result)
 
 

@@ -54,7 +54,7 @@ def still_so(module: nn.Module, reads: Reads) -> bool:
             owner: Any = module
             for part in path.split(".") if path else ():
                 owner = owner._modules[part]
-            now = getattr(owner, name, ABSENT)
+            now = _fields_of(getattr(owner, name, ABSENT))
         except KeyError:  # gone
             return False
         if value is CHILD_IS_THERE:
@@ -120,7 +120,7 @@ def _noting(cls: type[nn.Module], path: str, reads: Reads) -> type[nn.Module]:
     def read(self: nn.Module, name: str) -> Any:
         value = super(noting, self).__getattribute__(name)
         if name not in _OF_EVERY_MODULE and not name.startswith("__") and _is_plain(value):
-            reads.setdefault((path, name), copy.deepcopy(value))
+            reads.setdefault((path, name), copy.deepcopy(_fields_of(value)))
         return value
 
     def look_for(self: nn.Module, name: str) -> Any:
@@ -144,6 +144,13 @@ def _noting(cls: type[nn.Module], path: str, reads: Reads) -> type[nn.Module]:
     noting: type[nn.Module] = type(cls.__name__, (cls,), members)
     noting.__qualname__ = cls.__qualname__
     return noting
+
+
+def _fields_of(value: Any) -> Any:
+    """Return the fields of a dataclass, which need not be equal to a copy of itself."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value), [(part.name, getattr(value, part.name)) for part in fields(value)]
+    return value
 
 
 _OF_EVERY_MODULE = set(nn.Module().__dict__) - {"training"}

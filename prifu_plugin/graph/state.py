@@ -141,7 +141,7 @@ def _check_scales(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> 
     for path, host in model.named_modules():
         unit = host._modules.get(CHILD) if is_host(host) else None
         holds = isinstance(unit, PriFU) and unit.holds_scale
-        if holds and f"{prefix}{path}.weight" in state_dict:
+        if holds and f"{prefix}{path}{'.' if path else ''}weight" in state_dict:
             raise OrderError(
                 f"The checkpoint is of a model without filters and has the scale of '{path}', "
                 "which its filter has absorbed: it would count twice. Load it before absorb, or "

@@ -77,13 +77,22 @@ def _in_turn(
     if sized is not None:
         yield sized, runs
         for other in runs[0].batch(3).sized():
-            if other != runs[-1] and takes(fx.GraphModule(sized.root, sized.graph), other):
+            if other != runs[-1] and _lets_pass(sized, other):
                 yield sized, (runs[0], other)
         another = runs[0].batch(3)
         if another != runs[-1]:
             yield sized, (runs[0], another) if takes(model, another) else runs[:1]
     if plain is not None:
         yield plain, runs
+
+
+def _lets_pass(captured: Captured, inputs: Inputs) -> bool:
+    """Whether the guards of a graph, and what it computes, take inputs."""
+    owner = captured.graph.owning_module
+    try:
+        return takes(fx.GraphModule(captured.root, captured.graph), inputs)
+    finally:
+        captured.graph.owning_module = owner  # which GraphModule has made itself
 
 
 def _record(captured: Captured, runs: Runs) -> Captured:

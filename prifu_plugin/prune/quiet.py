@@ -49,6 +49,8 @@ class DrawingAlike(TorchDispatchMode):
         True
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, device: torch.device = CPU) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
@@ -57,7 +59,7 @@ class DrawingAlike(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operation, with generators seeded for it if it draws."""
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
             return func(*args, **(kwargs or {}))
         with seeded(0, self.device):
             return func(*args, **(kwargs or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -203,17 +204,18 @@ class _Rewriter:
         if kernel.shifted:
             result = self._vector(node, "shift", shift, kernel, rank, torch.add, result)
         if kernel.noisy:
-            drawn = self._draw(node, kernel, result)
+            drawn = self._draw(node, kernel, result, noise)
             drawn = self._vector(node, "noise", noise, kernel, rank, torch.mul, drawn)
             result = self.new.call_function(torch.add, (result, drawn))
         return result
 
-    def _draw(self, node: fx.Node, kernel: Scale, upload: Any) -> fx.Node:
+    def _draw(self, node: fx.Node, kernel: Scale, upload: Any, noise: Any) -> fx.Node:
         if not kernel.keyed:
             return self.new.call_function(torch.randn_like, (upload,))
         key = getattr(self._called(node), "key", None)  # a fresh model, to rebuild from, has none
         place = self.members.fresh(f"{node.name}_noise")
-        path = self.members.layer(place, kernel, lambda: KeyedNoise(key))
+        finest = float(noise[noise > 0].min()) if bool((noise > 0).any()) else math.inf
+        path = self.members.layer(place, kernel, lambda: KeyedNoise(key, finest))
         return self.new.call_module(path, (upload,))
 
     def _vector(
