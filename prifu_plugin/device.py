@@ -56,29 +56,33 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
         >>> torch.initial_seed()
         5
     """
-    if device.type == "mps":  # which has one generator, and fork_rng does not know
-        state = torch.mps.get_rng_state()
-        torch.mps.manual_seed(seed)
-    if not _is_away(device):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            try:
-                yield
-            finally:
-                if device.type == "mps":
-                    torch.mps.set_rng_state(state)
-        return
-    home = torch.get_device_module(device.type)
-    index = home.current_device() if device.index is None else device.index
-    with torch.random.fork_rng(devices=[index], device_type=device.type):
+    with torch.random.fork_rng(devices=[]), _seeded_there(seed, device):
         torch.default_generator.manual_seed(seed)
-        with home.device(index):
-            home.manual_seed(seed)
         yield
 
 
-def _is_away(device: torch.device) -> bool:
-    """Whether a device is an accelerator whose generators can be kept and put back."""
+@contextmanager
+def _seeded_there(seed: int, device: torch.device) -> Iterator[None]:
+    if device.type == "mps":  # one generator, of which fork_rng does not know
+        state = torch.mps.get_rng_state()
+        try:
+            torch.mps.manual_seed(seed)
+            yield
+        finally:
+            torch.mps.set_rng_state(state)
+    elif _has_generators(device):
+        home = torch.get_device_module(device.type)
+        index = home.current_device() if device.index is None else device.index
+        with torch.random.fork_rng(devices=[index], device_type=device.type):
+            with home.device(index):
+                home.manual_seed(seed)
+            yield
+    else:
+        yield
+
+
+def _has_generators(device: torch.device) -> bool:
+    """Whether a device is an accelerator with generators that can be kept and put back."""
     if not torch.accelerator.is_available():
         return False
     there, home = torch.accelerator.current_accelerator(), torch.get_device_module()

@@ -1,6 +1,7 @@
 """Modules that decide on sizes: looked into, exact, refused where they would decide otherwise."""
 
 import copy
+import hashlib
 import math
 
 import pytest
@@ -426,3 +427,8 @@ def test_layers_are_made_after_sizes_were_tried_in_turn():
     pruned = prifu.prune(model, x)
     torch.testing.assert_close(pruned(x), model(x))
     assert pruned.get_submodule("c").out_channels == 5
+
+
+def test_the_words_of_guards_stay():
+    """They are part of the graph by which a plan is recognized, and kept plans have these."""
+    assert hashlib.sha256(GUARD.encode()).hexdigest().startswith("3c6ccd296ff5d182")
