@@ -220,7 +220,7 @@ def test_a_rare_attribute_is_judged_by_rank():
 def test_keyed_noise_is_asked_again():
     keyed = Channel(Noise(0.6, key=b"k" * 32))
     row = rows(run(Edge(), channel=keyed))["private"]
-    assert row.repeated > 0.9
+    assert row.repeated > max(0.85, row.once + 0.15)
     assert row.accuracy.value == row.repeated
     assert row.winner.startswith("mean of repeated queries")
 
