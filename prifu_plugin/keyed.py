@@ -24,8 +24,7 @@ def keyed_gaussian(batch: Tensor, key: bytes, finest: float = math.inf) -> Tenso
 
     What counts of a sample is 64 sums of all its values, with signs that the key decides, in coarse
     steps: the same image in another batch differs in its last digits, and must not get another draw
-    to average. In fp32 one in thousands does, of uploads of 100,000 values one in a hundred; in
-    half precision, one in four.
+    to average. In fp32 hardly any does; in half precision, which rounds by more, some do.
 
     Args:
         batch: (N, ...).
@@ -103,8 +102,7 @@ def _content(sums: Tensor, width: float) -> bytes:
 
 
 _SUMS, _PARTS = 64, 512
-"""A change by 1 / _PARTS carries about one of the sums over a border: uploads 1 % apart get other
-noise in 98 of 100 cases."""
+"""A change by 1 / _PARTS of an upload carries about one of its sums over a border."""
 
 
 def _sums(samples: Tensor, key: bytes) -> Tensor:
