@@ -34,7 +34,7 @@ def number(name: str, value: Any) -> float:
         if isinstance(value, str | bytes | bool):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ConfigError(f"{name}={value!r} is no number. Pass {name}= a float.") from None
 
 
@@ -75,18 +75,27 @@ def tensors(name: str, value: Any) -> tuple[Tensor, ...]:
     return tuple(listed)
 
 
-def check_strings(name: str, value: Any) -> None:
-    """Raise ConfigError unless a value is None or several strings.
+def strings(name: str, value: Any) -> tuple[str, ...] | None:
+    """Return several strings as a tuple, whatever yields them; None stays None.
+
+    Raises:
+        ConfigError: for one string, or for anything else.
 
     Example:
-        >>> check_strings("include", ["layer1"])
+        >>> strings("include", ["layer1"])
+        ('layer1',)
     """
+    if value is None:
+        return None
     if isinstance(value, str):
         raise ConfigError(f"{name}='{value}' is one string: pass {name}=['{value}'].")
-    listed = list(value) if isinstance(value, Iterable) else [value]
-    odd = next((item for item in listed if not isinstance(item, str)), None)
-    if value is not None and odd is not None:
-        raise ConfigError(f"{name} holds {_shown(odd)}: pass a list of strings, paths or patterns.")
+    listed = tuple(value) if isinstance(value, Iterable) else (value,)
+    for item in listed:
+        if not isinstance(item, str):
+            raise ConfigError(
+                f"{name} holds {_shown(item)}: pass a list of strings, paths or patterns."
+            )
+    return listed
 
 
 def check_callable(name: str, value: Any, takes: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prifu_plugin.arguments import number
+from prifu_plugin.arguments import number, whole_number
 from prifu_plugin.errors import ConfigError, OrderError
 from prifu_plugin.keyed import check_key, keyed_gaussian
 
@@ -128,9 +128,9 @@ class Quantizer(nn.Module):
 
     def __init__(self, bits: int) -> None:
         super().__init__()
-        if not isinstance(bits, int) or bits not in range(1, 9):
-            raise ConfigError(f"bits={bits}: a quantizer has 1 to 8.")
-        self.bits = bits
+        self.bits = whole_number("bits", bits)
+        if self.bits > 8:
+            raise ConfigError(f"bits={bits}: a quantizer has at most 8. Pass bits= 1 to 8.")
         self.register_buffer("low", torch.tensor(float("nan")))
         self.register_buffer("high", torch.tensor(float("nan")))
 
@@ -281,7 +281,7 @@ class Projection(nn.Module):
     def server(self) -> nn.Linear:
         """Return the layer that takes the place of the server's first one."""
         outputs, rank = self.rest.shape
-        layer = nn.Linear(rank, outputs, bias=self.bias is not None, device=self.rest.device)
+        layer: nn.Linear = nn.utils.skip_init(nn.Linear, rank, outputs, bias=self.bias is not None)
         layer.weight = nn.Parameter(self.rest.clone())
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().clone())

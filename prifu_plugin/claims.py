@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from prifu_plugin.graph.guards import GUARD
+from prifu_plugin.graph.guards import SPLIT_GUARD
 from prifu_plugin.prune.seen import seen
 
 
@@ -75,4 +75,4 @@ def guard(graph: fx.Graph, value: fx.Node, claim: Any, copies: dict[fx.Node, Any
             guard(graph, graph.call_function(operator.getitem, (value, at)), part, copies)
     elif claim.tensor is None or claim.dim is not None:
         same = graph.call_function(operator.eq, (value, shown(graph, claim, copies)))
-        graph.call_function(torch._assert, (same, GUARD))
+        graph.call_function(torch._assert, (same, SPLIT_GUARD))

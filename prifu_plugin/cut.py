@@ -53,6 +53,15 @@ class CutFilter(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the noise in units of W, at least 0."""
+        return self._noise
+
+    @noise.setter
+    def noise(self, value: float) -> None:
+        self._noise = FilterConfig(noise=value).noise
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the filtered upload, shape and dtype of x."""
         mean, deviation = self._statistics(x)

@@ -11,7 +11,7 @@ from torch import fx, nn
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
 from prifu_plugin.graph.capture import CONSTANT, Captured, capture
-from prifu_plugin.graph.guards import GUARD, fix_sizes, is_guard
+from prifu_plugin.graph.guards import fix_sizes, is_guard, is_refusal
 from prifu_plugin.graph.sized import capture_sized
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.prune.examples import record_examples
@@ -49,13 +49,13 @@ def captured_at(model: nn.Module, inputs: Inputs) -> Captured:
         try:
             return _recorded(captured, first, other)
         except AssertionError as error:  # it decides otherwise at the other size
-            if str(error) != GUARD:
+            if not is_refusal(error):
                 raise
         fix_sizes(captured.graph, first.shapes)
         try:
             return _recorded(captured, first, first.batch(OTHER))
         except AssertionError as error:
-            if str(error) != GUARD:
+            if not is_refusal(error):
                 raise
             raise CaptureError(
                 f"{type(model).__name__} decides differently for each batch size, as a loop over "

@@ -205,7 +205,8 @@ def _couple(optimizer: Optimizer, unit: PriFU, group: Group) -> tuple[Tensor, in
     # SGD damps every gradient but the first, which starts its buffer.
     first = optimizer.state.get(unit.weight, {}).get("momentum_buffer") is None
     damped = 1.0 if first or not momentum else 1 - float(group["dampening"])
-    unit.dose += damped * rate * unit.beta / (1 - momentum)
+    if unit.beta:
+        unit.dose += damped * rate * unit.beta / (1 - momentum)
     return lent, unit.weight.grad._version
 
 

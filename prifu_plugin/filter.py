@@ -160,7 +160,9 @@ class PriFU(nn.Module):
         weight = self.weight.detach()
         if is_sharded(weight):
             return self.filtered.bool()
-        return weight <= 0 if weight.dtype in _ROUNDED else self.decide(weight)
+        if weight.dtype not in _ROUNDED:
+            return self.decide(weight)
+        return torch.logical_or(weight <= 0, self.filtered)  # what rounding leaves of a threshold
 
     def decide(self, weight: Tensor) -> Tensor:
         """Return the mask that a step decides on, (C,), bool, given the whole W (Eq. 4)."""

@@ -116,14 +116,15 @@ class FilterSchedule:
         return self._values(last if last == self.steps else last - last % self.every)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs: steps done, and the dose of every filter so far."""
-        return {"done": self.done, "dose": {path: u.dose for path, u in self._units.items()}}
+        """Return what a checkpoint needs: steps done and in all, and the dose of each filter."""
+        doses = {path: unit.dose for path, unit in self._units.items()}
+        return {"done": self.done, "steps": self.steps, "dose": doses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint.
 
         Raises:
-            FilterError: if it is of a model with other filters.
+            FilterError: if it is of a model with other filters, or of a schedule of other length.
         """
         if not {"done", "dose"} <= set(state):
             raise FilterError("This is not the state of a schedule: pass its own state_dict().")
@@ -133,8 +134,15 @@ class FilterSchedule:
                 f"The schedule's state is of another model: '{odd[0]}' is a filter in one of them "
                 f"only ({len(odd)} such). Wrap with the settings of that run."
             )
-        self.done = state["done"]
-        for path, dose in state["dose"].items():
+        steps = state.get("steps")
+        if steps != self.steps:
+            raise FilterError(
+                f"The schedule's state is of {steps} steps, and this one has {self.steps}: its "
+                f"values would jump. Make the schedule with steps={steps}."
+            )
+        doses = {path: number(f"dose of {path}", dose) for path, dose in state["dose"].items()}
+        self.done = whole_number("done", state["done"], least=0)
+        for path, dose in doses.items():
             self._units[path].dose = dose
         self._apply()
 

@@ -28,6 +28,8 @@ from prifu_plugin.cuts import (
 )
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError, PrifuWarning
+from prifu_plugin.graph.guards import SPLIT_GUARD, is_guard
+from prifu_plugin.graph.host import filter_of, is_host
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.names import value_at
 from prifu_plugin.prune.inputs import Inputs, suited
@@ -63,11 +65,13 @@ class Split:
         edge: input -> upload.
         cloud: upload -> output.
         at: node of the graph that is uploaded.
+        filtered_dim: channel dimension of the filter that the upload comes from, if it does.
     """
 
     edge: fx.GraphModule
     cloud: fx.GraphModule
     at: str
+    filtered_dim: int | None = None
 
     def __iter__(self) -> Iterator[fx.GraphModule]:
         """Yield edge and cloud, so that `edge, cloud = split(...)` works."""
@@ -108,9 +112,8 @@ class Split:
         return Payload(tuple(z.shape[1:]), name, z[0].numel() * z.element_size(), varying)
 
     def _dim(self, z: Tensor) -> int:
-        cuts = [module for module in self.edge.modules() if isinstance(module, CutFilter)]
-        if cuts:
-            return cuts[-1].dim
+        if self.filtered_dim is not None:
+            return self.filtered_dim
         return -1 if z.ndim == 3 else 1
 
 
@@ -176,9 +179,16 @@ def split(
         for module in shell.modules():
             if isinstance(module, fx.GraphModule) or type(module) is nn.Module:
                 module.training = model.training
-    halves = Split(parts[0], parts[1], node.name)
+    halves = Split(parts[0], parts[1], node.name, _filtered_dim(model, node))
     _check(model, halves, inputs)
     return halves
+
+
+def _filtered_dim(model: nn.Module, node: fx.Node) -> int | None:
+    """Return the channel dimension of the filter whose output a node is, None if it is not."""
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    unit = module if module is None or not is_host(module) else filter_of(module)
+    return unit.dim if isinstance(unit, CutFilter) else None
 
 
 def cut_points(model: nn.Module, example_inputs: Any = None) -> list[str]:
@@ -206,6 +216,8 @@ def _copy_edge(
     for node in graph.nodes:
         if node in computed or node.op == "placeholder":
             copies[node] = edge.node_copy(node, lambda n: copies[n])
+            if is_guard(node):
+                copies[node].update_arg(1, SPLIT_GUARD)
     for node, claim in claims.items():
         guard(edge, copies[node], claim, copies)
     results = tuple(copies[n] for n in tensors)

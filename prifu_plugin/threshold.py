@@ -176,7 +176,11 @@ def fit_alpha(
             strongest=False,
         )
     if best is None:
-        raise ConfigError("No threshold below 1 meets the budget: train with a larger dose.")
+        most = present + (1 - present) * (1 - 0.5**steps)
+        raise ConfigError(
+            f"None of {steps} thresholds up to {most:.3g} meets the budget: pass more steps=, or "
+            "train with a larger dose."
+        )
     for unit in filters(model).values():
         unit.alpha = best.alpha
     return best

@@ -171,3 +171,32 @@ def test_a_channel_with_a_key_sends_in_eval_mode_alone():
     with pytest.raises(OrderError, match="call its eval"):
         channel.encode(torch.zeros(1, 2))
     assert channel.eval().encode(torch.zeros(1, 2)) == channel.encode(torch.zeros(1, 2))
+
+
+def test_patterns_may_come_from_a_generator():
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    net = nn.Sequential(*layers)
+    assert list(prifu.filters(prifu.wrap(net, exclude=(p for p in ["1"])))) == ["3"]
+    assert list(prifu.filters(prifu.wrap(net, include=(p for p in ["1"])))) == ["1"]
+
+
+def test_numbers_beyond_every_float():
+    with pytest.raises(ConfigError, match="is no number"):
+        prifu.PriFU(4).gain = 10**400
+
+
+def test_the_noise_of_a_cut_is_checked_when_it_is_set():
+    x = torch.randn(4, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    cut = prifu.wrap(net, cut="2", noise=0.3, example_inputs=x).get_submodule("2.prifu")
+    for odd in (-1, float("nan"), "much"):
+        with pytest.raises(ConfigError, match="noise"):
+            cut.noise = odd
+    assert cut.noise == 0.3
+
+
+def test_searches_and_measurements_of_no_length(wrapped):
+    with pytest.raises(ConfigError, match="rounds='a'"):
+        prifu.fastest(wrapped, torch.zeros(1, 3, 8, 8), rounds="a")
+    with pytest.raises(ConfigError, match="pair of round_to"):
+        prifu.fastest(wrapped, torch.zeros(1, 3, 8, 8), ways=[])

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import warnings
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -705,3 +706,23 @@ def test_images_may_be_views():
         data = prifu.AuditData(images, {"task": torch.arange(40) % 2})
         assert fingerprint(data) == fingerprint(prifu.AuditData(images.contiguous(), data.labels))
         check_disjoint(data.at(torch.arange(20)), data.at(torch.arange(20, 40)))
+
+
+def test_attributes_may_come_from_a_generator():
+    images = torch.rand(200, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(200) % 2
+    data = prifu.AuditData(images, {"task": labels, "bright": labels.flip(0)})
+    parts = data.at(torch.arange(120)), data.at(torch.arange(120, 200))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PrifuWarning)
+        found = prifu.audit(
+            nn.Flatten().eval(),
+            *parts,
+            task="task",
+            attributes=(name for name in ["bright"]),
+            suite="quick",
+            seeds=1,
+            queries=1,
+            reconstruct=False,
+        )
+    assert [row.name for row in found.attributes] == ["bright"]

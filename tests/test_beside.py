@@ -3,9 +3,11 @@
 import copy
 import enum
 import inspect
+import math
 import random
 import re
 import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from prifu_plugin.graph import functional
 from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.graph.capture import capture
 from prifu_plugin.graph.functional import functional_calls
+from prifu_plugin.graph.patches import patched
 from prifu_plugin.prune.quiet import DrawingAlike
 from prifu_plugin.prune.verify import difference
 
@@ -533,3 +536,37 @@ def test_operators_of_higher_order_pass():
 
     with only_operations(lambda: True), DrawingAlike(), torch.no_grad():
         assert body(torch.zeros(2)).tolist() == [1.0, 1.0]
+
+
+def test_a_forward_that_seeds_by_name_is_refused_in_the_same_words():
+    class Seeds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            torch.manual_seed(seed=0)
+            return self.norm(x)
+
+    with pytest.raises(CaptureError, match="it seeds random numbers itself"):
+        capture(Seeds(), 1)
+
+
+def test_a_patch_that_waits_for_another_puts_back_what_was_there():
+    inside, done = threading.Event(), threading.Event()
+
+    def second():
+        with patched(math, "sqrt", lambda x: "second"):
+            inside.set()
+            done.wait(10)
+
+    with patched(math, "sqrt", lambda x: "first"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.2)
+    inside.wait(10)
+    try:
+        assert math.sqrt(4) == 2
+    finally:
+        done.set()
+        thread.join()

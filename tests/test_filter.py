@@ -130,3 +130,11 @@ def test_what_gets_memory_after_meta_gets_its_first_values():
     assert unit.weight.tolist() == pytest.approx([0.2] * 8)
     assert unit.bias.tolist() == [0.0] * 8
     assert unit.filtered.tolist() == [0] * 8
+
+
+def test_what_is_filtered_stays_so_in_half_precision():
+    unit = prifu.PriFU(3)
+    unit.filtered[0] = True
+    half = {"weight": unit.weight.detach().bfloat16()}
+    y = torch.func.functional_call(unit, half, (torch.ones(1, 3),))
+    assert (y != 0).tolist() == [[False, True, True]]

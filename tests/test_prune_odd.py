@@ -178,3 +178,51 @@ def test_difference_knows_what_is_no_evidence():
     assert difference(torch.tensor([1.0, torch.inf]), torch.tensor([1.0, torch.inf])) == 0
     assert difference(torch.tensor([1.0, torch.inf]), torch.tensor([1.0, -torch.inf])) > 1
     assert operator.eq(difference([], []), 0.0)
+
+
+class Centred(nn.Module):
+    """A normalization without parameters, whose filter is a product behind it."""
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, x):
+        return x - x.mean(1, keepdim=True)
+
+
+class Opaque(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = Centred(8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.conv(self.norm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_filter_inside_a_leaf_has_the_type_of_the_model_and_stays_frozen(dtype):
+    prifu.register_norm(Centred, dim=1)
+    prifu.register_leaf(Opaque)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Opaque(), nn.Conv2d(8, 2, 1)).to(dtype)
+    model = prifu.wrap(net).eval()
+    next(iter(prifu.filters(model).values())).weight.requires_grad_(False)
+    pruned = prifu.prune(model, torch.randn(2, 3, 8, 8, dtype=dtype))
+    scale = pruned.get_parameter("1.norm.scale")
+    assert (scale.dtype, scale.requires_grad) == (dtype, False)
+
+
+def test_a_norm_inside_a_leaf_under_two_names_loses_its_filter_under_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    prifu.register_leaf(Twice)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Twice(), nn.Conv2d(8, 2, 1))
+    pruned = prifu.prune(prifu.wrap(net).eval(), torch.randn(2, 3, 8, 8))
+    assert pruned.get_submodule("1.first") is pruned.get_submodule("1.second")
+    assert not any(isinstance(part, prifu.PriFU) for part in pruned.modules())

@@ -102,6 +102,7 @@ def test_every_filter_is_measured(name, cut):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)  # the last of a block starts at 0 and lets nothing back
     found = prifu.relevance(model, [(x, torch.tensor([0, 1, 2, 0]))])
+    assert set(found.layers) == set(prifu.filters(model))
     for path, layer in found.layers.items():
         assert layer.after.max() > 0, path
 

@@ -216,3 +216,16 @@ def test_the_dose_counts_what_is_in_force():
         optimizer.step()
         schedule.step()
     assert prifu.status(model)["dose"] == pytest.approx(2e-3)
+
+
+def test_a_state_of_another_length_is_refused_and_nothing_changes():
+    model = prifu.wrap(nn.Sequential(nn.BatchNorm1d(4)))
+    short, long = (prifu.FilterSchedule(model, steps, alpha=(0.0, 0.2)) for steps in (10, 100))
+    for _ in range(5):
+        short.step()
+    state = short.state_dict()
+    with pytest.raises(FilterError, match="10 steps, and this one has 100"):
+        long.load_state_dict(state)
+    with pytest.raises(ConfigError, match="done"):
+        short.load_state_dict({**state, "done": -3})
+    assert (short.done, long.done) == (5, 0)

@@ -166,7 +166,9 @@ def test_every_cut_point_composes():
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=3).eval()
     x = torch.randn(2, 3, 64, 64)
-    for name in prifu.cut_points(model, x):
+    places = prifu.cut_points(model, x)
+    assert len(places) == 20
+    for name in places:
         edge, cloud = prifu.split(model, name, x)
         assert torch.equal(cloud(edge(x)), model(x)), name
 
@@ -221,7 +223,7 @@ def test_a_model_that_decides_on_sizes_is_cut_under_guards():
             z = parts.edge(x)
             assert z.shape[-1] == 8
             torch.testing.assert_close(parts.cloud(z)["out"], model(x)["out"], rtol=0, atol=0)
-        with pytest.raises(AssertionError, match="made for other input sizes"):
+        with pytest.raises(AssertionError, match="split for other input sizes"):
             parts.edge(torch.randn(2, 3, 6, 9))
 
 
@@ -414,3 +416,38 @@ def test_complex_outputs_are_compared_with_their_imaginary_parts():
     assert difference(a, a.real + 0j) > 0.1
     assert difference(a, a) == 0
     assert difference(a, torch.view_as_real(a)) == float("inf")
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 4, 4), nn.BatchNorm2d(4), nn.ReLU()
+        self.wide, self.head = nn.Linear(4, 7), nn.Linear(7, 2)
+
+    def forward(self, x):
+        tokens = self.act(self.norm(self.conv(x))).flatten(2).transpose(1, 2)
+        return self.head(self.wide(tokens).mean(1))
+
+
+def test_the_channels_of_an_upload_behind_another_filter():
+    x = torch.randn(4, 3, 16, 16)
+    model = prifu.wrap(Tokens(), cut="act", noise=0.3, example_inputs=x).eval()
+    assert prifu.split(model, "wide", x).payload(x).varying.shape == (7,)
+    at_filter = prifu.split(model, "act", x)
+    assert at_filter.filtered_dim == 1
+    assert at_filter.payload(x).varying.shape == (4,)
+
+
+def test_an_edge_that_decides_on_sizes_says_how_to_split_again():
+    class Even(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.norm(y + 1 if x.shape[-1] % 2 == 0 else y)
+
+    parts = prifu.split(Even().eval(), "conv", torch.randn(2, 3, 8, 8))
+    with pytest.raises(AssertionError, match="Split again"):
+        parts.edge(torch.randn(2, 3, 9, 9))

@@ -130,7 +130,7 @@ def test_bad_input():
         prifu.sweep(network(), [], [0.1])
     model = trained()
     prifu.filters(model)["1"].weight.data.fill_(0.1)
-    with pytest.raises(ConfigError, match="No threshold"):
+    with pytest.raises(ConfigError, match="None of 12 thresholds up to 1 "):
         prifu.fit_alpha(model, data(), keep=0.5)
 
 
@@ -212,3 +212,12 @@ def test_a_budget_that_is_met_already_opens_nothing(budget):
     before = {unit.alpha for unit in prifu.filters(model).values()}
     found = prifu.fit_alpha(model, data(), **{budget: 1.0})
     assert {unit.alpha for unit in prifu.filters(model).values()} == before == {found.alpha}
+
+
+def test_a_search_that_was_too_short_says_so():
+    model = prifu.wrap(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))).eval()
+    prifu.filters(model)["1"].weight.data = torch.linspace(0.93, 1.0, 8)
+    batches, even = [(torch.randn(64, 4), torch.zeros(64))], lambda y, _: torch.ones(len(y))
+    with pytest.raises(ConfigError, match="None of 3 thresholds up to 0.887 .* pass more steps="):
+        prifu.fit_alpha(model, batches, keep=0.5, steps=3, metric=even)
+    assert prifu.fit_alpha(model, batches, keep=0.5, steps=12, metric=even).open_share <= 0.5

@@ -1,3 +1,4 @@
+import collections
 import copy
 import io
 import pickle
@@ -17,6 +18,7 @@ from prifu_plugin.config import FilterConfig
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import ConfigError, NoSiteError, OrderError, PrifuWarning
 from prifu_plugin.graph.host import attach
+from prifu_plugin.graph.undisturbed import undisturbed
 
 
 @pytest.fixture(params=zoo.SMALL)
@@ -713,3 +715,30 @@ def test_what_a_hosts_forward_and_its_hooks_store_and_delete_is_kept():
             module(torch.ones(1, 2))
             assert module.calls == calls
             assert hasattr(module, "skip") == (calls % 2 == 1)
+
+
+class Keeps(nn.Module):
+    """Remembers in a queue, in a list inside a dictionary, and in a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.last, self.counts = collections.deque(maxlen=5), {"calls": []}
+        self.seen = torch.zeros(1)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        self.last.append(y)
+        self.counts["calls"].append(1)
+        self.seen += 1
+        return y
+
+
+def test_looking_at_a_model_leaves_nothing_on_it():
+    model = Keeps()
+    prifu.sites(model)
+    with undisturbed(model), torch.no_grad():
+        model(torch.zeros(2, 3, 8, 8))
+    assert not model.last
+    assert model.counts == {"calls": []}
+    assert model.seen == 0

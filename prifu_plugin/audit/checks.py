@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prifu_plugin.arguments import check_strings
 from prifu_plugin.audit.data import AuditData, check_disjoint, check_labels
 from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.errors import ConfigError, OrderError
@@ -29,7 +28,6 @@ def check(
     """Raise for modules in train mode, and for labels or images that do not fit."""
     if not isinstance(edge, nn.Module):
         raise ConfigError(f"edge is a {type(edge).__name__}: pass a torch.nn.Module, images -> z.")
-    check_strings("attributes", attributes)
     if not attributes:
         raise ConfigError("attributes is empty: name the private labels to attack.")
     if cloud is not None and not isinstance(cloud, nn.Module):

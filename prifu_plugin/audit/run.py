@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import prifu_plugin.audit.reconstruction as decoding
-from prifu_plugin.arguments import check_strings, whole_number
+from prifu_plugin.arguments import strings, whole_number
 from prifu_plugin.audit.checks import check, check_images, check_packages
 from prifu_plugin.audit.data import AuditData, fingerprint, integers, split_off
 from prifu_plugin.audit.facts import facts_of
@@ -82,6 +82,7 @@ def audit(
     Raises:
         ConfigError: for labels or images that do not fit.
         OrderError: if the edge is in train mode.
+        ImportError: if a package of the suite is missing; the message names it.
 
     Example:
         >>> import torch
@@ -95,6 +96,7 @@ def audit(
         >>> found.attributes[0].accuracy.value > 0.95
         True
     """
+    attributes = strings("attributes", attributes) or ()
     references = references or {}
     check(edge, train, test, task, attributes, references, cloud)
     check_packages(suite, reconstructs=bool(reconstruct))
@@ -186,13 +188,13 @@ def _losses(reconstruct: bool | Sequence[str], suite: str) -> Sequence[str]:
     if isinstance(reconstruct, bool):
         every = ("squared error",) if suite == "quick" else tuple(decoding.LOSSES)
         return every if reconstruct else ()
-    check_strings("reconstruct", reconstruct)
-    unknown = set(reconstruct or ()) - set(decoding.LOSSES)
+    named = strings("reconstruct", reconstruct) or ()
+    unknown = set(named) - set(decoding.LOSSES)
     if unknown:
         raise ConfigError(
             f"reconstruct={unknown.pop()!r}: choose among {', '.join(decoding.LOSSES)}, or True."
         )
-    return reconstruct or ()
+    return named
 
 
 def _settings(

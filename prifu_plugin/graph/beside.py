@@ -90,9 +90,10 @@ def _refusing(
     harmless: Callable[[Any, bool], bool] = _never,
     in_training: bool = False,
 ) -> Callable[..., Any]:
-    def ask(*args: Any) -> Any:
-        if computing() or harmless(args[0] if args else None, in_training):
-            return kept(*args)
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        if computing() or harmless(given[0] if given else None, in_training):
+            return kept(*args, **kwargs)
         return _refuse(words)
 
     return ask

@@ -15,9 +15,20 @@ GUARD = (
 )
 
 
+SPLIT_GUARD = (
+    "This model was split for other input sizes: its forward decides on sizes, and for this input "
+    "it would decide differently. Split again with example_inputs= of this size."
+)
+
+
 def is_guard(node: fx.Node) -> bool:
     """Whether a node refuses inputs that a graph was not made for."""
-    return node.target is torch._assert and bool(node.args[1:] == (GUARD,))
+    return node.target is torch._assert and node.args[1:] in ((GUARD,), (SPLIT_GUARD,))
+
+
+def is_refusal(error: AssertionError) -> bool:
+    """Whether a guard raised an error."""
+    return str(error) in (GUARD, SPLIT_GUARD)
 
 
 def drop_dtype_guards(graph: fx.Graph) -> None:

@@ -1,4 +1,4 @@
-"""Patches of torch for the length of a trace: one thread at a time, and felt by no other."""
+"""Patches of torch for the length of a trace: one thread patches, and it alone feels these."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ def patched(home: Any, name: str, mine: Any) -> Iterator[None]:
         2.0
     """
     owner = threading.get_ident()
-    kept: Any = getattr(home, name, None)
+    with PATCHING:
+        kept: Any = getattr(home, name, None)
 
-    def choose(*args: Any, **kwargs: Any) -> Any:
-        return (mine if threading.get_ident() == owner else kept)(*args, **kwargs)
+        def choose(*args: Any, **kwargs: Any) -> Any:
+            return (mine if threading.get_ident() == owner else kept)(*args, **kwargs)
 
-    with PATCHING, mock.patch.object(home, name, choose, create=True):
-        yield
+        with mock.patch.object(home, name, choose, create=True):
+            yield

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from prifu_plugin.arguments import check_model, check_strings
+from prifu_plugin.arguments import check_model, strings
 from prifu_plugin.errors import CaptureError, NoSiteError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured, calls, capture
@@ -99,16 +99,15 @@ def select(
         >>> select(["layer1.0.bn1", "layer2.0.bn1"], ["layer1"], None)
         ['layer1.0.bn1']
     """
-    check_strings("include", include)
-    check_strings("exclude", exclude)
-    for pattern in [*(include or []), *(exclude or [])]:
+    wanted, unwanted = strings("include", include), strings("exclude", exclude) or ()
+    for pattern in (*(wanted or ()), *unwanted):
         if not any(_matches(path, pattern) for path in candidates):
             raise no_match(pattern, candidates)
     return [
         path
         for path in candidates
-        if (include is None or any(_matches(path, p) for p in include))
-        and not any(_matches(path, p) for p in exclude or [])
+        if (wanted is None or any(_matches(path, p) for p in wanted))
+        and not any(_matches(path, p) for p in unwanted)
     ]
 
 

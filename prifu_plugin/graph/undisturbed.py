@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,21 +24,25 @@ def undisturbed(model: nn.Module, keep: str | None = None) -> Iterator[None]:
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
-    attributes = [(module, dict(module.__dict__), _contents(module)) for module in modules]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    attributes = [(module, dict(module.__dict__)) for module in modules]
+    containers, tensors = _held(modules)
+    buffers = [(b, _version(b), b.detach().clone()) for b in model.buffers()]
     try:
         yield
     finally:
-        for module, before, contents in attributes:
+        for module, before in attributes:
             _restore(module.__dict__, before, keep)
-            for container, items in contents:
-                _refill(container, items)
+        for container, items in containers:
+            _refill(container, items)
         for module, training in modes:
             module.training = training
         with torch.no_grad():
+            for tensor, version, value in tensors:
+                if _version(tensor) != version:
+                    tensor.copy_(value)
             for buffer, version, value in buffers:
                 # The kernels of batch norms update statistics and count no version.
-                if buffer._version != version or _differs(buffer, value):
+                if _version(buffer) != version or _differs(buffer, value):
                     buffer.copy_(value)
 
 
@@ -54,16 +59,34 @@ def _differs(buffer: Tensor, value: Tensor) -> bool:
     return not buffer.is_meta and not torch.equal(buffer, value)
 
 
-def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Return the containers of a module with copies of what they hold, None for nothing.
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; those of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
-    Not its parameters: no forward replaces them but FSDP's, which keeps account of where they are.
+
+def _held(
+    modules: Sequence[nn.Module],
+) -> tuple[list[tuple[Any, Any]], list[tuple[Tensor, int, Tensor]]]:
+    """Return containers with copies of what they hold, and tensors with copies of their values.
+
+    Not parameters: no forward replaces them but FSDP's, which keeps account of where they are. Nor
+    buffers, which batch norms change in a way of their own.
     """
-    return [
-        (value, copy.copy(value) if value else None)
-        for name, value in module.__dict__.items()
-        if isinstance(value, list | dict | set) and name != "_parameters"
-    ]
+    containers: list[tuple[Any, Any]] = []
+    tensors: list[tuple[Tensor, int, Tensor]] = []
+    seen = {id(buffer) for module in modules for buffer in module._buffers.values()}
+    left = [v for m in modules for name, v in m.__dict__.items() if name != "_parameters"]
+    while left:
+        value = left.pop()
+        if not isinstance(value, list | dict | set | deque | Tensor) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if not isinstance(value, Tensor):
+            containers.append((value, copy.copy(value) if value else None))
+            left += value.values() if isinstance(value, dict) else value
+        elif not isinstance(value, nn.Parameter):
+            tensors.append((value, _version(value), value.detach().clone()))
+    return containers, tensors
 
 
 def _restore(now: dict[str, Any], before: dict[str, Any], keep: str | None) -> None:
@@ -81,7 +104,7 @@ def _refill(container: Any, items: Any) -> None:
             container.clear()
         return
     container.clear()
-    if isinstance(container, list):
+    if isinstance(container, list | deque):
         container.extend(items)
     else:
         container.update(items)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prifu_plugin.arguments import whole_number
 from prifu_plugin.errors import ConfigError, PrifuWarning, VerificationError
 from prifu_plugin.graph.state import copied
 from prifu_plugin.prune.inputs import Inputs, suited
@@ -82,8 +83,9 @@ def fastest(
     """
     ways = list(ways)
     pairs = all(isinstance(way, tuple) and len(way) == 2 for way in ways)
-    if not ways or rounds < 1 or not pairs:
-        raise ConfigError("fastest needs at least one pair of round_to and move_cost, and a round.")
+    if not ways or not pairs:
+        raise ConfigError("ways= needs at least one pair of round_to and move_cost: [(1, 0.0)].")
+    rounds = whole_number("rounds", rounds)
     inputs = Inputs.for_model(model, example_inputs)
     drawn = (suited(model, inputs) or inputs).draw(model, seed)
     device = next(model.parameters()).device
@@ -112,13 +114,19 @@ def _in_torch(inputs: list[Tensor]) -> Build:
         @torch.inference_mode()
         def run() -> Any:
             result = model(*inputs)
-            if inputs[0].is_cuda:
-                torch.cuda.synchronize(inputs[0].device)
+            _wait_for(inputs[0].device)
             return result
 
         return run
 
     return build
+
+
+def _wait_for(device: torch.device) -> None:
+    """Wait until a device that works on its own has done what it was told."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type == device.type:
+        torch.accelerator.synchronize(device)
 
 
 def _ratios(runs: dict[Any, Callable[[], Any]], rounds: int) -> dict[Way, float]:

@@ -142,11 +142,13 @@ class Inputs:
         """Yield the same at other sizes: what a model takes of them shows what it assumes.
 
         Images grow one way and shrink the other, by an odd number first, since much is padded to
-        multiples; then by 32; or double. Sequences grow. A model that takes none has its size
-        fixed.
+        multiples; then by 32, or patches of 14; or double, one way where that is enough: four
+        times the tokens take sixteen times as long. Sequences grow. A model that takes none has
+        its size fixed.
         """
         found = {self.shapes}
-        for change in (_odd((1, 1)), _odd((1, 0)), _odd((0, 1)), _skewed, _grown, _doubled):
+        odd = (_odd((1, 1)), _odd((1, 0)), _odd((0, 1)))
+        for change in (*odd, _skewed, _grown, _by_patches, _longer, _doubled):
             shapes = tuple(change(shape) for shape in self.shapes)
             if shapes not in found:
                 found.add(shapes)
@@ -229,6 +231,16 @@ def _grown(shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) == 3:
         return shape[0], shape[1] + 3, shape[2]
     return *shape[:2], *(size + 32 for size in shape[2:])
+
+
+def _by_patches(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) != 4:
+        return shape
+    return *shape[:2], shape[2] + 28, shape[3] + 56
+
+
+def _longer(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-1], 2 * shape[-1]) if len(shape) == 4 else shape
 
 
 def _doubled(shape: tuple[int, ...]) -> tuple[int, ...]:

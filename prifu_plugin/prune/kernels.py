@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from prifu_plugin.cut import CutFilter
+from prifu_plugin.device import like_of
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.host import detach, filter_of, folded_parameters, folds, is_host
 from prifu_plugin.graph.norms import norm_spec
@@ -113,13 +114,21 @@ def filter_vectors(unit: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | Non
     return unit.scale(), unit.bias, None
 
 
-def pure_copy(module: nn.Module) -> nn.Module:
-    """Copy a module that is not sliced, without in-place effect, hooks, and the filters inside."""
+def pure_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Copy a module that is not sliced, without in-place effect, hooks, and the filters inside.
+
+    Args:
+        module: with or without filters inside.
+        dtype: that it computes in; that of its own numbers by default.
+    """
     twin: Any = copy.deepcopy(module)
     if getattr(twin, "inplace", False):
         twin.inplace = False
-    for path, host in [(path, part) for path, part in twin.named_modules() if is_host(part)]:
-        plain = _filter_built_in(host)
+    dtype = like_of(module).dtype if dtype is None else dtype
+    hosts = [(path, m) for path, m in twin.named_modules(remove_duplicate=False) if is_host(m)]
+    built_in: dict[nn.Module, nn.Module] = {}  # one layer may be there under several names
+    for path, host in hosts:
+        plain = built_in.setdefault(host, _filter_built_in(host, dtype))
         owner, _, name = path.rpartition(".")
         if path:
             setattr(twin.get_submodule(owner), name, plain)
@@ -129,12 +138,12 @@ def pure_copy(module: nn.Module) -> nn.Module:
     return twin  # type: ignore[no-any-return]
 
 
-def _filter_built_in(host: nn.Module) -> nn.Module:
+def _filter_built_in(host: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a layer with its filter in the affine parameters, or as a product behind it."""
     unit, spec = host._modules[CHILD], norm_spec(host)
     if not isinstance(unit, PriFU) or spec is None:
         return host
-    layer, scale, shift = slice_norm(host, None, folds(spec, unit))
+    layer, scale, shift = slice_norm(host, None, folds(spec, unit), dtype=dtype)
     if folds(spec, unit):
         return layer
     graph = fx.Graph()
@@ -148,9 +157,10 @@ def _filter_built_in(host: nn.Module) -> nn.Module:
     last = graph.call_method("transpose", (normed, dim, -1))
     result = graph.call_function(torch.mul, (last, graph.get_attr("scale")))
     assert scale is not None
-    members: dict[str, Any] = {"layer": layer, "scale": nn.Parameter(scale)}
+    trained = unit.weight.requires_grad
+    members: dict[str, Any] = {"layer": layer, "scale": nn.Parameter(scale.to(dtype), trained)}
     if shift is not None:
-        members["shift"] = nn.Parameter(shift.detach())
+        members["shift"] = nn.Parameter(shift.detach().to(dtype), shift.requires_grad)
         result = graph.call_function(torch.add, (result, graph.get_attr("shift")))
     graph.output(graph.call_method("transpose", (result, dim, -1)))
     return fx.GraphModule(members, graph)

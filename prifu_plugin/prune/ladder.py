@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import Captured
-from prifu_plugin.graph.guards import GUARD, fix_sizes
+from prifu_plugin.graph.guards import fix_sizes, is_refusal
 from prifu_plugin.graph.sized import looks_into
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.functional_layers import make_layers
@@ -50,7 +50,7 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
         try:
             return _record(captured, chosen), chosen
         except AssertionError as error:  # a guard: decided differently at the other size
-            if str(error) != GUARD:
+            if not is_refusal(error):
                 raise
     if sized is not None:
         raise CaptureError(

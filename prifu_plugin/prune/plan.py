@@ -111,14 +111,15 @@ class Scale:
         channels: that exist, None for all.
         shifted: a shift follows the product.
         noisy: noise follows.
-        keyed: it is drawn with a secret key, which is no part of the plan.
+        finest: the least deviation of noise that is drawn with a secret key, which is no part of
+            the plan; None for noise that is drawn anew.
     """
 
     dim: int
     channels: tuple[int, ...] | None
     shifted: bool
     noisy: bool
-    keyed: bool = False
+    finest: float | None = None
 
 
 @dataclass(frozen=True)

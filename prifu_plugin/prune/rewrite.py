@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -125,8 +124,9 @@ class _Rewriter:
             value = value_at(self.root, str(node.target))
             return self.members.add(self._place(node), like(value, value), (node.target, ()))
         if node.op == "call_module":
+            dtype = self.members.dtype
             path = self.members.layer(
-                str(node.target), kernel, lambda: pure_copy(self._called(node))
+                str(node.target), kernel, lambda: pure_copy(self._called(node), dtype)
             )
             return self.new.call_module(path, tuple(args), kwargs)
         if kernel.sizes or node.target in SIZED or node.target is torch.reshape:
@@ -204,17 +204,17 @@ class _Rewriter:
         if kernel.shifted:
             result = self._vector(node, "shift", shift, kernel, rank, torch.add, result)
         if kernel.noisy:
-            drawn = self._draw(node, kernel, result, noise)
+            drawn = self._draw(node, kernel, result)
             drawn = self._vector(node, "noise", noise, kernel, rank, torch.mul, drawn)
             result = self.new.call_function(torch.add, (result, drawn))
         return result
 
-    def _draw(self, node: fx.Node, kernel: Scale, upload: Any, noise: Any) -> fx.Node:
-        if not kernel.keyed:
+    def _draw(self, node: fx.Node, kernel: Scale, upload: Any) -> fx.Node:
+        finest = kernel.finest
+        if finest is None:
             return self.new.call_function(torch.randn_like, (upload,))
         key = getattr(self._called(node), "key", None)  # a fresh model, to rebuild from, has none
         place = self.members.fresh(f"{node.name}_noise")
-        finest = float(noise[noise > 0].min()) if bool((noise > 0).any()) else math.inf
         path = self.members.layer(place, kernel, lambda: KeyedNoise(key, finest))
         return self.new.call_module(path, (upload,))
 

@@ -90,16 +90,22 @@ def compare(
 
 
 def reference(captured: Captured, inputs: Inputs, seed: int) -> tuple[nn.Module, Any]:
-    """Return the model in fp64 as Python runs it, with what it gives; its graph if Python casts."""
+    """Return the model in fp64 as Python runs it, with what it gives; its graph if Python casts.
+
+    Raises:
+        Exception: what the graph raises for inputs that it refuses.
+    """
     lowest, drawn = LowestPrecision(), inputs.draw(captured.root, seed)
-    try:
-        with lowest, Quiet(captured.root), raised():
-            given = _run(captured.root, drawn, seed)
-    except Exception:  # noqa: BLE001 - a cast meets weights in fp64
-        return fx.GraphModule(captured.root, captured.graph), None
-    if lowest.lower:
-        return fx.GraphModule(captured.root, captured.graph), None
-    return captured.root, given
+    with Quiet(captured.root), raised():
+        try:
+            with lowest:
+                given = _run(captured.root, drawn, seed)
+            if not lowest.lower:
+                return captured.root, given
+        except Exception:  # noqa: BLE001 - a cast meets weights in fp64, or the inputs are refused
+            pass
+        graph = fx.GraphModule(captured.root, captured.graph)
+        return graph, _run(graph, drawn, seed)
 
 
 def _run(model: nn.Module, inputs: list[Tensor], seed: int) -> Any:

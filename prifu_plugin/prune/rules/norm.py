@@ -98,13 +98,21 @@ class ChannelAffineRule(Rule):
             unit = self.module
             shifted = isinstance(unit, CutFilter) or unit.bias is not None
             noisy = isinstance(unit, CutFilter) and unit.noise > 0
-            keyed = isinstance(unit, CutFilter) and noisy and unit.key is not None
-            kernel: Scale | SliceNorm = Scale(self.dim, channels, shifted, noisy, keyed)
-            if keyed:
+            finest = _finest(unit) if noisy else None
+            kernel: Scale | SliceNorm = Scale(self.dim, channels, shifted, noisy, finest)
+            if finest is not None:
                 planner.analysis.notes.append((self.node.name, KEYED))
         else:
             kernel = SliceNorm(channels)
         planner.emit(self.node, kernel, {self.source: conform}, wanted)
+
+
+def _finest(unit: nn.Module) -> float | None:
+    """Return the least deviation of a filter's noise if a key decides what is drawn."""
+    if not isinstance(unit, CutFilter) or unit.key is None:
+        return None
+    noise = unit.affine()[2].detach()
+    return float(noise[noise > 0].min()) if bool((noise > 0).any()) else 1.0
 
 
 KEYED = "noise with a secret key: needs prifu_plugin to run, exports to no other format"
