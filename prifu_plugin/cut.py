@@ -9,6 +9,9 @@ from prifu_plugin.config import FilterConfig
 from prifu_plugin.filter import PriFU, along
 from prifu_plugin.keyed import check_key, keyed_gaussian
 
+CUT_FORMAT = 1.0
+"""Of what a checkpoint holds of a cut besides tensors."""
+
 
 class CutFilter(nn.Module):
     """Filter an uploaded tensor and limit its precision.
@@ -76,6 +79,15 @@ class CutFilter(nn.Module):
         if self.training or self.key is None:
             return torch.randn_like(z)
         return keyed_gaussian((x - mean) / deviation, check_key(self.key), self.noise).to(z)
+
+    def get_extra_state(self) -> Tensor:
+        """Return what a checkpoint holds besides tensors: the form, and the noise."""
+        return torch.tensor([CUT_FORMAT, float(self.restores), self.noise], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over form and noise from a checkpoint, as filters do with alpha and gain."""
+        _, restores, self.noise = state.tolist()[:3]
+        self.restores = bool(restores)
 
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return scale, shift and noise deviation per channel, each (C,), as in eval mode."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -25,8 +26,8 @@ from torch.optim.optimizer import (
 from prifu_plugin.arguments import number
 from prifu_plugin.errors import ConfigError, FilterError, PrifuWarning
 from prifu_plugin.filter import LIVE_FILTERS, PriFU
-from prifu_plugin.ownership import check_ownership, note_step
-from prifu_plugin.sharded import is_sharded, own_part, own_rows, whole
+from prifu_plugin.ownership import check_ownership, count_step, note_step
+from prifu_plugin.sharded import is_sharded, own_part, own_rows, summed, whole
 from prifu_plugin.shield import Before, check_groups, is_known, restore, shield
 
 Group = dict[str, Any]
@@ -83,7 +84,8 @@ def _before_step(
         note_step(optimizer, [unit for unit, _ in owned], inside=bool(_running()))
         _RUNNING.append((weakref.ref(optimizer), set()))
         return None
-    check_ownership(optimizer, filters.values(), {id(unit) for unit, _ in owned})
+    closure = bool(_closures(args, kwargs))
+    check_ownership(optimizer, filters.values(), {id(u) for u, _ in owned}, makes_gradients=closure)
     note_step(optimizer, [unit for unit, _ in owned], inside=bool(_running()))
     _check_finite(optimizer, [unit for unit, _ in owned])
     remembered = []
@@ -95,11 +97,13 @@ def _before_step(
                 "would flip the sign of W. Lower beta (dose_to_beta computes it) or the rate."
             )
         if unit.decay == "coupled":
-            _check_coupled(optimizer, unit, group, bool(_closures(args, kwargs)))
+            _check_coupled(optimizer, unit, group, closure)
     for unit, group in owned:
         grad, before = unit.weight.grad, unit.weight.detach().clone()
         lent = _couple(optimizer, unit, group) if unit.decay == "coupled" else None
         remembered.append(Before(unit, _rate(optimizer, group), before, grad, lent))
+    # Only now: gradients that are views of one bucket, as DDP's may be, count versions together.
+    remembered = [_as_lent(one) for one in remembered]
     _REMEMBERED[optimizer] = remembered
     _RUNNING.append((weakref.ref(optimizer), set()))
     shield(optimizer, filters)
@@ -138,7 +142,7 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
     stepped = []
     _give_back(remembered)
     with torch.no_grad():
-        for unit, rate, before, grad, _ in remembered:
+        for unit, rate, before, grad, *_ in remembered:
             # Some steps free the gradients; closures make them.
             if unit.weight.grad is None and (grad is None or _closures(args, kwargs)):
                 continue
@@ -147,6 +151,8 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
                 unit.weight.sub_(before, alpha=rate * unit.beta)
                 unit.dose += rate * unit.beta
             stepped.append(unit)
+            if rate > 0:
+                count_step(unit)
         for _, others in _RUNNING:
             others.update(map(id, stepped))
         _filter(stepped, optimizer)
@@ -164,6 +170,7 @@ def _follow(optimizer: Optimizer, decayed: set[int]) -> None:
     for unit, group in _owned_filters(optimizer, filters):
         if unit.weight.grad is not None and id(unit) not in decayed:
             unit.dose += _rate(optimizer, group) * unit.beta
+            count_step(unit)
             arrived.append(unit)
     with torch.no_grad():
         _filter(arrived, optimizer)
@@ -194,8 +201,8 @@ def _check_coupled(optimizer: Optimizer, unit: PriFU, group: Group, closure: boo
         )
 
 
-def _couple(optimizer: Optimizer, unit: PriFU, group: Group) -> tuple[Tensor, int] | None:
-    """Put beta * W into the gradient for the step; return it as it was, and its version now."""
+def _couple(optimizer: Optimizer, unit: PriFU, group: Group) -> Tensor | None:
+    """Put beta * W into the gradient for the step; return it as it was."""
     if unit.weight.grad is None:
         return None
     lent = unit.weight.grad.detach().clone()
@@ -207,15 +214,23 @@ def _couple(optimizer: Optimizer, unit: PriFU, group: Group) -> tuple[Tensor, in
     damped = 1.0 if first or not momentum else 1 - float(group["dampening"])
     if unit.beta:
         unit.dose += damped * rate * unit.beta / (1 - momentum)
-    return lent, unit.weight.grad._version
+    return lent
+
+
+def _as_lent(before: Before) -> Before:
+    """Note at which version a gradient was lent."""
+    if before.lent is None or before.grad is None:
+        return before
+    return before._replace(version=before.grad._version)
 
 
 def _give_back(remembered: list[Before]) -> None:
     """Take beta * W out of gradients again: who accumulates them does not accumulate the decay."""
-    for _, _, _, grad, lent in remembered:
-        if lent is not None and grad is not None and grad._version == lent[1]:
-            with torch.no_grad():
-                grad.copy_(lent[0])
+    due = [one for one in remembered if one.grad is not None and one.grad._version == one.version]
+    with torch.no_grad():
+        for one in due:
+            if one.lent is not None and one.grad is not None:
+                one.grad.copy_(one.lent)
 
 
 def _filter(units: list[PriFU], optimizer: Optimizer) -> None:
@@ -246,9 +261,23 @@ _RUNNING: list[tuple[weakref.ref[Optimizer], set[int]]] = []
 
 
 def _running() -> list[Optimizer]:
-    """Return the optimizers whose steps have begun; one that is gone has not ended its own."""
-    _RUNNING[:] = [(running, decayed) for running, decayed in _RUNNING if running() is not None]
+    """Return the optimizers whose steps have begun; those that an exception ended are forgotten."""
+    if not _RUNNING:
+        return []
+    stepping = _on_the_stack()
+    _RUNNING[:] = [(running, decayed) for running, decayed in _RUNNING if id(running()) in stepping]
     return [optimizer for optimizer in (running() for running, _ in _RUNNING) if optimizer]
+
+
+def _on_the_stack() -> set[int]:
+    """Return the ids of what is first among the arguments of torch's wrapper around steps."""
+    found: set[int] = set()
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == Optimizer.__module__:
+            found.update(id(given) for given in frame.f_locals.get("args", ())[:1])
+    return found
 
 
 def _only_passes_on(optimizer: Optimizer) -> bool:
@@ -286,19 +315,22 @@ _DEAD: weakref.WeakSet[PriFU] = weakref.WeakSet()
 def _check_finite(optimizer: Optimizer, filters: list[PriFU]) -> None:
     """Refuse a step that would spread a W or gradient that is not finite; name dead layers.
 
-    All in one synchronization a device: what is wrong is looked for only if something is.
+    All in one synchronization a device: what is wrong is looked for only if something is. Processes
+    that share W all stop, whichever holds the part that is wrong.
     """
     scaled = getattr(optimizer, "found_inf", None) is not None  # such steps skip themselves
     by_device: dict[torch.device, list[tuple[PriFU, Tensor]]] = {}
-    for unit in filters:
-        weight, grad = unit.weight.detach(), unit.weight.grad
+    weights = [unit.weight.detach() for unit in filters]
+    peaks = []
+    for unit, weight in zip(filters, weights, strict=True):
+        grad = None if scaled else unit.weight.grad
         if is_sharded(weight):  # each process looks at its own part, which may be empty
-            opened = (unit.filtered == 0).any()
-            peak, grad = opened + own_part(weight).sum() * 0, None
+            peak = own_part(weight).sum() * 0 + (unit.filtered == 0).any()
         else:
             peak = weight.amax()
-        spread = grad.sum() * 0 if grad is not None and not scaled else 0
-        by_device.setdefault(peak.device, []).append((unit, peak + spread))
+        peaks.append(peak + (own_part(grad).sum() * 0 if grad is not None else 0))
+    for unit, peak in zip(filters, summed(weights, peaks), strict=True):
+        by_device.setdefault(peak.device, []).append((unit, peak))
     for found in by_device.values():
         values = torch.stack([value for _, value in found]).tolist()
         for (unit, _), peak in zip(found, values, strict=True):
@@ -316,8 +348,9 @@ def _check_finite(optimizer: Optimizer, filters: list[PriFU]) -> None:
 
 def _explain(unit: PriFU) -> None:
     unit.check_finite()
+    what = "W, or its gradient," if is_sharded(unit.weight) else "The gradient of W"
     raise FilterError(
-        f"The gradient of W of the filter at '{unit.path}' is not finite, so that this step would "
+        f"{what} of the filter at '{unit.path}' is not finite, so that this step would "
         "ruin all weights; nothing was changed. Lower the learning rate, or look for the input "
         "that gives no finite loss."
     )

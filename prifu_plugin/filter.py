@@ -92,8 +92,8 @@ class PriFU(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(num_features)) if config.bias else None
         )
-        # Averages of a model copy what is not floating-point; some subtract it, so no bool.
-        self.register_buffer("filtered", torch.zeros(num_features, dtype=torch.uint8))
+        # A number, not a bool: an average of it stays above 0 once a channel is filtered.
+        self.register_buffer("filtered", torch.zeros(num_features))
         LIVE_FILTERS.add(self)
 
     def reset_parameters(self) -> None:

@@ -47,7 +47,6 @@ def note_step(optimizer: Optimizer, units: Sequence[PriFU], *, inside: bool) -> 
         return
     for unit in units:
         steps = _STEPS.setdefault(unit, _Steps())
-        steps.count += 1
         if unit.alpha < steps.alpha and bool(unit.filtered.any()):
             warnings.warn(
                 f"alpha of the filter at '{unit.path}' was lowered from {steps.alpha:g} to "
@@ -70,18 +69,30 @@ def note_step(optimizer: Optimizer, units: Sequence[PriFU], *, inside: bool) -> 
         steps.last = weakref.ref(optimizer)
 
 
+def count_step(unit: PriFU) -> None:
+    """Count a step that has changed a filter: one that had a gradient, at a rate above 0."""
+    _STEPS.setdefault(unit, _Steps()).count += 1
+
+
 def steps_of(unit: PriFU) -> int:
-    """Return how many optimizer steps a filter has been in."""
+    """Return how many optimizer steps have changed a filter."""
     return _STEPS[unit].count if unit in _STEPS else 0
 
 
-def check_ownership(optimizer: Optimizer, filters: Iterable[PriFU], owned: set[int]) -> None:
+def check_ownership(
+    optimizer: Optimizer,
+    filters: Iterable[PriFU],
+    owned: set[int],
+    *,
+    makes_gradients: bool = False,
+) -> None:
     """Raise if an optimizer trains a model but not its filters, and no other one does.
 
     Args:
         optimizer: whose step begins or ends.
         filters: all filters there are.
         owned: ids of those that this optimizer holds.
+        makes_gradients: whether the step will make gradients, in a closure.
 
     Raises:
         OrderError: if filters that have gradients are in no optimizer.
@@ -98,7 +109,8 @@ def check_ownership(optimizer: Optimizer, filters: Iterable[PriFU], owned: set[i
     ]
     if not orphans:
         return
-    orphans = _trained_beside(optimizer, orphans)
+    if makes_gradients or _has_gradients(optimizer):
+        orphans = _trained_beside(optimizer, orphans)
     if not orphans:
         return
     held = _held_by_others(optimizer)
@@ -109,9 +121,10 @@ def check_ownership(optimizer: Optimizer, filters: Iterable[PriFU], owned: set[i
         raise OrderError(
             f"{len(orphans)} filters are in no optimizer (first: '{orphans[0].path}.prifu.weight')"
             f", so they would never train; {type(optimizer).__name__} was probably built before "
-            "wrap, or their W was replaced since. Call prifu_plugin.wrap first, then build the "
-            "optimizer from model.parameters(). If they shall not train in this stage, freeze them "
-            "(requires_grad_(False)) and drop old gradients: model.zero_grad(set_to_none=True)."
+            "wrap, or their W was replaced since, as fully_shard and load_state_dict(assign=True) "
+            "do. Call prifu_plugin.wrap first, then build the optimizer from model.parameters(). "
+            "If they shall not train in this stage, freeze them (requires_grad_(False)) and drop "
+            "old gradients: model.zero_grad(set_to_none=True)."
         )
 
 
@@ -127,6 +140,11 @@ def _trained_beside(optimizer: Optimizer, units: list[PriFU]) -> list[PriFU]:
     strangers.update(others - set(found))
     _STRANGERS[optimizer] = len(params), strangers
     return found
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has anything to step with: parameters that were replaced get none."""
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def _is_idle(optimizer: Optimizer) -> bool:

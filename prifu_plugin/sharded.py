@@ -61,6 +61,27 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
+def summed(weights: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """Sum a number that belongs to each sharded tensor over the processes that share it.
+
+    Args:
+        weights: tensors, the same on all processes, which must all call this.
+        values: one number for each; those of tensors that are not sharded are returned as they are.
+    """
+    found = list(values)
+    by_group: dict[Any, list[int]] = {}
+    for index, weight in enumerate(weights):
+        if is_sharded(weight):
+            mesh, dim = _axis(weight)
+            by_group.setdefault((mesh.get_group(dim), values[index].device), []).append(index)
+    for (group, _), members in by_group.items():
+        sums = torch.stack([found[index].float() for index in members])
+        dist.all_reduce(sums, group=group)
+        for index, value in zip(members, sums, strict=True):
+            found[index] = value
+    return found
+
+
 def check_unsharded(model: nn.Module, what: str) -> None:
     """Refuse what looks at whole weights on a model that processes share.
 

@@ -26,13 +26,17 @@ _SHIELDED: weakref.WeakKeyDictionary[Optimizer, list[tuple[Group, list[Tensor], 
 
 
 class Before(NamedTuple):
-    """A filter before a step: its learning rate, W, the gradient, and its value if it is lent."""
+    """A filter before a step: its learning rate, W and the gradient.
+
+    A gradient that is lent to coupled decay is remembered as it was, and the version it is lent at.
+    """
 
     unit: PriFU
     rate: float
     weight: Tensor
     grad: Tensor | None
-    lent: tuple[Tensor, int] | None = None
+    lent: Tensor | None = None
+    version: int = -1
 
 
 def shield(optimizer: Optimizer, filters: dict[int, PriFU]) -> None:
@@ -76,7 +80,7 @@ def _forget(optimizer: Optimizer) -> None:
 
 def check_groups(optimizer: Optimizer, remembered: Sequence[Before]) -> None:
     """Raise if a step that should have moved W did not: it knows its groups by their positions."""
-    for unit, rate, before, grad, _ in remembered:
+    for unit, rate, before, grad, *_ in remembered:
         if is_sharded(before):  # asking would gather it
             continue
         if grad is None or rate * float(grad.abs().max()) < 1e-5 * float(before.abs().max()):

@@ -92,6 +92,8 @@ def sweep(
 def _measure(
     model: nn.Module, data: Data, alphas: Sequence[float], metric: Metric | None, macs: bool
 ) -> list[Threshold]:
+    for unit in filters(model).values():
+        unit.check_finite()
     found = []
     for alpha in tqdm(alphas, desc="thresholds", leave=False, disable=None):
         with _at(model, alpha):

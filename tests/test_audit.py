@@ -385,6 +385,7 @@ def test_few_items_are_marked():
 
 def marks(value, **changes):
     chosen = {"floor": torch.tensor([1.0, 0.0]).repeat(150), "ceilings": {"plain": 0.9}}
+    chosen["ranked"] = False
     chosen |= {"permuted": 0.5, "half": value, "converged": True, "count": 300, **changes}
     return marks_of(Interval(value, value - 0.05, value + 0.05), **chosen)
 
@@ -588,7 +589,7 @@ def test_rare_classes_are_in_both_parts_of_a_split():
     label = torch.zeros(400, dtype=torch.long)
     label[:4] = 1
     for seed in range(20):
-        data = AuditData(torch.zeros(400, 1), {"rare": label})
+        data = AuditData(torch.arange(400.0)[:, None], {"rare": label})
         parts = split_off(data, 0.25, seed, ["rare"])
         assert all(part.labels["rare"].any() for part in parts)
         assert sum(len(part) for part in parts) == 400
@@ -726,3 +727,89 @@ def test_attributes_may_come_from_a_generator():
             reconstruct=False,
         )
     assert [row.name for row in found.attributes] == ["bright"]
+
+
+def numbers(count, seed, values=16):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, values, generator=generator), torch.arange(count) % 2
+
+
+def look(edge, train, test, **settings):
+    chosen = {"task": "task", "attributes": ["private"], "seeds": 1, "reconstruct": False}
+    return prifu.audit(edge.eval(), train, test, **{**chosen, **settings}).attributes[0]
+
+
+def test_copies_of_an_image_stay_on_one_side_of_a_split():
+    x, task = numbers(100, 0)
+    twice = AuditData(x.repeat(3, 1), {"task": task.repeat(3)})
+    with pytest.warns(PrifuWarning, match="200 of 300 images of train are copies"):
+        first, second = split_off(twice, 0.25, 0, ["task"])
+    assert len(first) + len(second) == 300
+    assert 60 < len(second) <= 75
+    ours = {tuple(row.tolist()) for row in first.images}
+    assert not ours & {tuple(row.tolist()) for row in second.images}
+
+
+@pytest.mark.parametrize("count", [5, 8, 40])
+def test_an_attribute_that_few_test_images_have_is_judged_by_the_order_of_scores(count):
+    def part(positives, seed):
+        z, task = numbers(600, seed)
+        private = torch.zeros(600, dtype=torch.long)
+        private[:positives] = 1
+        z[:, 0] += 4 * private
+        return AuditData(z, {"task": task, "private": private})
+
+    row = look(nn.Flatten(), part(40, 0), part(count, 1), suite="quick")
+    assert row.auc.low > 0.6
+    assert verdict(row).startswith("leaks")
+    assert not any("from nothing" in mark for mark in row.marks)
+
+
+@pytest.mark.parametrize("suite", ["quick", "standard"])
+def test_constant_vectors_are_no_evidence(suite):
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.ones(len(x), 8)
+
+    parts = [
+        AuditData(x, {"task": task, "private": (x[:, 0] > 0).long()})
+        for x, task in (numbers(300, 0), numbers(200, 1))
+    ]
+    row = look(Constant(), *parts, suite=suite, references={"plain": nn.Flatten().eval()})
+    assert row.marks[0].startswith("the upload is constant")
+    assert verdict(row) == "no evidence either way"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: (255 * x).round() / 255, lambda x: x.bfloat16().float(), lambda x: (255 * x).byte()],
+)
+def test_copies_that_were_rounded_are_refused(change):
+    images = TRAIN.images[:60]
+    with pytest.raises(ConfigError, match="60 of 60 test images are almost the same"):
+        check_disjoint(AuditData(images, {}), AuditData(change(images), {}))
+
+
+def test_a_report_on_other_images_is_no_ceiling(plain):
+    other = dataclasses.replace(plain, settings={**plain.settings, "data": "0" * 16})
+    with pytest.raises(ConfigError, match="'input' was made of other data"):
+        run(Edge(), references={"input": other})
+
+
+def test_images_that_are_not_numbers_and_labels_that_are_complex():
+    odd = TRAIN.images.clone()
+    odd[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ConfigError, match="Images of train hold NaN"):
+        look(Edge(), AuditData(odd, TRAIN.labels), TEST, suite="quick")
+    labels = {**TRAIN.labels, "private": TRAIN.labels["private"].to(torch.complex64)}
+    with pytest.raises(ConfigError, match="integers from 0"):
+        look(Edge(), AuditData(TRAIN.images, labels), TEST, suite="quick")
+
+
+def test_names_are_shown_as_they_are(plain):
+    rows_ = tuple(dataclasses.replace(row, name=f"{row.name} $x^$ a|b") for row in plain.attributes)
+    odd = dataclasses.replace(plain, name="_one $", attributes=rows_)
+    page = html([odd, plain.__class__(**{**vars(odd), "name": "two"})])
+    assert "1 _one $" in page or "_one" in page
+    table = next(line for line in odd.to_markdown().splitlines() if "a\\|b" in line)
+    assert table.count(" | ") > 3

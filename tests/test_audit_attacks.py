@@ -1,13 +1,18 @@
 """Attacks on uploads with planted leaks: each is found, and nothing is found where nothing is."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prifu_plugin.audit import reconstruction
 from prifu_plugin.audit.controls import controls
 from prifu_plugin.audit.inference import infer, prepare
+from prifu_plugin.audit.least_squares import PENALTIES, least_squares, with_one
 from prifu_plugin.audit.preparation import rank, standardize, whiten
+from prifu_plugin.audit.reconstruction import reconstruct, similarity
 from prifu_plugin.audit.statistics import calibrated, metrics
 from prifu_plugin.audit.tail import repurposed
 from prifu_plugin.channel import Channel, Quantizer
@@ -162,8 +167,6 @@ def test_an_unknown_suite():
 
 
 def test_constant_uploads_are_reconstructed_as_the_mean_image():
-    from prifu_plugin.audit.reconstruction import reconstruct
-
     images = torch.rand(80, 1, 8, 8)
     z, answers = torch.ones(80, 5), torch.zeros(80, dtype=torch.long)
     parts = [(z[:60], images[:60]), (z[50:60], images[50:60]), (z[60:], images[60:])]
@@ -194,8 +197,6 @@ def pictures(count, seed=0):
 
 @pytest.mark.parametrize("channel", [None, Channel(Quantizer(8))])
 def test_the_search_inverts_an_edge_that_scales_directions_down(channel):
-    from prifu_plugin.audit.reconstruction import reconstruct, similarity
-
     generator = torch.Generator().manual_seed(0)
     turn, _ = torch.linalg.qr(torch.randn(144, 144, generator=generator))
     weak = turn * torch.logspace(0, -1 if channel else -4, 144)[:, None]
@@ -219,8 +220,6 @@ def test_the_search_inverts_an_edge_that_scales_directions_down(channel):
 
 @pytest.mark.parametrize("loss", ["squared error", "absolute error", "structure"])
 def test_every_decoder_learns_and_retrieves(loss):
-    from prifu_plugin.audit.reconstruction import reconstruct
-
     images = pictures(500)
     z, answers = images.flatten(1), torch.zeros(500, dtype=torch.long)
     pairs = [(z[a:b], images[a:b]) for a, b in ((0, 400), (400, 450), (450, 500))]
@@ -271,8 +270,6 @@ def test_bits_of_an_attacker_that_is_right_but_too_sure():
 
 def test_constant_channels_do_not_blind_a_decoder():
     """Closed channels hold a constant, of which rounding leaves next to nothing to divide by."""
-    from prifu_plugin.audit.reconstruction import reconstruct
-
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(300, 1, 8, 8, generator=generator).round()
     images = F.interpolate(images[:, :, ::4, ::4], size=(8, 8))
@@ -282,3 +279,54 @@ def test_constant_channels_do_not_blind_a_decoder():
     parts = [(z[a:b], images[a:b]) for a, b in ((0, 200), (200, 250), (250, 300))]
     found = reconstruct(*parts, (answers[:200], answers[250:]), steps=60, losses=["squared error"])
     assert found.best.psnr > found.mean_image.psnr + 6
+
+
+def test_decoders_keep_their_best_moment_and_least_squares_needs_no_training(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(260, 1, 1, 1, generator=generator).expand(-1, 1, 16, 16)
+    images = (images + 0.05 * torch.rand(260, 1, 16, 16, generator=generator)).clamp(0, 1)
+    noise = torch.randn(260, 40, generator=generator)
+    telling = torch.cat([images.mean((1, 2, 3))[:, None], noise], 1)
+    answers = torch.zeros(60, dtype=torch.long), torch.zeros(100, dtype=torch.long)
+
+    def attack(z, looks):
+        monkeypatch.setattr(reconstruction, "LOOKS", looks)
+        parts = [(z[a:b], images[a:b]) for a, b in ((0, 60), (60, 160), (160, 260))]
+        return reconstruct(*parts, answers, steps=200, losses=["squared error"])
+
+    last, best = (attack(noise, looks).decoders["squared error"].psnr for looks in (1, 10))
+    assert best > last + 1
+    found = attack(telling, 10)
+    assert found.decoders["least squares"].psnr > found.mean_image.psnr + 3
+
+
+def test_the_search_is_held_against_the_floor_of_its_own_images():
+    images = torch.rand(120, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[80:] = images[80:] * torch.linspace(0, 1, 40)[:, None, None, None]  # ever more usual
+    z = torch.randn(120, 4, generator=torch.Generator().manual_seed(1))
+    answers = torch.zeros(60, dtype=torch.long), torch.zeros(40, dtype=torch.long)
+    parts = [(z[a:b], images[a:b]) for a, b in ((0, 60), (60, 80), (80, 120))]
+    found = reconstruct(
+        *parts, answers, edge=lambda x: x.flatten(1)[:, :4], steps=5, losses=["squared error"]
+    )
+    assert found.search_floor is not None
+    gain = found.search.psnr - found.search_floor.psnr
+    assert found.best.psnr >= found.mean_image.psnr + gain
+    old = dataclasses.replace(found, search_floor=None)
+    assert old.floor_of_search == old.mean_image
+
+
+def test_uploads_of_more_values_than_samples_are_attacked_by_their_samples():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(80, 3000, generator=generator)
+    turned = whiten(x)(x)
+    assert turned.shape == (80, 79)
+    torch.testing.assert_close(turned.T @ turned / 79, torch.eye(79), atol=1e-3, rtol=0)
+    target = torch.randn(80, 2, generator=generator).double()
+    for width in (60, 200):  # the same by either way: what a linear solver gives
+        part = with_one(x[:, :width])
+        for penalty, weight in zip(PENALTIES, least_squares(x[:, :width], target), strict=True):
+            product = part.T @ part
+            shift = penalty * product.diagonal().mean() * torch.eye(width + 1).double()
+            wanted = torch.linalg.solve(product + shift, part.T @ target)
+            torch.testing.assert_close(weight, wanted, rtol=1e-4, atol=1e-6)

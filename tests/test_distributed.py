@@ -64,6 +64,35 @@ def late(kind):
     return f"nothing was said of {type(holder).__name__}"
 
 
+def late_part(kind):
+    """Wrap a part of a model that is distributed already; return what is said of it."""
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16)), nn.Linear(16, 2))
+    holder = nn.parallel.DistributedDataParallel(net) if kind != "fsdp2" else fully_shard(net)
+    try:
+        prifu.wrap(net[0], inplace=True)
+    except prifu.errors.OrderError as error:
+        return str(error)
+    return f"nothing was said of {type(holder).__name__}"
+
+
+def broken(rank, where):
+    """Train with a number that is not finite in one process; return what is said in each."""
+    model = fully_shard(network())
+    if where == "W" and rank == 0:
+        next(iter(prifu.filters(model).values())).weight.detach().to_local()[0] = float("nan")
+    optimizer = torch.optim.SGD(model.parameters(), **SETTINGS)
+    x, y = batch(0)
+    if where == "the gradient" and rank == 0:
+        x[0, 0] = float("nan")
+    part = slice(8 * rank, 8 * rank + 8)
+    nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+    try:
+        optimizer.step()
+    except prifu.errors.FilterError as error:
+        return str(error)
+    return "nothing was said"
+
+
 def narrow():
     """Train a filter with fewer channels than processes."""
     model = prifu.wrap(nn.Sequential(nn.Linear(4, 1), nn.LayerNorm(1), nn.Linear(1, 2)), beta=0.2)
@@ -96,7 +125,7 @@ def main(kind, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    said = late(kind)
+    said, said_of_part = late(kind), late_part(kind)
     model = network()
     if kind == "fsdp2":
         fully_shard(model)
@@ -112,6 +141,12 @@ def main(kind, folder):
     weights = [unit.weight.detach() for unit in units.values()]
     weights = [w.full_tensor() if hasattr(w, "full_tensor") else w for w in weights]
     found = {"weights": [w.tolist() for w in weights], "status": status, "said": said}
+    found["part"] = said_of_part
+    found["broken"] = (
+        ["not finite" in broken(rank, where) for where in ("W", "the gradient")]
+        if kind == "fsdp2"
+        else None
+    )
     found["calls"] = calls.get_total_counts()
     found["narrow"] = narrow() if kind == "fsdp2" else None
     found["refused"] = refused(inner) if kind == "fsdp2" else None
@@ -140,8 +175,10 @@ def test_masks_agree_and_equal_one_process(kind, tmp_path):
         torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-5)
     expected_status = prifu.status(alone)
     assert found[0]["status"] == pytest.approx(expected_status, rel=1e-6)
-    # Replicated weights need no word between processes; shards are put together once a step.
-    assert found[0]["calls"] == (1 if kind == "fsdp2" else 0)
+    # Replicated weights need no word between processes; of shards, all must know whether they are
+    # finite, and what they are together.
+    assert found[0]["calls"] == (2 if kind == "fsdp2" else 0)
+    assert ("sharded by FSDP" if kind == "fsdp2" else "inside DDP") in found[0]["part"]
     assert ("sharded by FSDP" if kind == "fsdp2" else "inside DDP") in found[0]["said"]
     if kind == "ddp":
         fresh = network()
@@ -149,6 +186,7 @@ def test_masks_agree_and_equal_one_process(kind, tmp_path):
         assert torch.equal(prifu.filters(fresh)["4"].weight, weight)
     if kind == "fsdp2":
         assert found[0]["narrow"]["open"] == 1
+        assert found[0]["broken"] == [True, True]
         assert len(found[0]["refused"]) == 4
         assert all("Gather the weights" in said for said in found[0]["refused"])
 

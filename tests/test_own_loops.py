@@ -1,5 +1,6 @@
 """Optimizers and loops of one's own: they train the filters, or say that they do not."""
 
+import copy
 import warnings
 
 import pytest
@@ -188,3 +189,31 @@ def test_parts_in_wrappers_keep_their_filters(how):
     freeze(model, "layer2")
     with pytest.raises(OrderError, match="is gone"):
         model(x)
+
+
+def test_a_plain_checkpoint_through_distributed_checkpoint():
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    plain = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+    model = prifu.wrap(copy.deepcopy(plain))
+    nn.init.ones_(plain[0].weight)
+    set_model_state_dict(model, plain.state_dict(), options=StateDictOptions(full_state_dict=True))
+    assert torch.equal(model[0].weight, plain[0].weight)
+    assert prifu.status(model)["open"] == 8
+
+
+def test_the_form_and_the_noise_of_a_cut_are_in_its_checkpoint():
+    x = torch.randn(8, 3, 8, 8)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+    nets = [nn.Sequential(*copy.deepcopy(layers)) for _ in range(2)]
+    bare = prifu.wrap(nets[0], cut="2", preserve=False, noise=0.3, example_inputs=x)
+    bare.train()(x)
+    kept = prifu.wrap(nets[1], cut="2", example_inputs=x)
+    kept.load_state_dict(bare.state_dict())
+    cuts = [model.eval().get_submodule("2.prifu") for model in (bare, kept)]
+    assert [(cut.restores, cut.noise) for cut in cuts] == [(False, 0.3)] * 2
+    for cut in cuts:
+        cut.noise = 0.0
+    assert torch.equal(bare(x), kept(x))
+    old = {k: v for k, v in bare.state_dict().items() if k != "2.prifu._extra_state"}
+    kept.load_state_dict(old)  # of before it was kept

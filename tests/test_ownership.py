@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import prifu_plugin as prifu
 from prifu_plugin.errors import ConfigError, FilterError, OrderError, PrifuWarning
+from prifu_plugin.ownership import steps_of
 
 RATE = 0.1
 
@@ -59,9 +60,8 @@ def test_what_is_filtered_in_the_live_model_is_filtered_in_its_average(kind):
     train(model, torch.optim.SGD(model.parameters(), lr=RATE), after=lambda: update(model))
     live, mean = unit_of(model), unit_of(average.module)
     assert 0 < int(live.closed.sum()) < 8
-    if kind != "SWA with buffers":  # a mean of masks is none, and torch rounds it down
-        assert not (live.closed & mean.open).any()
-        assert (mean.weight[live.closed] > 0).any()  # by the mask, not by W
+    assert not (live.closed & mean.open).any()
+    assert (mean.weight[live.closed] > 0).any()  # by the mask, not by W
     pruned = prifu.prune(average.module.eval(), torch.zeros(2, 4))
     x = torch.randn(3, 4)
     torch.testing.assert_close(pruned(x), average.module(x))
@@ -403,3 +403,57 @@ def test_ids_of_filters_that_are_gone_are_forgotten():
     gc.collect()
     check_ownership(optimizer, [], set())
     assert _WAITING[optimizer] == {}
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_optimizer_whose_parameters_were_replaced_is_named(replaced):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    if replaced:
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        with pytest.raises(OrderError, match=r"load_state_dict\(assign=True\)"):
+            train(model, optimizer, steps=1)
+    else:
+        train(model, optimizer, steps=1)
+
+
+def test_a_step_that_fails_is_forgotten():
+    class Fails(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("out of order")
+
+    model = network()
+    broken = Fails(model.parameters(), lr=RATE)
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="out of order"):
+        broken.step()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    train(model, optimizer, steps=5)
+    assert steps_of(unit_of(model)) == 5
+    assert broken is not None
+
+
+@pytest.mark.parametrize("kind", ["no gradient", "no rate", "usual"])
+def test_steps_that_leave_a_filter_as_it_is_do_not_count(kind):
+    model = network()
+    rate = 0.0 if kind == "no rate" else RATE
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        if kind == "no gradient":
+            unit_of(model).weight.grad = None
+        optimizer.step()
+    assert steps_of(unit_of(model)) == (3 if kind == "usual" else 0)
+
+
+def test_coupled_gradients_that_are_views_of_one_bucket_are_given_back():
+    layers = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3), nn.LayerNorm(3)
+    model = prifu.wrap(nn.Sequential(*layers), decay="coupled", beta=0.01)
+    units = list(prifu.filters(model).values())
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.5)
+    bucket = torch.ones(sum(unit.weight.numel() for unit in units))
+    for unit, part in zip(units, bucket.split([u.weight.numel() for u in units]), strict=True):
+        unit.weight.grad = part
+    optimizer.step()
+    assert torch.equal(bucket, torch.ones_like(bucket))

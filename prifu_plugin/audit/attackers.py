@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prifu_plugin.audit.least_squares import least_squares, with_one
 from prifu_plugin.audit.statistics import area
 from prifu_plugin.audit.tail import repurposed
 from prifu_plugin.device import CPU, seeded
@@ -55,20 +56,14 @@ class Sample:
 
 def ridge(sample: Sample, seed: int) -> Fitted:
     """Fit least squares to one-hot labels, with the best of five penalties."""
-    x = _with_one(sample.x)
     target = F.one_hot(sample.y, sample.classes).double()
-    values, turn = torch.linalg.eigh(x.T @ x)
-    moment = turn.T @ (x.T @ target)
-    fits = []
-    for penalty in (1e-6, 1e-4, 1e-3, 1e-2, 1e-1):
-        shrunk = values.clamp_min(0) + penalty * values.mean()
-        fits.append(_linear(turn @ (moment / shrunk[:, None])))
+    fits = [_linear(weight) for weight in least_squares(sample.x, target)]
     return Fitted(max(fits, key=sample.score))
 
 
 def logistic(sample: Sample, seed: int) -> Fitted:
     """Fit multinomial logistic regression by L-BFGS, with the best of three penalties."""
-    x = _with_one(sample.x)
+    x = with_one(sample.x)
     fits = []
     for penalty in (1e-4, 1e-3, 1e-2):
         weight = torch.zeros(x.shape[1], sample.classes, dtype=x.dtype, requires_grad=True)
@@ -192,13 +187,9 @@ def _telling(x: Tensor, y: Tensor, count: int) -> Tensor:
     return order[:count]
 
 
-def _with_one(x: Tensor) -> Tensor:
-    return torch.cat([torch.ones(len(x), 1, dtype=torch.float64), x.double()], 1)
-
-
 def _linear(weight: Tensor, temperature: float = 5.0) -> Classifier:
     # Least squares gives no probabilities: a fixed temperature makes usable ones.
-    return lambda x: F.log_softmax(_with_one(x) @ weight * temperature, 1)
+    return lambda x: F.log_softmax(with_one(x) @ weight * temperature, 1)
 
 
 def _train(make: Callable[[], nn.Module], sample: Sample, seed: int, epochs: int) -> Fitted:

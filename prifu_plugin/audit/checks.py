@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prifu_plugin.audit.data import AuditData, check_disjoint, check_labels
@@ -71,6 +72,10 @@ def _check_data(data: Any, where: str) -> None:
     if not isinstance(data.images, Tensor):
         raise ConfigError(
             f"The images of {where} are a {type(data.images).__name__}: pass a tensor."
+        )
+    if data.images.is_floating_point() and not torch.isfinite(data.images).all():
+        raise ConfigError(
+            f"Images of {where} hold NaN or infinite values: leave those images out, or mend them."
         )
     if not isinstance(data.labels, Mapping):
         raise ConfigError(

@@ -18,6 +18,7 @@ CONSTANT = "the upload is constant: there is nothing to attack"
 
 def marks_of(
     accuracy: Interval,
+    ranked: bool,
     floor: Tensor,
     ceilings: dict[str, float],
     permuted: float,
@@ -25,14 +26,29 @@ def marks_of(
     converged: bool,
     count: int,
 ) -> tuple[str, ...]:
-    """Name what keeps a row from being evidence: the sanity triple, convergence, size."""
+    """Name what keeps a row from being evidence: the sanity triple, convergence, size.
+
+    Args:
+        accuracy: of the strongest attacker.
+        ranked: whether its scores order the images better than without the upload.
+        floor: whether the best guess without the upload is right, by test item.
+        ceilings: accuracy on other edges and on the images.
+        permuted: accuracy after training on permuted labels.
+        half: accuracy with half of the training data.
+        converged: whether the winner's training had settled.
+        count: of test items.
+    """
     margin = half_width(accuracy.value, count)
     base = float(floor.mean())
     marks = []
     if count < FEWEST:
         marks.append(f"only {count} test items: no interval")
     plain = ceilings.get("plain")
-    if plain is not None and plain < base + half_width(plain, count):
+    if base == 1.0:
+        marks.append("the task's answer tells all of it: nothing is left to read")
+    elif ranked:  # a rare attribute shows in the order of the scores alone
+        pass
+    elif plain is not None and plain < base + half_width(plain, count):
         marks.append("the suite reads nothing from the plain model either")
     elif all(
         value < base + half_width(value, count) for value in [accuracy.value, *ceilings.values()]

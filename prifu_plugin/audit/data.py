@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -57,7 +58,9 @@ def check_labels(data: AuditData, names: Sequence[str], where: str) -> None:
             )
         if name not in names:
             continue
-        if label.is_floating_point() or not len(label) or int(label.min()) < 0:
+        if label.is_floating_point() or label.is_complex() or not len(label):
+            raise ConfigError(f"Label '{name}' of {where} must be integers from 0.")
+        if int(label.min()) < 0:
             raise ConfigError(f"Label '{name}' of {where} must be integers from 0.")
         if int(label.max()) >= max(2, len(label)):
             raise ConfigError(
@@ -73,45 +76,68 @@ def integers(data: AuditData) -> AuditData:
 
 
 def check_disjoint(train: AuditData, test: AuditData) -> None:
-    """Raise ConfigError if an image is in both parts, by content."""
-    shared = _digests(train.images) & _digests(test.images)
+    """Raise ConfigError if an image is in both parts, by content, or nearly."""
+    shared = set(_digests(train.images)) & set(_digests(test.images))
     if shared:
         raise ConfigError(
             f"{len(shared)} images are in train and in test: an attacker that remembers them "
             "would be taken for one that reads them. Split by image, or by person."
         )
-    near = _near_duplicates(train.images, test.images)
+    near, looked_at = _near_duplicates(train.images, test.images)
     if near:
         raise ConfigError(
-            f"{near} of 300 test images are almost the same as one of train: remove copies that "
-            "differ by rounding or compression."
+            f"{near} of {looked_at} test images are almost the same as one of train: remove "
+            "copies that differ by rounding or compression."
         )
 
 
 def split_off(
     data: AuditData, share: float, seed: int, alike: Sequence[str] = ()
 ) -> tuple[AuditData, AuditData]:
-    """Split data at random; the second part has the share.
+    """Split data at random; the second part has the share. Copies of an image stay together.
 
     Args:
         data: what to split.
         share: of the items that go into the second part.
         seed: of the order.
-        alike: labels of which each class shall be in both parts, where it has two items.
+        alike: labels of which each class shall be in both parts, where it has two images.
     """
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    count = int(len(data) * share)
-    chosen, rest = order[:count].tolist(), order[count:].tolist()
+    copies = _copies(data.images)
+    if len(copies) < len(data):
+        warnings.warn(
+            f"{len(data) - len(copies)} of {len(data)} images of train are copies of others: "
+            "attackers learn from them what they know already. Pass each image once.",
+            PrifuWarning,
+            stacklevel=4,
+        )
+    order = torch.randperm(len(copies), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen, rest, count = [], [], 0
+    for group in (copies[i] for i in order):
+        if count + len(group) <= int(len(data) * share):
+            chosen.append(group)
+            count += len(group)
+        else:
+            rest.append(group)
     for name in alike:
         label = data.labels[name].tolist()
         for wanting, giving in ((chosen, rest), (rest, chosen)):
-            there = {label[i] for i in wanting}
-            for value in sorted({label[i] for i in giving} - there):
-                members = [i for i in giving if label[i] == value]
+            there = {label[i] for group in wanting for i in group}
+            for value in sorted({label[i] for group in giving for i in group} - there):
+                members = [group for group in giving if label[group[0]] == value]
                 if len(members) > 1:
                     wanting.append(members[0])
                     giving.remove(members[0])
-    return data.at(torch.tensor(rest)), data.at(torch.tensor(chosen))
+    parts = (torch.tensor([i for group in part for i in group]) for part in (rest, chosen))
+    first, second = (data.at(index) for index in parts)
+    return first, second
+
+
+def _copies(images: Tensor) -> list[list[int]]:
+    """Return the places of each image, first come first."""
+    places: dict[bytes, list[int]] = {}
+    for place, digest in enumerate(_digests(images)):
+        places.setdefault(digest, []).append(place)
+    return list(places.values())
 
 
 def uploads(edge: nn.Module, images: Tensor, what: str, batch: int = 250) -> Tensor:
@@ -176,15 +202,37 @@ def _as_float(z: Tensor, what: str) -> Tensor:
     return single
 
 
-def _near_duplicates(train: Tensor, test: Tensor) -> int:
-    """Count test images a thousand times nearer to one of train than images of train are."""
-    known, asked = (x.float().flatten(1)[:limit] for x, limit in ((train, 4000), (test, 300)))
+def _near_duplicates(train: Tensor, test: Tensor) -> tuple[int, int]:
+    """Count test images that are far nearer to one of train than images of train are.
+
+    Returns:
+        How many, and of how many that were looked at, which are at most `LOOKED_AT`.
+    """
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:LOOKED_AT]
+    known, asked = _small(train), _small(test[order])
     half = min(300, len(known) // 2)
     usual = torch.cdist(known[:half], known[half : 2 * half]).amin(1).median()
     if usual == 0:
-        return 0
-    nearest = torch.cdist(asked, known, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
-    return int((nearest < 1e-3 * usual).sum())
+        return 0, len(asked)
+    exact = "donot_use_mm_for_euclid_dist"
+    parts = (torch.cdist(asked, part, compute_mode=exact).amin(1) for part in known.split(4000))
+    nearest = torch.stack(list(parts)).amin(0)
+    close = 0.05 if _is_image(train) else 1e-3  # of few numbers, some are near by chance
+    return int((nearest < close * usual).sum()), len(asked)
+
+
+LOOKED_AT = 1000
+"""Test images that are compared with all of train."""
+
+
+def _small(images: Tensor) -> Tensor:
+    """Return images as 8 x 8 means, in which rounding and compression hardly show."""
+    values = images.float() / (1 if images.is_floating_point() else 255)
+    return (F.adaptive_avg_pool2d(values, 8) if _is_image(images) else values).flatten(1)
+
+
+def _is_image(images: Tensor) -> bool:
+    return images.ndim == 4 and min(images.shape[2:]) >= 8
 
 
 def fingerprint(*parts: AuditData) -> str:
@@ -197,8 +245,8 @@ def fingerprint(*parts: AuditData) -> str:
     return digest.hexdigest()
 
 
-def _digests(images: Tensor) -> set[bytes]:
-    return {hashlib.blake2b(_bytes(image), digest_size=16).digest() for image in images}
+def _digests(images: Tensor) -> list[bytes]:
+    return [hashlib.blake2b(_bytes(image), digest_size=16).digest() for image in images]
 
 
 def _bytes(x: Tensor) -> bytes:

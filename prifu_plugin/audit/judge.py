@@ -12,6 +12,7 @@ from prifu_plugin.audit.data import AuditData
 from prifu_plugin.audit.inference import Inference, Prepared, infer
 from prifu_plugin.audit.result import AttributeResult, AuditReport
 from prifu_plugin.audit.statistics import (
+    above_by_auc,
     area,
     bootstrap,
     leak,
@@ -36,6 +37,7 @@ class Evidence:
         others: what edges to compare with upload, by what they are.
         reports: earlier audits on the same data, by what they are.
         task: name of the task.
+        constant: whether every image has the same upload.
         seeds: how many of the attacks.
         seed: the first of them.
     """
@@ -47,6 +49,7 @@ class Evidence:
     others: dict[str, Prepared]
     reports: dict[str, AuditReport]
     task: str
+    constant: bool
     seeds: int
     seed: int
 
@@ -73,8 +76,9 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
     converged = all(one.converged for one in found)
     ceilings = {key: float(value.mean()) for key, value in others.items()}
     ceilings = _known_ceilings(evidence.reports, label) | ceilings
-    marks = marks_of(accuracy, floor, ceilings, permuted, half, converged, len(truth))
-    if not evidence.sent.parts:
+    ranked = above_by_auc(first.auc, task_auc)
+    marks = marks_of(accuracy, ranked, floor, ceilings, permuted, half, converged, len(truth))
+    if evidence.constant:
         marks = (CONSTANT, *marks)
     truths = evidence.labels(evidence.task)[2]
     if not is_above_chance(float((evidence.answers[2] == truths).double().mean()), truths):

@@ -85,7 +85,8 @@ def _reconstructed(found: Reconstruction) -> list[str]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+    escaped = ([cell.replace("|", r"\|") for cell in cells] for cells in lines)
+    return ["| " + " | ".join(cells) + " |" for cells in escaped]
 
 
 def _shown(value: float | None) -> str:

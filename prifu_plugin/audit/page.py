@@ -57,7 +57,7 @@ def _bars(reports: Sequence[AuditReport]) -> Any:
             if "plain" in row.ceilings:
                 axes.plot([row.ceilings["plain"]], [at], "|", color="#666666", ms=12)
             places.append(at)
-            labels.append(f"{report.name}: {row.name}")
+            labels.append(_literal(f"{report.name}: {row.name}"))
             at += 1
         at += 0.6
     axes.set_yticks(places, labels, fontsize=8)
@@ -78,27 +78,33 @@ def _bubbles(reports: Sequence[AuditReport]) -> Any:
     grid = figure.subplots(1, len(pairs), squeeze=False)[0]
     lowest = min(report.utility.value for report in shown if report.utility)
     highest = max(report.utility.value for report in shown if report.utility)
+    dots: dict[str, Any] = {}  # by hand: a legend leaves out labels that begin with _
     for axes, pair in zip(grid, pairs, strict=True):
         for place, report in enumerate(shown):
             assert report.utility is not None
             rows = {row.name: row for row in report.attributes}
             share = (report.utility.value - lowest) / max(highest - lowest, 1e-9)
             x, y = (rows[name].accuracy.value for name in pair)
-            label = f"{report.name} ({report.utility.value:.2f})"
-            axes.scatter([x], [y], s=60 + 340 * share, alpha=0.5, label=label)
+            label = _literal(f"{place + 1} {report.name} ({report.utility.value:.2f})")
+            dots[label] = axes.scatter([x], [y], s=60 + 340 * share, alpha=0.5)
             axes.annotate(str(place + 1), (x, y), ha="center", va="center", fontsize=8)
         first = {row.name: row for row in reports[0].attributes}
         axes.axvline(first[pair[0]].floor, color="black", lw=1, ls=":")
         axes.axhline(first[pair[1]].floor, color="black", lw=1, ls=":")
-        axes.set(xlabel=f"{pair[0]}, read", ylabel=f"{pair[1]}, read")
+        axes.set(xlabel=_literal(f"{pair[0]}, read"), ylabel=_literal(f"{pair[1]}, read"))
         axes.margins(0.2)
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = grid[0].get_legend_handles_labels()
-    numbered = [f"{place} {label}" for place, label in enumerate(labels, 1)]
-    legend = figure.legend(handles, numbered, loc="outside lower center", ncols=3, fontsize=8)
+    legend = figure.legend(
+        list(dots.values()), list(dots), loc="outside lower center", ncols=3, fontsize=8
+    )
     for handle in legend.legend_handles:
         handle.set_sizes([30])
     return figure
+
+
+def _literal(text: str) -> str:
+    """Return text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$")
 
 
 def _gallery(report: AuditReport) -> Any:

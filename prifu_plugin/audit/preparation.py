@@ -122,16 +122,14 @@ def whiten(z: Tensor, most: int | None = None, tolerance: float = TOLERANCE) -> 
         >>> whiten(z)(z).std(0).round().tolist()
         [1.0, 1.0]
     """
-    mean = z.double().mean(0)
-    centred = z.double() - mean
-    covariance = centred.T @ centred / max(len(z) - 1, 1)
-    # Scaled to equal deviations first, so that the tolerance is about directions, not units.
-    deviation = covariance.diagonal().clamp_min(0).sqrt()
     kept = _varies(z)
-    scale = 1 / deviation[kept]
     if not kept.any():
         return lambda x: x.new_empty(len(x), 0)
-    values, directions = torch.linalg.eigh(covariance[kept][:, kept] * scale[:, None] * scale)
+    mean = z.double().mean(0)
+    centred = (z.double() - mean)[:, kept]
+    # Scaled to equal deviations first, so that the tolerance is about directions, not units.
+    scale = 1 / centred.std(0)
+    values, directions = _principal(centred * scale)
     strong = (values > tolerance**2 * values.max().clamp_min(1e-300)).nonzero().flatten()
     strong = strong if most is None else strong[-most:]
     turn = directions[:, strong] / values[strong].sqrt()
@@ -141,6 +139,18 @@ def whiten(z: Tensor, most: int | None = None, tolerance: float = TOLERANCE) -> 
         return turned.float()
 
     return apply
+
+
+def _principal(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return variances, ascending, and directions of centred values (N, D); the cheaper way."""
+    count = max(len(x) - 1, 1)
+    if x.shape[1] <= len(x):
+        found: tuple[Tensor, Tensor] = torch.linalg.eigh(x.T @ x / count)
+        return found
+    values, places = torch.linalg.eigh(x @ x.T / count)
+    along = values > 1e-14 * values.max()
+    values, places = values[along], places[:, along]
+    return values, x.T @ places / (values * count).sqrt()
 
 
 def rank(z: Tensor) -> Transform:

@@ -228,14 +228,18 @@ def _reconstruction(data: dict[str, Any] | None) -> Reconstruction | None:
     if data is None:
         return None
     decoders = {name: Similarity(**item) for name, item in data["decoders"].items()}
-    search = None if data["search"] is None else Similarity(**data["search"])
     return Reconstruction(
         decoders,
-        search,
+        _similarity(data["search"]),
         Similarity(**data["mean_image"]),
         Similarity(**data["task_mean"]),
         data["linkage"],
         data["chance"],
         torch.empty(2, 0),
         {int(k): v for k, v in data.get("retrieval", {}).items()},
+        _similarity(data.get("search_floor")),
     )
+
+
+def _similarity(data: dict[str, Any] | None) -> Similarity | None:
+    return None if data is None else Similarity(**data)

@@ -96,7 +96,7 @@ def audit(
         >>> found.attributes[0].accuracy.value > 0.95
         True
     """
-    attributes = strings("attributes", attributes) or ()
+    attributes = tuple(dict.fromkeys(strings("attributes", attributes) or ()))
     references = references or {}
     check(edge, train, test, task, attributes, references, cloud)
     check_packages(suite, reconstructs=bool(reconstruct))
@@ -128,6 +128,7 @@ def audit(
         others=others,
         reports=reports,
         task=task,
+        constant=facts.constant == facts.values,
         seeds=seeds,
         seed=seed,
     )
@@ -222,7 +223,7 @@ def _check_same_data(references: References, data: str) -> None:
     """Raise if a report is of other images, other labels, or another order."""
     for key, reference in references.items():
         known = reference.settings.get("data") if isinstance(reference, AuditReport) else None
-        if known is not None and known != data and key != "input":
+        if known is not None and known != data:
             raise ConfigError(
                 f"The report '{key}' was made of other data, or in another order: leaks compare "
                 "image by image. Audit it with the same train and test, or pass the edge itself."
@@ -247,7 +248,7 @@ def _not_tested(
     elif (
         rebuilt is not None
         and rebuilt.search is not None
-        and rebuilt.search.psnr < rebuilt.mean_image.psnr + 0.1
+        and rebuilt.search.psnr < rebuilt.floor_of_search.psnr + 0.1
     ):
         found.append("search for images against the edge (it ended at the floor: no evidence)")
     if rebuilt is not None and queries > 1 and suite != "full":

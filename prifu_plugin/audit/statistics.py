@@ -121,13 +121,24 @@ def bootstrap(
     if count < FEWEST:
         return Interval(value, float("nan"), float("nan"))
     generator = torch.Generator().manual_seed(seed)
-    draws = [
+    drawn = [
         statistic(torch.randint(count, (count,), generator=generator)) for _ in range(resamples)
     ]
-    low, high = torch.tensor(draws, dtype=torch.float64).quantile(
-        torch.tensor([0.025, 0.975]).double()
-    )
+    draws = torch.tensor(drawn, dtype=torch.float64)
+    known = draws[~draws.isnan()]  # a few resamples may lack a class of few items
+    if len(known) < ENOUGH * resamples:
+        return Interval(value, float("nan"), float("nan"))
+    low, high = known.quantile(torch.tensor([0.025, 0.975]).double())
     return Interval(value, float(low), float(high))
+
+
+ENOUGH = 0.9
+"""Share of resamples for which a statistic must exist, for an interval of it."""
+
+
+def above_by_auc(auc: Interval, task_auc: float) -> bool:
+    """Whether scores order the items better than chance and the task's own answer do."""
+    return auc.low > max(0.5, task_auc) + 0.01
 
 
 def leak(attacked: Tensor, plain: Tensor, floor: Tensor, seed: int = 0) -> Interval | None:

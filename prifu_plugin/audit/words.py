@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prifu_plugin.audit.controls import BROKEN, CONSTANT
 from prifu_plugin.audit.result import AttributeResult, AuditReport
+from prifu_plugin.audit.statistics import above_by_auc
 
 
 def verdict(row: AttributeResult) -> str:
@@ -14,7 +15,7 @@ def verdict(row: AttributeResult) -> str:
         return "no evidence: the control failed"
     if CONSTANT in row.marks:
         return "no evidence either way"
-    if row.gain.low > 0 or row.auc.low > max(0.5, row.task_auc) + 0.01:
+    if row.gain.low > 0 or above_by_auc(row.auc, row.task_auc):
         return "leaks: read above the floor"
     if row.marks:
         return "no evidence either way"
@@ -33,7 +34,7 @@ def upload_in_words(report: AuditReport) -> str:
     if upload.rank:
         said[-1] += f", the strongest direction {upload.condition:.3g} times the weakest"
     if upload.bits is not None:
-        said.append(f"at most {upload.bits:.0f} bits")
+        said.append(f"at most {upload.bits:.0f} bits a query")
     return ", ".join(said)
 
 

@@ -18,6 +18,7 @@ from prifu_plugin.graph.sites import no_match
 from prifu_plugin.graph.state import input_shapes
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.graph.values import check_trainable
+from prifu_plugin.sharded import is_sharded
 
 
 def check_wrappable(model: nn.Module) -> None:
@@ -36,6 +37,12 @@ def check_wrappable(model: nn.Module) -> None:
                 f"inside first, prifu_plugin.wrap(model.{attribute}), then wrap it again."
             )
     check_trainable(model)
+    sharded = next((path for path, p in model.named_parameters() if is_sharded(p)), None)
+    if sharded is not None:
+        raise OrderError(
+            f"'{sharded}' of {name} is sharded by FSDP already: filters would not be. Call "
+            "prifu_plugin.wrap(model) on the whole model first, then fully_shard."
+        )
     for path, module in model.named_modules():
         if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
             raise OrderError(
@@ -58,7 +65,9 @@ def check_alone(model: nn.Module) -> None:
         return
     parts = set(model.modules())
     for other in gc.get_objects():
-        if issubclass(type(other), nn.parallel.DistributedDataParallel) and other.module in parts:
+        if not issubclass(type(other), nn.parallel.DistributedDataParallel):
+            continue
+        if other.module in parts or any(module is model for module in other.module.modules()):
             raise OrderError(
                 f"{type(model).__name__} is inside DDP already, which would not average the "
                 "filters' weights over processes. Call prifu_plugin.wrap first, then make the DDP."

@@ -125,6 +125,9 @@ def complete_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: st
         OrderError: if it brings norms a scale that our filters hold already.
     """
     ours = {k: v for k, v in model.state_dict().items() if is_of_filter(k)}
+    for key in ours:  # torch.distributed.checkpoint puts a word where it found no extra state
+        if not isinstance(state_dict.get(prefix + key, torch.empty(0)), Tensor):
+            del state_dict[prefix + key]
     known = [key for key in ours if prefix + key in state_dict]
     if not known:
         _check_scales(model, state_dict, prefix)
