@@ -457,3 +457,28 @@ def test_coupled_gradients_that_are_views_of_one_bucket_are_given_back():
         unit.weight.grad = part
     optimizer.step()
     assert torch.equal(bucket, torch.ones_like(bucket))
+
+
+@pytest.mark.parametrize("related", [True, False])
+def test_an_average_that_was_trained_before_wrap_is_named(related):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
+    average = AveragedModel(plain if related else copy.deepcopy(plain).apply(_anew))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=RATE)
+    for step in range(20):
+        optimizer.zero_grad()
+        loss_of(plain, step).backward()
+        optimizer.step()
+        if related:
+            average.update_parameters(plain)
+    if related:
+        with pytest.warns(PrifuWarning, match="AveragedModel .* made before wrap"):
+            prifu.wrap(plain)
+    else:
+        prifu.wrap(plain)
+    assert average is not None
+
+
+def _anew(module):
+    if isinstance(module, nn.Linear):
+        module.reset_parameters()

@@ -114,7 +114,21 @@ def _is_copy(one: nn.Module, other: nn.Module) -> bool:
     pairs = [(parameter, right[name]) for name, parameter in left.items()]
     if any(isinstance(p, UninitializedParameter) or p.is_meta for pair in pairs for p in pair):
         return False
-    return all(torch.equal(a.detach().cpu(), b.detach().cpu()) for a, b in pairs)
+    if any(a.shape != b.shape for a, b in pairs):
+        return False
+    # Scales and shifts begin alike in all models, and tell nothing where there are others.
+    telling = [(a, b) for a, b in pairs if a.ndim > 1] or pairs
+    return all(_are_alike(a, b) for a, b in telling)
+
+
+def _are_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether weights are near: those of a model of its own are at right angles."""
+    a, b = (p.detach().cpu().double().flatten() for p in (one, other))
+    return torch.equal(a, b) or bool(a @ b > ALIKE * a.norm() * b.norm())
+
+
+ALIKE = 0.5
+"""Cosine of weights above which one was made from the other."""
 
 
 def probe_cut(
