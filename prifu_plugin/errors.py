@@ -47,3 +47,13 @@ class VerificationError(PrifuError, RuntimeError):
 
 class PrifuWarning(UserWarning):
     """Something that works but is probably not what was meant."""
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return what an error says in one line: its first, or its class where it says nothing.
+
+    Example:
+        >>> first_line(ValueError("too long\nby two")), first_line(KeyError())
+        ('too long', 'KeyError')
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prifu_plugin.device import device_of
-from prifu_plugin.errors import ConfigError, PrifuError, PrifuWarning
+from prifu_plugin.errors import ConfigError, PrifuError, PrifuWarning, first_line
 
 Labels = dict[str, Tensor]
 
@@ -182,7 +182,7 @@ def _upload(edge: nn.Module, images: Tensor) -> Any:
     except Exception as error:
         raise ConfigError(
             f"The edge refuses images of shape {tuple(images.shape)} and type {images.dtype} "
-            f"({(str(error).splitlines() or [type(error).__name__])[0]}). Pass AuditData with "
+            f"({first_line(error)}). Pass AuditData with "
             "images as it takes them."
         ) from error
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prifu_plugin.errors import ConfigError, OrderError
+from prifu_plugin.errors import ConfigError, OrderError, first_line
 from prifu_plugin.graph.undisturbed import undisturbed
 
 RAMP = 0.2
@@ -93,7 +93,7 @@ class Defence(nn.Module):
             with undisturbed(self.edge), torch.no_grad():
                 z: Tensor = self.edge.eval()(images)
         except Exception as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             raise ConfigError(f"{type(self).__name__} cannot upload: {said}. {cure}") from error
         if z.ndim not in (2, 4) and not (z.ndim == 3 and self.takes_tokens):
             raise ConfigError(f"{type(self).__name__} would upload {tuple(z.shape)}. {cure}")

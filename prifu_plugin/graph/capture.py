@@ -22,11 +22,11 @@ from torch.utils.checkpoint import CheckpointFunction
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import CaptureError, ConfigError
 from prifu_plugin.filter import PriFU
-from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.norms import is_norm
 from prifu_plugin.graph.patches import PATCHING, patched
 from prifu_plugin.graph.proxies import answering_types
+from prifu_plugin.graph.side_effects import only_operations
 from prifu_plugin.graph.undisturbed import undisturbed
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from prifu_plugin.arguments import tensors
-from prifu_plugin.errors import ConfigError, OrderError, PrifuWarning
+from prifu_plugin.errors import ConfigError, OrderError, PrifuWarning, first_line
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.norms import norm_spec, num_channels
 from prifu_plugin.graph.sites import no_match
@@ -209,7 +209,7 @@ def _run_once(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         shapes = [tuple(x.shape) for x in inputs]
         raise ConfigError(
             f"{type(model).__name__} refuses example_inputs of shape {shapes}: "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}. Pass a batch as the model "
+            f"{first_line(error)}. Pass a batch as the model "
             "takes it, (N, C, H, W)."
         ) from None
 

@@ -10,11 +10,11 @@ import numpy as np
 from torch import fx, nn
 
 from prifu_plugin.errors import CaptureError
-from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.graph.norms import base_class
 from prifu_plugin.graph.patches import PATCHING
 from prifu_plugin.graph.proxies import answering_types
 from prifu_plugin.graph.reads import Reads, check_unchanged, held, noting_reads
+from prifu_plugin.graph.side_effects import only_operations
 from prifu_plugin.graph.undisturbed import undisturbed
 
 

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
+from prifu_plugin.filter import along
+from prifu_plugin.prune.facts import channels_of
+
 if TYPE_CHECKING:
     from prifu_plugin.prune.rules.base import Analysis
 
@@ -38,7 +41,7 @@ class Agreement:
         if key is None or len(self.analysis.calls[key]) == 1 or not mask.any():
             return mask
         dim = self.analysis.rules[node].sliced_dim(self.analysis)
-        line = mask.movedim(dim, 0).flatten(1).any(1)
+        line = channels_of(mask, dim)
         known = self.lines.get(key)
         if known is not None and len(known) != len(line):
             return mask
@@ -46,8 +49,7 @@ class Agreement:
         if known is None or not joined.equal(known):
             self.lines[key] = joined
             self.changed = True
-        shape = [-1 if d == dim else 1 for d in range(mask.ndim)]
-        return mask | (joined.reshape(shape) & mask.any(dim, keepdim=True))
+        return mask | (along(joined, mask.ndim, dim) & mask.any(dim, keepdim=True))
 
 
 def until_agreed(analysis: Analysis, one_pass: Callable[[Agreement], None]) -> None:

@@ -8,21 +8,22 @@ import torch
 from torch import Tensor, fx, nn
 
 
-def keep_attributes(original: nn.Module, graph: fx.GraphModule) -> None:
-    """Give a graph what others ask its original for, such as num_classes and pretrained_cfg.
+def keep_attributes(original: nn.Module, pruned: nn.Module) -> None:
+    """Give a pruned model what others ask its original for, such as num_classes and pretrained_cfg.
 
     Args:
         original: whose attributes they are; those that hold more than plain data are left out.
-        graph: what takes its place; copies of it keep them.
+        pruned: what takes its place; copies of a graph keep them.
     """
     kept = {
         name: value
         for name, value in vars(original).items()
-        if not name.startswith("_") and _is_plain(value) and not hasattr(graph, name)
+        if not name.startswith("_") and _is_plain(value) and not hasattr(pruned, name)
     }
-    graph.meta["_user_preserved_attributes"] = kept  # torch's name for it
+    if isinstance(pruned, fx.GraphModule):
+        pruned.meta["_user_preserved_attributes"] = kept  # torch's name for it
     for name, value in kept.items():
-        setattr(graph, name, value)
+        setattr(pruned, name, value)
 
 
 def keep_memory_format(original: nn.Module, pruned: nn.Module) -> None:

@@ -77,6 +77,16 @@ def first_channel(fact: Fact) -> Tensor:
     return mask
 
 
+def channels_of(mask: Tensor, dim: int) -> Tensor:
+    """Return for which channels a mask holds anywhere, (C,).
+
+    Example:
+        >>> channels_of(torch.tensor([[True, False], [False, False]]), 1).tolist()
+        [True, False]
+    """
+    return mask.movedim(dim, 0).reshape(mask.shape[dim], -1).any(1)
+
+
 def any_over(mask: Tensor, like: Fact) -> Tensor:
     """Reduce a mask, broadcastable to the tensor, to its channels: true if true anywhere."""
     for dim, size in enumerate(like.summary_shape()):

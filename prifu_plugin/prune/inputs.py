@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from prifu_plugin.arguments import tensors
 from prifu_plugin.device import like_of
-from prifu_plugin.errors import ConfigError
+from prifu_plugin.errors import ConfigError, first_line
 from prifu_plugin.graph.state import input_shapes
 from prifu_plugin.graph.undisturbed import run_undisturbed
 
@@ -179,7 +179,7 @@ def refusal(model: nn.Module, inputs: Inputs) -> str | None:
     try:
         run_undisturbed(model, inputs.draw(model, 0))
     except Exception as error:  # noqa: BLE001 - any refusal is an answer
-        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        return first_line(error).rstrip(".")
     return None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import like_of
-from prifu_plugin.filter import PriFU
+from prifu_plugin.filter import PriFU, along
 from prifu_plugin.graph.host import detach, filter_of, folded_parameters, folds, is_host
 from prifu_plugin.graph.norms import norm_spec
 from prifu_plugin.names import CHILD
@@ -176,8 +176,7 @@ def _pick(value: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
     index = torch.tensor(indices, device=value.device)
     picked = value.index_select(dim, index.clamp_min(0))
     if FILL in indices:
-        shape = [-1 if d == dim else 1 for d in range(value.ndim)]
-        picked = picked * (index != FILL).reshape(shape)
+        picked = picked * along(index != FILL, value.ndim, dim)
     return picked
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prifu_plugin.prune.facts import Fact
+from prifu_plugin.prune.facts import Fact, channels_of
 
 Layout = Mapping[int, tuple[int, ...]]
 """Channel dimension -> original indices, in physical order; an absent dimension is whole."""
@@ -46,7 +46,7 @@ def box(mask: Tensor, axes: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
     """Return the smallest product of index sets that holds a mask over channels."""
     kept = {}
     for axis in axes:
-        line = mask.transpose(0, axis).flatten(1).any(1) if mask.ndim > 1 else mask
+        line = channels_of(mask, axis)
         kept[axis] = tuple(line.nonzero().flatten().tolist())
     return kept
 

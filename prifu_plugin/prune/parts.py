@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,53 +15,35 @@ from prifu_plugin.prune.attributes import keep_attributes
 from prifu_plugin.prune.hooks import LOST, has_hooks
 from prifu_plugin.prune.inputs import Inputs, refusal, takes
 from prifu_plugin.prune.kernels import pure_copy
-from prifu_plugin.prune.one import Pruned, prune_graph, runs_of
+from prifu_plugin.prune.one_graph import Pruned, prune_graph, runs_of
 from prifu_plugin.prune.precise import in_fp64
 from prifu_plugin.prune.report import Fate
+from prifu_plugin.prune.settings import PruneSettings
 from prifu_plugin.prune.verify import Check, compare
 
 Notes = tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A model that was pruned in parts.
-
-    Attributes:
-        model: a copy of the original class, with pruned parts and without filters.
-        said: checks, fates and notes for the report.
-    """
-
-    model: nn.Module
-    said: tuple[tuple[Check, ...], tuple[Fate, ...], Notes]
 
 
 def prune_parts(
     filtered: nn.Module,
     inputs: Inputs,
     why: CaptureError,
-    *,
-    round_to: int,
-    move_cost: float,
-    verify: bool,
-    seed: int,
-) -> Parts:
+    settings: PruneSettings,
+) -> Pruned:
     """Replace the largest submodules that can be captured by pruned ones, from the top down.
+
+    The result is a copy of the original class, with pruned parts and without filters.
 
     Args:
         filtered: on the CPU, in eval mode.
         inputs: what it takes.
         why: the reason why it cannot be pruned as a whole.
-        round_to: widths become multiples of it.
-        move_cost: multiply-accumulates that moving one value is taken to cost.
-        verify: compare with the filtered model.
-        seed: of the inputs it is compared on.
+        settings: what was asked for.
 
     Raises:
         CaptureError: the given one, if no part can be pruned.
         VerificationError: if the result differs.
     """
-    settings = {"round_to": round_to, "move_cost": move_cost, "verify": verify, "seed": seed}
     work = _Work(filtered, inputs, settings)
     for path, _ in filtered.named_children():
         work.replace(path)
@@ -71,19 +52,19 @@ def prune_parts(
     work.notes.insert(0, ("the whole", f"pruned in parts: {why}"))
     work.notes += [(path, LOST) for path, m in filtered.named_modules() if path and has_hooks(m)]
     checks: tuple[Check, ...] = ()
-    if verify:
-        checks, unsure = _certify(filtered, work.result, work.exact, inputs, seed)
+    if settings.verify:
+        checks, unsure = _certify(filtered, work.result, work.exact, inputs, settings.seed)
         work.notes[1:1] = unsure
     checks += tuple(check for _, one in work.found for check in one.checks)
     layers = tuple(_renamed(path, fate) for path, one in work.found for fate in one.layers)
-    notes = [(f"{path}.{node}", text) for path, one in work.found for node, text in one.plan.notes]
-    return Parts(work.result, (checks, layers, (*work.notes, *notes)))
+    notes = [(f"{path}.{node}", text) for path, one in work.found for node, text in one.notes]
+    return Pruned(work.result, work.exact, None, checks, layers, (*work.notes, *notes))
 
 
 class _Work:
     """The copies that parts are put into, their filters built in, and what has been found."""
 
-    def __init__(self, filtered: nn.Module, inputs: Inputs, settings: dict[str, Any]) -> None:
+    def __init__(self, filtered: nn.Module, inputs: Inputs, settings: PruneSettings) -> None:
         self.filtered = filtered
         self.inputs = inputs
         self.settings = settings
@@ -102,7 +83,7 @@ class _Work:
             if path not in self.calls:
                 raise CaptureError("it is not called with tensors alone")
             runs = runs_of(part, self.calls[path])
-            one = prune_graph(part, runs, {}, **self.settings)
+            one = prune_graph(part, runs, {}, self.settings)
             self._put(path, part, one)
         except PrifuError as error:
             self.notes.append((path, f"not pruned as one: {error}"))

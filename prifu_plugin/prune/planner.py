@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from prifu_plugin.filter import along
 from prifu_plugin.graph.guards import is_guard
 from prifu_plugin.prune.agreement import Agreement, until_agreed
-from prifu_plugin.prune.facts import Fact, first_channel, tensor_inputs
+from prifu_plugin.prune.facts import Fact, channels_of, first_channel, tensor_inputs
 from prifu_plugin.prune.layout import FILL, Conform, Layout, box, physical, restrict, simplify
 from prifu_plugin.prune.plan import Keep, Kernel, NodePlan, Plan
 from prifu_plugin.prune.seen import seen
@@ -141,7 +142,7 @@ class Planner:
                 continue
             select[dim] = positions
             line = torch.tensor(positions) == FILL
-            missing = missing | line.reshape([-1 if d == dim else 1 for d in range(missing.ndim)])
+            missing = missing | along(line, missing.ndim, dim)
         vector = restrict(fact.known, wanted) * missing if missing.any() else missing
         if vector.any():
             return Conform(tuple(select.items()), vector=self.constant(name, vector))
@@ -266,7 +267,7 @@ def _aligned(analysis: Analysis, node: fx.Node, keep: Tensor, round_to: int) -> 
     if round_to == 1 or not keep.any() or len(dims) != 1 or not dims <= set(fact.axes):
         return keep
     dim = dims.pop()
-    line = keep.movedim(dim, 0).flatten(1).any(1)
+    line = channels_of(keep, dim)
     spare = (~line).nonzero().flatten()
     there = _asked_of_source(analysis, node, dim)
     if there is not None:  # what another reader keeps is there anyway
@@ -274,7 +275,7 @@ def _aligned(analysis: Analysis, node: fx.Node, keep: Tensor, round_to: int) -> 
     spare = spare[: -int(line.sum()) % round_to]
     extra = torch.zeros_like(line)
     extra[spare] = True
-    return keep | extra.reshape([-1 if d == dim else 1 for d in range(keep.ndim)])
+    return keep | along(extra, keep.ndim, dim)
 
 
 def _asked_of_source(analysis: Analysis, node: fx.Node, dim: int) -> Tensor | None:
@@ -283,7 +284,7 @@ def _asked_of_source(analysis: Analysis, node: fx.Node, dim: int) -> Tensor | No
     if len(sources) != 1 or sources[0] not in analysis.wants:
         return None
     there, shape = analysis.wants[sources[0]], analysis.fact(node).summary_shape()
-    return there.movedim(dim, 0).flatten(1).any(1) if there.shape == shape else None
+    return channels_of(there, dim) if there.shape == shape else None
 
 
 def _merge_all(analysis: Analysis, masks: dict[Any, Tensor], source: fx.Node) -> None:

@@ -15,7 +15,7 @@ from prifu_plugin.figures import new_figure
 from prifu_plugin.formats import FORMAT, check_format, reading
 from prifu_plugin.graph.undisturbed import run_undisturbed
 from prifu_plugin.names import is_of_filter
-from prifu_plugin.prune.facts import Fact
+from prifu_plugin.prune.facts import Fact, channels_of
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.rules.base import Analysis
@@ -161,8 +161,8 @@ def fates(analysis: Analysis, plan: Plan) -> tuple[Fate, ...]:
                 str(node.target) if module else node.name,
                 type(analysis.module(node)).__name__ if module else "linear",
                 fact,
-                _line(analysis.wanted(node), dim),
-                _line(analysis.keep[node], dim),
+                channels_of(analysis.wanted(node), dim),
+                channels_of(analysis.keep[node], dim),
                 layouts.get(node.name),
                 dim,
             )
@@ -227,7 +227,3 @@ def _fate(
     needed = int((kept & wanted).sum())
     constant = int((kept & keep & ~wanted).sum())
     return Fate(path, kind, size, needed, constant, int(kept.sum()) - needed - constant)
-
-
-def _line(mask: Tensor, dim: int) -> Tensor:
-    return mask.movedim(dim, 0).flatten(1).any(1) if mask.ndim > 1 else mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,13 +20,13 @@ from prifu_plugin.prune.hooks import take_off
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.ladder import recorded
 from prifu_plugin.prune.lower import plain_layers
-from prifu_plugin.prune.one import fingerprint, prune_graph, runs_of
+from prifu_plugin.prune.one_graph import Pruned, fingerprint, prune_graph, runs_of
 from prifu_plugin.prune.parts import prune_parts
 from prifu_plugin.prune.plan import Plan
-from prifu_plugin.prune.report import Fate, PruneReport, count_bytes, count_macs, count_parameters
+from prifu_plugin.prune.report import PruneReport, count_bytes, count_macs, count_parameters
 from prifu_plugin.prune.rewrite import rewrite
+from prifu_plugin.prune.settings import PruneSettings
 from prifu_plugin.prune.sharing import separated
-from prifu_plugin.prune.verify import Check
 from prifu_plugin.sharded import check_unsharded
 
 
@@ -95,7 +95,7 @@ def prune(
     for unit in filters(model).values():
         unit.check_finite()
     inputs = Inputs.for_model(model, example_inputs)
-    settings = {"round_to": round_to, "move_cost": move_cost, "verify": verify, "seed": seed}
+    settings = PruneSettings(round_to, move_cost, verify, seed)
     # Layers that are made on the way draw initial values.
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         filtered = plain_layers(copied(model).cpu().eval())
@@ -124,31 +124,20 @@ def prune(
     return found.model.to(next(model.parameters()).device)
 
 
-class _Found(NamedTuple):
-    """What came of pruning: as one graph with a plan, or in parts without."""
-
-    model: nn.Module
-    plan: Plan | None
-    checks: tuple[Check, ...]
-    layers: tuple[Fate, ...]
-    notes: tuple[tuple[str, str], ...]
-
-
 def _pruned(
-    model: nn.Module, filtered: nn.Module, runs: tuple[Inputs, ...], settings: dict[str, Any]
-) -> _Found:
+    model: nn.Module, filtered: nn.Module, runs: tuple[Inputs, ...], settings: PruneSettings
+) -> Pruned:
     """Prune a model as one graph; in parts where its forward cannot be followed."""
-    original = copied(model).cpu().eval() if settings["verify"] else None
+    original = copied(model).cpu().eval() if settings.verify else None
     if original is not None:
         take_off(original)
     recipe = wrap_state(model).recipe()
     try:
-        whole = prune_graph(filtered, runs, recipe, original=original, **settings)
+        whole = prune_graph(filtered, runs, recipe, settings, original)
     except CaptureError as error:
-        parts = prune_parts(filtered, runs[0], error, **settings)
-        return _Found(parts.model, None, *parts.said)
+        return prune_parts(filtered, runs[0], error, settings)
     keep_attributes(model, whole.model)
-    return _Found(whole.model, whole.plan, whole.checks, whole.layers, whole.plan.notes)
+    return whole
 
 
 def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -> fx.GraphModule:

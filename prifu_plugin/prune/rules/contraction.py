@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from prifu_plugin.prune.facts import Fact, any_over, summarize
+from prifu_plugin.prune.facts import Fact, any_over, channels_of, summarize
 from prifu_plugin.prune.plan import Keep
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis, Rule
@@ -84,7 +84,7 @@ class MatmulRule(OpaqueRule):
     def _shared(self, left: Fact, right: Fact) -> tuple[int, ...]:
         """Return the indices that are summed over and meet no zero; one at least."""
         met = _nonzero(left).unsqueeze(-1) & _nonzero(right).unsqueeze(-3)
-        line = met.transpose(-2, 0).flatten(1).any(1)
+        line = channels_of(met, -2)
         if len(line) == 1:
             return tuple(range(left.shape[-1]))
         return tuple(line.nonzero().flatten().tolist()) or (0,)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from prifu_plugin.prune.facts import Fact, any_over, is_fact_tuple, summarize
+from prifu_plugin.prune.facts import Fact, any_over, channels_of, is_fact_tuple, summarize
 from prifu_plugin.prune.layout import Conform, Layout, restrict, simplify
 from prifu_plugin.prune.plan import Alias, Keep
 from prifu_plugin.prune.planner import Planner
@@ -201,7 +201,7 @@ def _relabel(planner: Planner, start: fx.Node, chain: list[fx.Node]) -> bool:
         if mapping is None or any(other != mapping for other in mappings):
             continue
         have = {index: p for p, index in enumerate(planner.physical(start, dim))}
-        keep = analysis.keep[end].movedim(dim, 0).flatten(1).any(1)
+        keep = channels_of(analysis.keep[end], dim)
         chosen = [
             (have[origin], out)
             for out, origin in enumerate(mapping)
@@ -276,7 +276,7 @@ def _direct(
     shown = present[moved.labels]
     sets = {}
     for axis in moved.axes:
-        line = shown.movedim(axis, 0).flatten(1).any(1)
+        line = channels_of(shown, axis)
         sets[axis] = tuple(line.nonzero().flatten().tolist())
     if any(not kept for kept in sets.values()) or _misses(analysis, node, sets):
         return None
@@ -298,7 +298,7 @@ def _misses(analysis: Analysis, node: fx.Node, sets: dict[int, tuple[int, ...]])
     """Whether a channel that is wanted would be missing: constant here and there, but not alike."""
     wanted = analysis.wanted(node)
     for axis, kept in sets.items():
-        line = wanted.movedim(axis, 0).flatten(1).any(1)
+        line = channels_of(wanted, axis)
         line[list(kept)] = False
         if line.any():
             return True

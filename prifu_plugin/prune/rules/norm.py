@@ -13,7 +13,7 @@ from prifu_plugin.filter import PriFU, along
 from prifu_plugin.graph.host import filter_of, folded_parameters, is_host
 from prifu_plugin.graph.host import folds as can_fold
 from prifu_plugin.graph.norms import norm_spec
-from prifu_plugin.prune.facts import Fact, summarize
+from prifu_plugin.prune.facts import Fact, channels_of, summarize
 from prifu_plugin.prune.layout import simplify
 from prifu_plugin.prune.plan import Scale, SelectNorm, SliceNorm
 from prifu_plugin.prune.planner import Planner
@@ -180,7 +180,7 @@ class StatisticsRule(Rule):
         dim = self.dim % len(fact.shape)
         if self.groups == 1 or dim not in fact.axes:
             return {self.source: torch.full(fact.summary_shape(), bool(wanted.any()))}
-        line = self._by_group(wanted.movedim(dim, 0).flatten(1).any(1))
+        line = self._by_group(channels_of(wanted, dim))
         return {self.source: along(line, len(fact.shape), dim).expand(fact.summary_shape())}
 
     def sliced_dim(self, analysis: Analysis) -> int:
@@ -194,7 +194,7 @@ class StatisticsRule(Rule):
     def spare(self, analysis: Analysis, keep: Tensor) -> Tensor:
         """Keep closed channels, which come out anyway, if leaving them out is dearer."""
         dim = self.sliced_dim(analysis)
-        line = keep.movedim(dim, 0).flatten(1).any(1)
+        line = channels_of(keep, dim)
         comes = along(self._by_group(line), keep.ndim, dim) if len(line) > 1 else line.any()
         return spared(analysis, self.node, keep, comes.expand_as(keep))
 

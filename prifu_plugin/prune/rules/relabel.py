@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from prifu_plugin.filter import along
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.rules.base import Analysis, mapped, run, run_with_gradients
 from prifu_plugin.prune.rules.passing import is_movement_by_name, passes_everything
@@ -260,7 +261,7 @@ def _relation(
     place = torch.zeros([1] * labels.ndim, dtype=torch.int64)
     for axis in axes:
         line = torch.arange(labels.shape[axis])
-        shaped = line.reshape([-1 if d == axis else 1 for d in range(labels.ndim)])
+        shaped = along(line, labels.ndim, axis)
         place = place * labels.shape[axis] + shaped
     return _sorted_values(place * (count + 1) + origin, (count + 1) * _product(labels, axes))
 

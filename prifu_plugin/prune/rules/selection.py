@@ -8,6 +8,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
+from prifu_plugin.filter import along
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.layout import FILL
 from prifu_plugin.prune.rules.base import Analysis, first_input
@@ -22,7 +23,7 @@ def selection(labels: Tensor, shape: tuple[int, ...], dim: int) -> list[int] | N
     line = labels.movedim(dim, 0).flatten(1)[:, 0]
     mapping = torch.where(line > 0, (line - 1) // stride % shape[dim], FILL)
     expected = source.index_select(dim, mapping.clamp_min(0))
-    zero = (mapping == FILL).reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    zero = along(mapping == FILL, len(shape), dim)
     if not torch.equal(torch.where(zero, 0, expected), labels):
         return None
     return [int(i) for i in mapping]

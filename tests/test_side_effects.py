@@ -21,10 +21,10 @@ from torch import nn
 import prifu_plugin as prifu
 from prifu_plugin.errors import CaptureError, NoSiteError
 from prifu_plugin.graph import functional
-from prifu_plugin.graph.beside import only_operations
 from prifu_plugin.graph.capture import capture
 from prifu_plugin.graph.functional import functional_calls
 from prifu_plugin.graph.patches import patched
+from prifu_plugin.graph.side_effects import only_operations
 from prifu_plugin.prune.quiet import DrawingAlike
 from prifu_plugin.prune.verify import difference
 

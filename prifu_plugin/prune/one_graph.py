@@ -22,44 +22,43 @@ from prifu_plugin.graph.guards import is_refusal
 from prifu_plugin.prune.hooks import has_hooks
 from prifu_plugin.prune.inputs import Inputs, refusal, suited, takes
 from prifu_plugin.prune.ladder import recorded
-from prifu_plugin.prune.memory import check_memory
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.planner import make_plan
 from prifu_plugin.prune.precise import precise
 from prifu_plugin.prune.report import Fate, fates
 from prifu_plugin.prune.rewrite import rewrite
 from prifu_plugin.prune.rules import Analysis, analyse
+from prifu_plugin.prune.settings import PruneSettings
+from prifu_plugin.prune.statefulness import check_stateless
 from prifu_plugin.prune.verify import Check, compare, culprit, reference
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """One pruned graph.
+    """What came of pruning.
 
     Attributes:
         model: in the precision of what it was made from.
-        exact: the same in fp64, if it was verified.
-        plan: from which it was made.
+        exact: the same in fp64, by which it was verified; `model` itself if it was not.
+        plan: from which it was made; None of what was pruned in parts.
         checks: the certificate, empty if it was not asked for.
         layers: the fate of every channel.
+        notes: (node or path, what was left there and why).
     """
 
-    model: fx.GraphModule
-    exact: fx.GraphModule
-    plan: Plan
+    model: nn.Module
+    exact: nn.Module
+    plan: Plan | None
     checks: tuple[Check, ...]
     layers: tuple[Fate, ...]
+    notes: tuple[tuple[str, str], ...]
 
 
 def prune_graph(
     filtered: nn.Module,
     runs: tuple[Inputs, ...],
     recipe: dict[str, Any],
-    *,
-    round_to: int,
-    move_cost: float,
-    verify: bool,
-    seed: int,
+    settings: PruneSettings,
     original: nn.Module | None = None,
 ) -> Pruned:
     """Prune a model with filters that can be captured as one graph.
@@ -68,10 +67,7 @@ def prune_graph(
         filtered: on the CPU, in eval mode; layers may be added to it, nothing else changes.
         runs: inputs to analyse at, and others (`runs_of`).
         recipe: how the model was wrapped, for the plan.
-        round_to: widths become multiples of it.
-        move_cost: multiply-accumulates that moving one value is taken to cost.
-        verify: compare with the filtered model.
-        seed: of the inputs it is compared on.
+        settings: what was asked for.
         original: what `filtered` is a copy of, which nothing has been done to; the result is
             compared with it too.
 
@@ -79,30 +75,30 @@ def prune_graph(
         CaptureError: if it cannot be traced or analysed.
         VerificationError: if the pruned model differs.
     """
-    passes = ("capture", "facts", "plan", "rewrite", *(["verify"] if verify else []))
+    passes = ("capture", "facts", "plan", "rewrite", *(["verify"] if settings.verify else []))
     checks: tuple[Check, ...] = ()
     with explained(filtered), _shown(passes) as begin:
         begin("capture")
-        check_memory(filtered, runs[0])
+        check_stateless(filtered, runs[0])
         captured, runs = recorded(filtered, runs)
         exact = precise(captured)
         begin("facts")
         analysis = analyse(exact.root, exact.graph)
         begin("plan")
         made_of = {"inputs": runs[0].to_dict(), "graph": fingerprint(captured)}
-        plan = make_plan(analysis, {**recipe, **made_of}, round_to, move_cost)
+        plan = make_plan(analysis, {**recipe, **made_of}, settings.round_to, settings.move_cost)
         plan = dataclasses.replace(plan, notes=(*plan.notes, *_asleep(captured.graph)))
         layers = fates(analysis, plan)
         analysis.release()
         begin("rewrite")
         pruned = rewrite(captured, plan)
-        twin = rewrite(exact, plan) if verify else pruned
-        if verify:
+        twin = rewrite(exact, plan) if settings.verify else pruned
+        if settings.verify:
             begin("verify")
             original = captured.root if original is None else original
             both = (pruned, twin)
-            checks = _certify(analysis, original, captured, exact, plan, both, runs, seed)
-    return Pruned(pruned, twin, plan, checks, layers)
+            checks = _certify(analysis, original, captured, exact, plan, both, runs, settings.seed)
+    return Pruned(pruned, twin, plan, checks, layers, plan.notes)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ _ROUNDING = 1e-6
 """What threads that add in another order may change."""
 
 
-def check_memory(model: nn.Module, inputs: Inputs) -> None:
+def check_stateless(model: nn.Module, inputs: Inputs) -> None:
     """Raise CaptureError if the same inputs give something else the second time.
 
     Args:
