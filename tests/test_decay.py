@@ -197,6 +197,7 @@ def test_an_attack_on_a_frozen_extractor_is_fine():
     optimizer = torch.optim.SGD(probe.parameters(), lr=RATE)
     probe(net(batch()[0])).sum().backward()
     optimizer.step()
+    assert all(unit.dose == 0 for unit in prifu.filters(net).values())
 
 
 def test_lr_times_beta_of_one_is_refused_before_anything_changes():

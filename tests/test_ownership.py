@@ -211,6 +211,7 @@ def test_models_side_by_side_do_not_mind_each_other():
             loss_of(model, step).backward()
         for optimizer in optimizers:
             optimizer.step()
+    assert [unit_of(model).dose for model in (one, other)] == pytest.approx([2 * RATE * 0.2] * 2)
 
 
 def test_a_closure_that_makes_its_gradients_is_checked_at_its_first_step():
@@ -349,6 +350,7 @@ def test_the_plain_model_may_be_trained_beside_its_wrapped_copy():
     train(wrapped, torch.optim.SGD(wrapped.parameters(), lr=RATE), steps=2)
     loss_of(wrapped).backward()
     train(plain, torch.optim.SGD(plain.parameters(), lr=RATE), steps=2)
+    assert unit_of(wrapped).dose == pytest.approx(2 * RATE * unit_of(wrapped).beta)
 
 
 @pytest.mark.parametrize("zeroing", [None, True, False])

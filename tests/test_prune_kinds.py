@@ -585,7 +585,9 @@ def test_constants_that_differ_under_a_kernel_are_computed(closed):
     unit = prifu.filters(model)["norm"]
     unit.bias.data.normal_()
     unit.weight.data[:closed] = 0.0
-    prifu.prune(model, torch.zeros(2, 3, 4, 4))
+    pruned = prifu.prune(model, torch.zeros(2, 3, 4, 4))
+    assert pruned.get_submodule("conv").out_channels == max(1, 8 - closed)
+    assert not any("no rule" in why for _, why in prifu.report(pruned).notes)
 
 
 @pytest.mark.parametrize(
