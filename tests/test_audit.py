@@ -28,7 +28,7 @@ from prifu_plugin.audit.sending import (
     mean_of_queries,
 )
 from prifu_plugin.audit.statistics import Interval
-from prifu_plugin.audit.words import verdict
+from prifu_plugin.audit.words import upload_in_words, verdict
 from prifu_plugin.channel import Channel, Noise, Projection, Quantizer
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import ConfigError, OrderError, PrifuWarning
@@ -813,3 +813,24 @@ def test_names_are_shown_as_they_are(plain):
     assert "1 _one $" in page or "_one" in page
     table = next(line for line in odd.to_markdown().splitlines() if "a\\|b" in line)
     assert table.count(" | ") > 3
+
+
+@pytest.mark.parametrize("bits", [None, 8, 1])
+def test_the_noise_of_a_channel_bounds_its_bits(bits):
+    z = Edge()(TEST.images)
+    steps = [Noise(0.3, key=b"k" * 32)] + ([Quantizer(bits).fit(z)] if bits else [])
+    facts = facts_of(z, Edge().eval(), Channel(*steps), TEST.images, False)
+    noisy = float(0.5 * (1 + z.double().var(0) / 0.09).log2().sum())
+    assert facts.bits == pytest.approx(noisy if bits != 1 else min(noisy, 6.0))
+
+
+def test_a_report_tells_all_that_was_tried_and_how_little_a_rank_of_few_images_says(plain):
+    row = plain.attributes[0]
+    assert row.winner in row.tried
+    assert max(row.tried.values()) == row.tried[row.winner]
+    again = AuditReport.from_json(plain.to_json())
+    assert again.attributes[0].tried == row.tried
+    assert "all that were tried" in plain.to_html()
+    assert "rank 6" in upload_in_words(plain)
+    few = dataclasses.replace(plain, sizes=(7, 7, 7))
+    assert "rank at least 6" in upload_in_words(few)

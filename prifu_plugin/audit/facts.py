@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from prifu_plugin.audit.data import uploads
-from prifu_plugin.audit.result import UploadFacts
-from prifu_plugin.channel import Channel, Quantizer, image_bytes
+from prifu_plugin.audit.result import RANKED, UploadFacts
+from prifu_plugin.channel import Channel, Noise, Quantizer, image_bytes
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
+from prifu_plugin.graph.undisturbed import undisturbed
 
 _IMAGES = 100
 """Images whose size as PNG and JPEG is averaged."""
@@ -32,7 +33,7 @@ def facts_of(
     live = flat[:, varying]
     rank, condition = 0, float("nan")
     if live.shape[1]:
-        live = (live - live.mean(0))[:2000, :4096]
+        live = (live - live.mean(0))[:RANKED, :4096]
         values = torch.linalg.svdvals(live)
         strong = values[values > 1e-7 * values[0]]
         rank, condition = len(strong), float(strong[0] / strong[-1])
@@ -49,25 +50,48 @@ def facts_of(
         rank=rank,
         condition=condition,
         stochastic=stochastic,
-        bits=_bits(edge, channel, images[:1], z[0]),
+        bits=_bits(edge, channel, images, z),
         bytes_as_float=as_float,
         bytes_as_image=image_bytes(images[:_IMAGES].float()) if _are_images(images) else {},
     )
 
 
-def _bits(edge: nn.Module, channel: Channel | None, image: Tensor, arrived: Tensor) -> float | None:
-    """Return the smaller bound on what one upload can hold, None if there is none."""
+def _bits(
+    edge: nn.Module, channel: Channel | None, images: Tensor, arrived: Tensor
+) -> float | None:
+    """Return the least bound on what one upload can hold, None if there is none."""
     bounds = []
-    noisy = _noisy_bits(edge, image)
+    noisy = _noisy_bits(edge, images[:1])
     if noisy is not None:
         bounds.append(noisy)
     if channel is not None:
         bounds += [
-            float(step.bits * arrived.numel())
+            float(step.bits * arrived[0].numel())
             for step in channel.steps
             if isinstance(step, Quantizer)
         ]
+        bounds += _bits_of_noise(channel, edge, images)
     return min(bounds, default=None)
+
+
+def _bits_of_noise(channel: Channel, edge: nn.Module, images: Tensor) -> list[float]:
+    """Return for each noise of a channel the sum of log2(1 + variance / noise^2) / 2 over values.
+
+    Values of that variance carry at most as much as Gaussian ones, and what follows adds nothing.
+    """
+    z = uploads(edge, images[:VARIED], "uploads").to(device_of(channel))
+    bounds = []
+    with undisturbed(channel), torch.no_grad():
+        for step in channel.eval().steps:
+            if isinstance(step, Noise) and step.scale > 0:
+                variance = z.flatten(1).double().var(0)
+                bounds.append(float(0.5 * (1 + variance / step.scale**2).log2().sum()))
+            z = step(z)
+    return bounds
+
+
+VARIED = 500
+"""Images by whose uploads it is measured how much a value varies."""
 
 
 def _noisy_bits(edge: nn.Module, image: Tensor) -> float | None:

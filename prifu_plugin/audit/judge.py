@@ -106,6 +106,7 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
         once=float(once.mean()),
         repeated=repeated,
         marks=marks,
+        tried={name: round(score, 4) for name, score in found[0].validation.items()},
         right=right,
         once_right=once,
         floor_right=floor,

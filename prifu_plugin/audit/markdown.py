@@ -71,6 +71,8 @@ def _reconstructed(found: Reconstruction) -> list[str]:
     tried = {f"decoder, {name}": result for name, result in found.decoders.items()}
     if found.search is not None:
         tried["search against the edge, 16 images"] = found.search
+    if found.search_floor is not None:
+        tried["floor: the mean image on those 16"] = found.search_floor
     tried["floor: the mean image"] = found.mean_image
     tried["floor: the mean image of the task's answer"] = found.task_mean
     cells = [[name, f"{value.psnr:.2f}", f"{value.ssim:.3f}"] for name, value in tried.items()]

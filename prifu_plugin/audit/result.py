@@ -44,6 +44,8 @@ class AttributeResult:
             noise or nobody asked twice; if it is the stronger attack by validation data, it is the
             one reported.
         marks: what makes this row no evidence, or limits it.
+        tried: every attacker of the reported attack, by its score on validation data: the accuracy,
+            or the AUC where one class is most of them. An attacker that is always right ends it.
         right: how often the attack is right, by test item, (N,); not written out.
         once_right: the same of the attack on one upload each; not written out.
         floor_right: whether the floor's guess is right, by test item, (N,); not written out.
@@ -69,6 +71,7 @@ class AttributeResult:
     once: float
     repeated: float | None
     marks: tuple[str, ...]
+    tried: dict[str, float] = field(default_factory=dict, compare=False)
     right: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
     once_right: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
     floor_right: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
@@ -84,6 +87,10 @@ class AttributeResult:
         return not self.marks
 
 
+RANKED = 2000
+"""Images whose uploads' rank is found."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class UploadFacts:
     """What is uploaded.
@@ -93,11 +100,13 @@ class UploadFacts:
         bytes: on the wire, of one sample.
         values: how many numbers.
         constant: how many of them are the same for every image.
-        rank: of the uploads, relative to 1e-7 of the largest direction.
+        rank: of the uploads of up to 2000 images and their first 4096 values that vary, relative to
+            1e-7 of the largest direction; never more than the images less one.
         condition: largest over smallest of these directions; NaN if there are none.
         stochastic: whether the edge draws noise afresh for each query.
         bits: bound on what one upload holds: of the noise of a filter on the upload (Gaussian
-            inputs), or of a quantizer, the smaller; None if nothing bounds it but fp32.
+            inputs), of the noise of a channel (values that vary as those of training), or of a
+            quantizer, the least; None if nothing bounds it but fp32.
         bytes_as_float: of one sample in fp32.
         bytes_as_image: of the input instead, "raw", "png" and "jpeg"; empty if it is no image.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prifu_plugin.audit.controls import BROKEN, CONSTANT
-from prifu_plugin.audit.result import AttributeResult, AuditReport
+from prifu_plugin.audit.result import RANKED, AttributeResult, AuditReport
 from prifu_plugin.audit.statistics import above_by_auc
 
 
@@ -30,7 +30,8 @@ def upload_in_words(report: AuditReport) -> str:
     compared = [f"{value:.0f} {name}" for name, value in others.items() if value]
     said[0] += f" ({', '.join(compared)})" if compared else ""
     said.append(f"{upload.constant} of {upload.values} values constant")
-    said.append(f"rank {upload.rank}")
+    images = min(report.sizes[0], RANKED)
+    said.append(f"rank {'at least ' if upload.rank >= images - 1 else ''}{upload.rank}")
     if upload.rank:
         said[-1] += f", the strongest direction {upload.condition:.3g} times the weakest"
     if upload.bits is not None:
