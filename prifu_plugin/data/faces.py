@@ -31,8 +31,8 @@ ATTRIBUTES = {
 }
 """Attribute -> number of classes; the task is smiling."""
 
-_AT_ONCE = 32
-"""Faces drawn together: more of them leave the processor's cache, and take longer."""
+_PIXELS = 32 * 64 * 64
+"""Drawn together: more of them leave the processor's cache, and take longer."""
 _HAIR = torch.tensor(
     [[0.12, 0.09, 0.08], [0.42, 0.26, 0.14], [0.85, 0.68, 0.36], [0.62, 0.62, 0.64]]
 )
@@ -96,8 +96,9 @@ def generate_faces(
     labels = _labels(count, dict(correlations or {}), generator)
     chance = torch.rand(count, 24, generator=generator)
     images = torch.empty(count, 3, size, size)
-    for start in range(0, count, _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
+    some = max(1, _PIXELS // size**2)
+    for start in range(0, count, some):
+        part = slice(start, start + some)
         canvas = _Canvas(chance[part], size)
         images[part] = _draw(canvas, {k: v[part] for k, v in labels.items()}, chance[part])
     noise = torch.randn(images.shape, generator=generator)
