@@ -22,6 +22,7 @@ from prifu_plugin.prune.kernels import (
 from prifu_plugin.prune.layout import FILL, Conform
 from prifu_plugin.prune.lower import drop_unused
 from prifu_plugin.prune.members import Members, like
+from prifu_plugin.prune.nodes import SIZED, size_arguments
 from prifu_plugin.prune.places import PLACES, places
 from prifu_plugin.prune.plan import (
     Alias,
@@ -36,7 +37,6 @@ from prifu_plugin.prune.plan import (
     SliceNorm,
 )
 from prifu_plugin.prune.quiet import NOISE
-from prifu_plugin.prune.rules.sizes import SIZED, size_arguments
 from prifu_plugin.prune.seen import seen
 from prifu_plugin.prune.shape_answers import ShapeAnswers
 

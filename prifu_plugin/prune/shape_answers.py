@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx
 
+from prifu_plugin.prune.nodes import first_input
 from prifu_plugin.prune.plan import NodePlan
-from prifu_plugin.prune.rules.base import first_input
 from prifu_plugin.prune.seen import seen
 
 _COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from prifu_plugin.prune.facts import Fact
+from prifu_plugin.prune.nodes import layer_of, mapped
 
 if TYPE_CHECKING:
     from prifu_plugin.prune.planner import Planner
@@ -140,24 +141,6 @@ class Rule(ABC):
     @abstractmethod
     def plan(self, planner: Planner) -> None:
         """Add this node to the plan, given the plans of its inputs."""
-
-
-def layer_of(node: fx.Node) -> Any:
-    """Return what a node calls: the path of its module, or of the weight of a functional."""
-    weight = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
-    return weight.target if isinstance(weight, fx.Node) else node.target
-
-
-def first_input(node: fx.Node) -> fx.Node:
-    """Return the first argument of a node, which its rule knows to be a node."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source
-
-
-def mapped(value: Any, replace: Callable[[fx.Node], Any]) -> Any:
-    """Return an argument of a node with its nodes replaced."""
-    return fx.node.map_arg(value, replace)
 
 
 def run(

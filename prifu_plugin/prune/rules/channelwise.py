@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prifu_plugin.prune.facts import Fact
+from prifu_plugin.prune.nodes import first_input
 from prifu_plugin.prune.plan import Keep
 from prifu_plugin.prune.planner import Planner
-from prifu_plugin.prune.rules.base import Analysis, Rule, first_input
+from prifu_plugin.prune.rules.base import Analysis, Rule
 from prifu_plugin.prune.rules.moving import work_before
 from prifu_plugin.prune.seen import seen
 

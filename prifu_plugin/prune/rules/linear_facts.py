@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from prifu_plugin.prune.facts import Fact, any_over, summarize
-from prifu_plugin.prune.rules.base import Analysis, Rule, first_input
+from prifu_plugin.prune.nodes import first_input
+from prifu_plugin.prune.rules.base import Analysis, Rule
 from prifu_plugin.prune.rules.linear_map import LinearMap
 from prifu_plugin.prune.seen import seen
 

@@ -16,9 +16,10 @@ from torch import Tensor, fx
 
 from prifu_plugin.prune.facts import Fact, any_over, channels_of, is_fact_tuple, summarize
 from prifu_plugin.prune.layout import Conform, Layout, restrict, simplify
+from prifu_plugin.prune.nodes import first_input
 from prifu_plugin.prune.plan import Alias, Keep
 from prifu_plugin.prune.planner import Planner
-from prifu_plugin.prune.rules.base import Analysis, Rule, first_input
+from prifu_plugin.prune.rules.base import Analysis, Rule
 from prifu_plugin.prune.rules.relabel import Moved, Start, moved_labels, starts
 from prifu_plugin.prune.rules.selection import fixed_crop, order, selection
 from prifu_plugin.prune.rules.sizes import patched_sizes, resized

@@ -15,10 +15,11 @@ from prifu_plugin.graph.host import folds as can_fold
 from prifu_plugin.graph.norms import norm_spec
 from prifu_plugin.prune.facts import Fact, channels_of, summarize
 from prifu_plugin.prune.layout import simplify
+from prifu_plugin.prune.nodes import first_input
 from prifu_plugin.prune.plan import Scale, SelectNorm, SliceNorm
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.quiet import Quiet
-from prifu_plugin.prune.rules.base import Analysis, Rule, first_input, run
+from prifu_plugin.prune.rules.base import Analysis, Rule, run
 from prifu_plugin.prune.rules.groups import independent_groups
 from prifu_plugin.prune.rules.moving import spared, work_before
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from prifu_plugin.filter import along
 from prifu_plugin.prune.facts import Fact
-from prifu_plugin.prune.rules.base import Analysis, mapped, run, run_with_gradients
+from prifu_plugin.prune.nodes import mapped
+from prifu_plugin.prune.rules.base import Analysis, run, run_with_gradients
 from prifu_plugin.prune.rules.passing import is_movement_by_name, passes_everything
 from prifu_plugin.prune.seen import seen
 

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from prifu_plugin.filter import along
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.layout import FILL
-from prifu_plugin.prune.rules.base import Analysis, first_input
+from prifu_plugin.prune.nodes import first_input
+from prifu_plugin.prune.rules.base import Analysis
 
 
 def selection(labels: Tensor, shape: tuple[int, ...], dim: int) -> list[int] | None:

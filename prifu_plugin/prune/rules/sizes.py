@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from prifu_plugin.prune.rules.base import Analysis, mapped, run
+from prifu_plugin.prune.nodes import SIZED, mapped, size_arguments
+from prifu_plugin.prune.rules.base import Analysis, run
 from prifu_plugin.prune.seen import seen
-
-SIZED = ("view", "reshape", "expand")
-"""Methods whose arguments are the sizes of the result, one a dimension."""
 
 
 def patched_sizes(
@@ -28,14 +26,6 @@ def patched_sizes(
         if value != -1 and count != shape[dim]:
             patched.append((dim, count))
     return tuple(patched)
-
-
-def size_arguments(node: fx.Node) -> list[Any]:
-    """Return the size arguments of view, reshape or expand, however they were passed."""
-    rest = list(node.args[1:]) or [node.kwargs.get("shape") or node.kwargs.get("size")]
-    if len(rest) == 1 and isinstance(rest[0], tuple | list):
-        return list(rest[0])
-    return rest
 
 
 def resized(
