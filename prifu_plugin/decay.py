@@ -24,6 +24,7 @@ from torch.optim.optimizer import (
 )
 
 from prifu_plugin.arguments import number
+from prifu_plugin.coupled import as_lent, check_coupled, couple, give_back, rate_of
 from prifu_plugin.errors import ConfigError, FilterError, PrifuWarning
 from prifu_plugin.filter import LIVE_FILTERS, PriFU
 from prifu_plugin.ownership import check_ownership, count_step, note_step
@@ -75,7 +76,7 @@ def _before_step(
     """Remember W of the filters in this optimizer, and shield them from other weight decay."""
     restore(optimizer)
     _end_of_step(optimizer)
-    _give_back(_REMEMBERED.pop(optimizer, []))  # of a step that another hook refused
+    give_back(_REMEMBERED.pop(optimizer, []))  # of a step that another hook refused
     filters = {id(unit.weight): unit for unit in LIVE_FILTERS}
     if not filters:
         return None
@@ -90,20 +91,20 @@ def _before_step(
     _check_finite(optimizer, [unit for unit, _ in owned])
     remembered = []
     for unit, group in owned:
-        rate = _rate(optimizer, group)
+        rate = rate_of(optimizer, group)
         if rate * unit.beta >= 1:
             raise ConfigError(
                 f"lr * beta = {rate} * {unit.beta} >= 1 at the filter of '{unit.path}': one step "
                 "would flip the sign of W. Lower beta (dose_to_beta computes it) or the rate."
             )
         if unit.decay == "coupled":
-            _check_coupled(optimizer, unit, group, closure)
+            check_coupled(optimizer, unit, group, closure=closure, inside=bool(_running()))
     for unit, group in owned:
         grad, before = unit.weight.grad, unit.weight.detach().clone()
-        lent = _couple(optimizer, unit, group) if unit.decay == "coupled" else None
-        remembered.append(Before(unit, _rate(optimizer, group), before, grad, lent))
+        lent = couple(optimizer, unit, group) if unit.decay == "coupled" else None
+        remembered.append(Before(unit, rate_of(optimizer, group), before, grad, lent))
     # Only now: gradients that are views of one bucket, as DDP's may be, count versions together.
-    remembered = [_as_lent(one) for one in remembered]
+    remembered = [as_lent(one) for one in remembered]
     _REMEMBERED[optimizer] = remembered
     _RUNNING.append((weakref.ref(optimizer), set()))
     shield(optimizer, filters)
@@ -140,7 +141,7 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Group) -> N
     if was_shielded and not is_known(optimizer):
         check_groups(optimizer, remembered)
     stepped = []
-    _give_back(remembered)
+    give_back(remembered)
     with torch.no_grad():
         for unit, rate, before, grad, *_ in remembered:
             # Some steps free the gradients; closures make them.
@@ -169,7 +170,7 @@ def _follow(optimizer: Optimizer, decayed: set[int]) -> None:
     arrived = []
     for unit, group in _owned_filters(optimizer, filters):
         if unit.weight.grad is not None and id(unit) not in decayed:
-            unit.dose += _rate(optimizer, group) * unit.beta
+            unit.dose += rate_of(optimizer, group) * unit.beta
             count_step(unit)
             arrived.append(unit)
     with torch.no_grad():
@@ -178,59 +179,6 @@ def _follow(optimizer: Optimizer, decayed: set[int]) -> None:
 
 def _closures(args: tuple[Any, ...], kwargs: Group) -> list[Any]:
     return [given for given in (*args[1:], *kwargs.values()) if callable(given)]
-
-
-def _check_coupled(optimizer: Optimizer, unit: PriFU, group: Group, closure: bool) -> None:
-    """Raise if beta * W in the gradient would not be what is asked for."""
-    scaled = getattr(optimizer, "grad_scale", None) is not None
-    plain = isinstance(optimizer, torch.optim.SGD) and not _running()
-    if not plain or closure or scaled or group.get("maximize") or group.get("nesterov"):
-        raise ConfigError(
-            "decay='coupled' puts beta * W into the gradient, which is right for torch.optim.SGD "
-            "without a closure, fused scaling, maximize, nesterov or a wrapper around it. Use "
-            "decay='decoupled' for anything else."
-        )
-    momentum = float(group["momentum"])
-    # W alone follows z**2 - (1 + momentum - lr * beta) * z + momentum = 0; SGD does not dampen the
-    # first of its gradients.
-    if _rate(optimizer, group) * unit.beta > (1 - math.sqrt(momentum)) ** 2:
-        raise ConfigError(
-            f"lr * beta = {_rate(optimizer, group) * unit.beta:g} at the filter of '{unit.path}' "
-            f"is more than {(1 - math.sqrt(momentum)) ** 2:g}: with momentum={momentum} "
-            "the decay would carry W beyond 0. Lower beta or the rate."
-        )
-
-
-def _couple(optimizer: Optimizer, unit: PriFU, group: Group) -> Tensor | None:
-    """Put beta * W into the gradient for the step; return it as it was."""
-    if unit.weight.grad is None:
-        return None
-    lent = unit.weight.grad.detach().clone()
-    rate, momentum = float(group["lr"]), float(group["momentum"])
-    with torch.no_grad():
-        unit.weight.grad.add_(unit.weight, alpha=unit.beta)
-    # SGD damps every gradient but the first, which starts its buffer.
-    first = optimizer.state.get(unit.weight, {}).get("momentum_buffer") is None
-    damped = 1.0 if first or not momentum else 1 - float(group["dampening"])
-    if unit.beta:
-        unit.dose += damped * rate * unit.beta / (1 - momentum)
-    return lent
-
-
-def _as_lent(before: Before) -> Before:
-    """Note at which version a gradient was lent."""
-    if before.lent is None or before.grad is None:
-        return before
-    return before._replace(version=before.grad._version)
-
-
-def _give_back(remembered: list[Before]) -> None:
-    """Take beta * W out of gradients again: who accumulates them does not accumulate the decay."""
-    due = [one for one in remembered if one.grad is not None and one.grad._version == one.version]
-    with torch.no_grad():
-        for one in due:
-            if one.lent is not None and one.grad is not None:
-                one.grad.copy_(one.lent)
 
 
 def _filter(units: list[PriFU], optimizer: Optimizer) -> None:
@@ -244,15 +192,6 @@ def _filter(units: list[PriFU], optimizer: Optimizer) -> None:
         for value in optimizer.state.get(unit.weight, {}).values():
             if isinstance(value, Tensor) and value.shape == closed.shape:
                 own_part(value).masked_fill_(own, 0.0)
-
-
-def _rate(optimizer: Optimizer, group: Group) -> float:
-    if group.get("lr") is None:
-        raise ConfigError(
-            f"{type(optimizer).__name__} has no learning rate of its own (lr="
-            f"{group.get('lr', 'missing')}), and the decay of W is lr * beta: pass lr=."
-        )
-    return float(group["lr"])
 
 
 _REMEMBERED: weakref.WeakKeyDictionary[Optimizer, list[Before]] = weakref.WeakKeyDictionary()

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prifu_plugin.audit import reconstruction
+from prifu_plugin.audit import decoders
 from prifu_plugin.audit.controls import controls
 from prifu_plugin.audit.inference import infer, prepare
 from prifu_plugin.audit.least_squares import PENALTIES, least_squares, with_one
 from prifu_plugin.audit.preparation import rank, standardize, whiten
-from prifu_plugin.audit.reconstruction import reconstruct, similarity
+from prifu_plugin.audit.reconstruction import reconstruct
+from prifu_plugin.audit.similarity import similarity
 from prifu_plugin.audit.statistics import calibrated, metrics
 from prifu_plugin.audit.tail import repurposed
 from prifu_plugin.channel import Channel, Quantizer
@@ -230,8 +231,6 @@ def test_every_decoder_learns_and_retrieves(loss):
 
 
 def test_ssim_and_psnr_against_known_values():
-    from prifu_plugin.audit.reconstruction import similarity
-
     x = torch.full((1, 1, 16, 16), 0.5)
     found = similarity(x + 0.1, x)
     assert found.psnr == pytest.approx(20.0, abs=1e-4)
@@ -290,7 +289,7 @@ def test_decoders_keep_their_best_moment_and_least_squares_needs_no_training(mon
     answers = torch.zeros(60, dtype=torch.long), torch.zeros(100, dtype=torch.long)
 
     def attack(z, looks):
-        monkeypatch.setattr(reconstruction, "LOOKS", looks)
+        monkeypatch.setattr(decoders, "LOOKS", looks)
         parts = [(z[a:b], images[a:b]) for a, b in ((0, 60), (60, 160), (160, 260))]
         return reconstruct(*parts, answers, steps=200, losses=["squared error"])
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prifu_plugin.audit.reconstruction import Reconstruction, Similarity
+from prifu_plugin.audit.reconstruction import Reconstruction
+from prifu_plugin.audit.similarity import Similarity
 from prifu_plugin.audit.statistics import Interval
 from prifu_plugin.formats import FORMAT, read_format, reading
 

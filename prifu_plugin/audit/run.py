@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import prifu_plugin.audit.reconstruction as decoding
 from prifu_plugin.arguments import strings, whole_number
 from prifu_plugin.audit.checks import check, check_images, check_packages
 from prifu_plugin.audit.data import AuditData, fingerprint, integers, split_off
@@ -18,8 +17,10 @@ from prifu_plugin.audit.facts import facts_of
 from prifu_plugin.audit.inference import MANY, Prepared, prepare
 from prifu_plugin.audit.judge import Evidence, judge
 from prifu_plugin.audit.preparation import WIDE
+from prifu_plugin.audit.reconstruction import Reconstruction
 from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.audit.sending import Sent, arrived, rebuilt, send
+from prifu_plugin.audit.similarity import LOSSES
 from prifu_plugin.audit.statistics import Interval, bootstrap
 from prifu_plugin.channel import Channel
 from prifu_plugin.device import device_of, seeded
@@ -187,13 +188,13 @@ def _utility(
 
 def _losses(reconstruct: bool | Sequence[str], suite: str) -> Sequence[str]:
     if isinstance(reconstruct, bool):
-        every = ("squared error",) if suite == "quick" else tuple(decoding.LOSSES)
+        every = ("squared error",) if suite == "quick" else tuple(LOSSES)
         return every if reconstruct else ()
     named = strings("reconstruct", reconstruct) or ()
-    unknown = set(named) - set(decoding.LOSSES)
+    unknown = set(named) - set(LOSSES)
     if unknown:
         raise ConfigError(
-            f"reconstruct={unknown.pop()!r}: choose among {', '.join(decoding.LOSSES)}, or True."
+            f"reconstruct={unknown.pop()!r}: choose among {', '.join(LOSSES)}, or True."
         )
     return named
 
@@ -231,7 +232,7 @@ def _check_same_data(references: References, data: str) -> None:
 
 
 def _not_tested(
-    rebuilt: decoding.Reconstruction | None, suite: str, queries: int, z: Tensor
+    rebuilt: Reconstruction | None, suite: str, queries: int, z: Tensor
 ) -> tuple[str, ...]:
     found = ["generative priors (GAN, diffusion)", "membership of the training set", "timing"]
     found.append("codes in exact values (a zero that moves about, the parity of the last digit)")

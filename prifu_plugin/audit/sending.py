@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import prifu_plugin.audit.reconstruction as decoding
 from prifu_plugin.audit.data import AuditData, uploads
+from prifu_plugin.audit.reconstruction import Reconstruction, reconstruct
 from prifu_plugin.channel import Channel, Noise, Quantizer
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of, like_of
@@ -183,7 +183,7 @@ def rebuilt(
     suite: str,
     seed: int,
     losses: Sequence[str],
-) -> decoding.Reconstruction:
+) -> Reconstruction:
     """Attack with decoders and, but for the quick suite, by search."""
     like = like_of(edge)
     device, quick = like.device, suite == "quick"
@@ -198,7 +198,7 @@ def rebuilt(
             channel.eval()
         both = zip(sent.uploads, sent.parts, strict=True)
         pairs = [(z, part.images.float()) for z, part in both]
-        return decoding.reconstruct(
+        return reconstruct(
             pairs[0],
             pairs[1],
             pairs[2],

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prifu_plugin.audit.reconstruction import decoder
+from prifu_plugin.audit.decoders import decoder
 from prifu_plugin.baselines.base import Batch, Defence
 from prifu_plugin.baselines.opponents import Opponent, classifier, reverse_gradient
 from prifu_plugin.baselines.ran import unexplained

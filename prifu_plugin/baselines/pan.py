@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from prifu_plugin.audit.reconstruction import decoder
+from prifu_plugin.audit.decoders import decoder
 from prifu_plugin.baselines.base import Batch, Defence
 from prifu_plugin.baselines.opponents import Opponent, classifier
 from prifu_plugin.baselines.ran import unexplained

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from prifu_plugin.audit.reconstruction import decoder
+from prifu_plugin.audit.decoders import decoder
 from prifu_plugin.baselines.base import Batch, Defence
 from prifu_plugin.baselines.opponents import Opponent
 
