@@ -239,9 +239,9 @@ class _Meter:
 
 def _places(model: nn.Module) -> list[tuple[str, nn.Module, PriFU]]:
     """Return (path, module whose output is Y, filter): the host, or the filter that it calls."""
-    found = []
+    found, modules = [], dict(model.named_modules())
     for path, unit in filters(model).items():
-        owner = dict(model.named_modules()).get(path)
+        owner = modules.get(path)
         place: nn.Module = unit
         if owner is not None and is_host(owner):
             inner = filter_of(owner)

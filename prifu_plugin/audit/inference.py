@@ -148,8 +148,7 @@ def infer(
     train, validation, test = labels
     if not uploads.parts:
         # Constant uploads: the prior is all an attacker has.
-        prior = (train.bincount(minlength=classes).double() + 1e-3) / len(train)
-        told = prior.log().expand(len(test), -1)
+        told = _prior(train, classes).log().expand(len(test), -1)
         return Inference(told, told, "the prior", {}, True)
     scores: dict[str, float] = {}
     best: tuple[float, str, Fitted, Tensor, Tensor] | None = None
@@ -168,9 +167,14 @@ def infer(
     assert best is not None
     _, winner, fitted, x_validation, x_test = best
     told = fitted.classify(x_test)
-    prior = (train.bincount(minlength=classes).double() + 1e-3) / (len(train) + 1e-3 * classes)
+    prior = _prior(train, classes)
     probable = calibrated(told, fitted.classify(x_validation), validation, prior)
     return Inference(told, probable, winner, scores, fitted.converged)
+
+
+def _prior(labels: Tensor, classes: int) -> Tensor:
+    """Return the share of each class, (K,), none of them 0."""
+    return (labels.bincount(minlength=classes).double() + 1e-3) / (len(labels) + 1e-3 * classes)
 
 
 def _plan(uploads: Prepared) -> list[tuple[Attacker, PreparedPart]]:

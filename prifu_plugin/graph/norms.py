@@ -217,7 +217,7 @@ def num_channels(module: nn.Module) -> int | None:
         return int(getattr(module, told[0]))
     shape = getattr(module, "normalized_shape", None)
     if shape is not None:
-        return int(shape[0]) if len(shape) > 1 else int(shape[-1])
+        return int(shape[0])
     for name in ("num_features", "num_channels"):
         if isinstance(getattr(module, name, None), int):
             return int(getattr(module, name))
