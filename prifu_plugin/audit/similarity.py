@@ -30,6 +30,7 @@ def similarity(found: Tensor, images: Tensor) -> Similarity:
         ImportError: if torchmetrics is missing.
 
     Example:
+        >>> import torch
         >>> x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         >>> similarity((x + 0.1).clamp(0, 1), x).psnr > 19
         True
