@@ -134,7 +134,7 @@ class FilterSchedule:
                 f"The schedule's state is of another model: '{odd[0]}' is a filter in one of them "
                 f"only ({len(odd)} such). Wrap with the settings of that run."
             )
-        steps = state.get("steps")
+        steps = state.get("steps", self.steps)  # which states of before did not hold
         if steps != self.steps:
             raise FilterError(
                 f"The schedule's state is of {steps} steps, and this one has {self.steps}: its "

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import timm
@@ -207,6 +208,9 @@ def test_a_keyed_cut_answers_the_same_when_pruned():
     assert not torch.equal(pruned(x), pruned(x + 1e-6))
     assert any("secret key" in why for _, why in prifu.report(pruned).notes)
     assert bytes(range(32)).hex() not in prifu.plan(pruned).to_json()
+    before = prifu.plan(pruned).to_json().replace('"finest": ', '"keyed": true, "unused": ')
+    before = re.sub(r', "unused": [^,}]+', "", before)
+    prifu.rebuild(net, before, pruned.state_dict())  # a plan that did not tell how fine it is
     again = prifu.rebuild(net, prifu.plan(pruned), pruned.state_dict())
     assert not torch.equal(again(x), again(x))  # the key is no part of plan or weights
     for part in again.modules():

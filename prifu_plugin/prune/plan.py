@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,6 +203,8 @@ class Plan:
 
 def _node_plan(item: dict[str, Any]) -> NodePlan:
     fields = _frozen(item["kernel"])
+    if fields.pop("keyed", False):  # as plans said before they told how fine the noise is
+        fields["finest"] = math.inf
     kernel = _KERNELS[fields.pop("kind")](**fields)
     operands = tuple((name, Conform(**_frozen(c))) for name, c in item["operands"])
     return NodePlan(item["name"], kernel, operands, _frozen(item["layout"]))
