@@ -61,10 +61,10 @@ def attacked(defence, private, images, task, seed=0):
     return float(right), float((found.scores.argmax(1) == labels[2]).double().mean())
 
 
-def trained(make, at="5", named=True):
-    edge, cloud = parts(at)
-    images, task, private = planted()
-    torch.manual_seed(0)
+def trained(make, at="5", named=True, seed=0):
+    edge, cloud = parts(at, seed)
+    images, task, private = planted(seed=10 * seed)
+    torch.manual_seed(seed)
     defence = make(edge, cloud)
     return baselines.fit(defence, images, task, private if named else None, schedule=SCHEDULE)
 
@@ -83,22 +83,34 @@ def psnr(defence, images, task):
 
 NAMED = {
     "ci": lambda e, c: baselines.CI(e, c, strength=3.0),
-    "maxent_arl": lambda e, c: baselines.MaxEntARL(e, c, strength=10.0),
+    "maxent_arl": lambda e, c: baselines.MaxEntARL(e, c, strength=50.0),
     "pan": lambda e, c: baselines.PAN(e, c, strength=10.0),
     "disco": lambda e, c: baselines.DISCO(e, c, channels=32, strength=5.0, remove=0.8),
     "cfb": lambda e, c: baselines.CFB(e, c, **shape("5"), strength=0.02),
 }
 
 
+@pytest.fixture(scope="module")
+def read_of_plain():
+    return judged(baselines.TaskOnly)[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
-def test_what_is_named_is_harder_to_read_and_the_task_stays(name, plain):
-    images, task, private = planted(seed=1)
-    before = attacked(plain["5"], private, images, task)
-    after = attacked(trained(NAMED[name]), private, images, task)
-    assert before[1] > 0.75
-    assert after[0] > 0.95
-    assert after[1] < before[1] - 0.03
+def test_what_is_named_is_harder_to_read_and_the_task_stays(name, read_of_plain):
+    right, read = judged(NAMED[name])
+    assert read_of_plain > 0.75
+    assert right > 0.95
+    assert read < read_of_plain - 0.03
+
+
+def judged(make, seeds=3):
+    """The means of `attacked` over seeds: one network's leak is off by five points and more."""
+    runs = []
+    for seed in range(seeds):
+        images, task, private = planted(2400, seed=10 * seed + 1)
+        runs.append(attacked(trained(make, seed=seed), private, images, task))
+    return torch.tensor(runs).mean(0).tolist()
 
 
 WIDE = {

@@ -36,12 +36,14 @@ def decoded(
         images to choose by.
     """
     (z, images), (z_choosing, known), (z_test, truth) = train, choose, test
-    attacks = [(name, name, (z, z_choosing, z_test)) for name in losses]
-    if z[0].numel() <= WIDE and z[0].numel() * images[0].numel() <= MOST_WEIGHTS:
-        attacks = [(LINEAR, LINEAR, (z, z_choosing, z_test)), *attacks]
+    linear = z[0].numel() <= WIDE and z[0].numel() * images[0].numel() <= MOST_WEIGHTS
+    names = [LINEAR, *losses] if linear else list(losses)
+    attacks = [(name, name, (z, z_choosing, z_test)) for name in names]
     if repeated is not None:
         means = (repeated[0], repeated[1], repeated[2])
-        attacks.append((f"{losses[0]}, mean of repeated queries", losses[0], means))
+        attacks += [
+            (f"{name}, mean of repeated queries", name, means) for name in names[: 1 + linear]
+        ]
     found: dict[str, Similarity] = {}
     best, highest = truth, -math.inf
     for label, name, seen in tqdm(attacks, desc="decoders", leave=False, disable=None):
