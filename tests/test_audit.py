@@ -16,7 +16,8 @@ import prifu_plugin as prifu
 from prifu_plugin.audit import checks
 from prifu_plugin.audit import run as audit_run
 from prifu_plugin.audit.controls import BROKEN, marks_of
-from prifu_plugin.audit.data import AuditData, check_disjoint, fingerprint, split_off
+from prifu_plugin.audit.data import AuditData, fingerprint
+from prifu_plugin.audit.disjoint import check_disjoint, split_off
 from prifu_plugin.audit.facts import facts_of
 from prifu_plugin.audit.page import _bubbles, html
 from prifu_plugin.audit.result import AuditReport
@@ -112,6 +113,12 @@ def test_a_defence_is_measured_against_the_plain_model(plain):
     again = run(Edge((0,)), references={"plain": Edge().eval()}, name="defended")
     assert rows(again)["private"].leak.value == pytest.approx(found["private"].leak.value, abs=0.05)
     assert found["coin"].leak is None
+    assert found["coin"].leak_by_seed == ()
+    shares = found["private"].leak_by_seed
+    assert len(shares) == len(found["private"].seeds)
+    assert sum(shares) / len(shares) == pytest.approx(found["private"].leak.value)
+    assert prifu.AuditReport.from_json(defended.to_json()).attributes == defended.attributes
+    assert "leak by seed" in defended.to_markdown()
     assert "reads nothing from the plain model" in found["coin"].marks[0]
     assert verdict(found["coin"]) == "no evidence either way"
     assert row_ceilings(defended) == {"plain", "untrained", "input"}
@@ -748,6 +755,51 @@ def test_copies_of_an_image_stay_on_one_side_of_a_split():
     assert 60 < len(second) <= 75
     ours = {tuple(row.tolist()) for row in first.images}
     assert not ours & {tuple(row.tolist()) for row in second.images}
+
+
+def test_images_of_one_person_stay_on_one_side_of_a_split():
+    x, task = numbers(400, 0)
+    x[7] = x[123]  # a copy binds two persons
+    persons = torch.arange(400) // 5
+    data = AuditData(x, {"task": task}, persons)
+    with pytest.warns(PrifuWarning, match="1 of 400 images of train are copies"):
+        first, second = split_off(data, 0.25, 0, ["task"])
+    assert len(first) + len(second) == 400
+    assert 90 <= len(second) <= 100
+    here, there = (set(part.groups.tolist()) for part in (first, second))
+    assert not here & there
+    assert ({7 // 5, 123 // 5} <= here) or ({7 // 5, 123 // 5} <= there)
+
+
+def test_groups_are_persons_in_an_audit():
+    def part(count, first, seed):
+        z, task = numbers(count, seed)
+        person = torch.arange(count) // 4
+        private = (torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5)[person]
+        z[:, 0] += 1.5 * private
+        return AuditData(z, {"task": task, "private": private.long()}, first + person)
+
+    train, test = part(800, 0, 0), part(400, 1000, 1)
+    settings = {"task": "task", "attributes": ["private"], "suite": "quick", "seeds": 1}
+    edge = nn.Flatten().eval()
+    found = prifu.audit(edge, train, test, reconstruct=False, **settings)
+    assert found.settings["test groups"] == 100
+    assert not any("persons" in left for left in found.not_tested)
+    alone = [AuditData(part.images, part.labels) for part in (train, test)]
+    without = prifu.audit(edge, *alone, reconstruct=False, **settings)
+    assert any("same persons" in left for left in without.not_tested)
+
+    def refused(message, train, test):
+        with pytest.raises(ConfigError, match=message):
+            prifu.audit(edge, train, test, reconstruct=False, **settings)
+
+    refused("1 groups have images in train and in test, group 199", train, part(400, 199, 1))
+    refused("test has no groups", train, alone[1])
+    refused("train has no groups", alone[0], test)
+    floats = AuditData(train.images, train.labels, train.groups.float())
+    refused("groups of train are torch.float32", floats, test)
+    short = AuditData(train.images, train.labels, train.groups[:5])
+    refused(r"one integer an image, a tensor of \(800,\)", short, test)
 
 
 @pytest.mark.parametrize("count", [5, 8, 40])

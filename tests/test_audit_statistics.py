@@ -74,6 +74,23 @@ def test_the_interval_covers_the_truth():
     assert width == pytest.approx(2 * half_width(found.value, 200), rel=0.25)
 
 
+def test_items_of_a_group_count_once():
+    one = (torch.rand(100, generator=torch.Generator().manual_seed(0)) < 0.3).double()
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(1))
+    ten, groups = one.repeat(10)[order], torch.arange(100).repeat(10)[order] * 7
+
+    def width(right, groups=None):
+        found = bootstrap(lambda i: float(right[i].mean()), len(right), groups=groups)
+        return found.high - found.low
+
+    assert width(ten, groups) == pytest.approx(width(one), rel=0.15)
+    assert width(ten) < 0.45 * width(one)
+    alone = torch.arange(100)
+    assert width(one, alone) == width(one)
+    few = bootstrap(lambda i: 0.5, 1000, groups=torch.arange(1000) % 30)
+    assert math.isnan(few.low)
+
+
 def test_few_items_give_no_interval():
     found = bootstrap(lambda index: 0.5, 30)
     assert math.isnan(found.low)

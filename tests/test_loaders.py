@@ -75,6 +75,16 @@ def test_celeba(celeba):
     assert len(load_celeba(celeba, "train", size=48, most=1)) == 1
 
 
+def test_celeba_with_the_list_of_persons(celeba):
+    assert load_celeba(celeba, "train", size=48).groups is None
+    file = celeba / "identity_CelebA.txt"
+    file.write_text("".join(f"{i:06d}.jpg {p}\n" for i, p in enumerate((2880, 77, 5, 5), 1)))
+    assert load_celeba(celeba, "train", size=48).groups.tolist() == [2880, 77]
+    file.write_text("000001.jpg 2880\n")
+    with pytest.raises(ConfigError, match="does not name 000002.jpg"):
+        load_celeba(celeba, "train", size=48)
+
+
 def test_celeba_incomplete(celeba):
     with pytest.raises(ConfigError, match="train, validation, test"):
         load_celeba(celeba, "val")
@@ -114,6 +124,8 @@ def test_lfw_divides_persons(lfw):
         set((d.images[:, 1].mean((1, 2)) * 255 / 4).round().int().tolist()) for d in (train, test)
     ]
     assert not greens[0] & greens[1]
+    assert not set(train.groups.tolist()) & set(test.groups.tolist())
+    assert len(test.groups.unique()) == 16
     assert train.labels["Smiling"].float().mean() == 0.5
     assert train.labels["Youth"].sum() == 0
     with pytest.raises(ConfigError, match="no attribute 'Old'"):

@@ -16,7 +16,8 @@ from lab.runs import stored, stored_file
 from lab.scale import scale_from_command_line
 from tqdm import tqdm
 
-from prifu_plugin.audit.data import integers, split_off
+from prifu_plugin.audit.data import integers
+from prifu_plugin.audit.disjoint import split_off
 from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.audit.sending import rebuilt, send
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prifu_plugin.audit.data import AuditData, check_disjoint, check_labels
+from prifu_plugin.audit.data import AuditData, check_groups, check_labels
+from prifu_plugin.audit.disjoint import check_disjoint
 from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.errors import ConfigError, OrderError
 
@@ -59,6 +60,7 @@ def check(
             f"Images of train are {tuple(train.images.shape[1:])}, of test "
             f"{tuple(test.images.shape[1:])}: bring them to one shape."
         )
+    check_groups(train, test)
     check_disjoint(train, test)
     for label in dict.fromkeys([task, *attributes]):
         _check_classes(label, train.labels[label].long(), test.labels[label].long())

@@ -36,7 +36,7 @@ def marks_of(
         permuted: accuracy after training on permuted labels.
         half: accuracy with half of the training data.
         converged: whether the winner's training had settled.
-        count: of test items.
+        count: of test items that are independent: images, or persons.
     """
     margin = half_width(accuracy.value, count)
     base = float(floor.mean())

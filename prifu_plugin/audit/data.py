@@ -1,4 +1,4 @@
-"""What an audit is run on: images with labels, in parts that share nothing."""
+"""What an audit is run on: images with labels, and what the edge makes of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,17 +25,24 @@ class AuditData:
     Attributes:
         images: (N, ...), as the edge takes them.
         labels: name -> classes (N,), integers from 0.
+        groups: whom each image shows, (N,) integers, where several show the same person: they are
+            kept on one side of every split, and intervals are of persons, not of images. None
+            where every image stands for itself.
     """
 
     images: Tensor
     labels: Labels
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def at(self, index: Tensor) -> AuditData:
         """Return the items at some indices."""
-        return AuditData(self.images[index], {k: v[index] for k, v in self.labels.items()})
+        labels = {name: label[index] for name, label in self.labels.items()}
+        return AuditData(
+            self.images[index], labels, None if self.groups is None else self.groups[index]
+        )
 
 
 def check_labels(data: AuditData, names: Sequence[str], where: str) -> None:
@@ -69,75 +75,29 @@ def check_labels(data: AuditData, names: Sequence[str], where: str) -> None:
             )
 
 
+def check_groups(train: AuditData, test: AuditData) -> None:
+    """Raise ConfigError unless both parts or neither say whom each image shows, by integers."""
+    for data, where in ((train, "train"), (test, "test")):
+        groups = data.groups
+        if groups is None:
+            if train.groups is not test.groups:
+                raise ConfigError(
+                    f"{where} has no groups and the other part has: give both, numbered alike."
+                )
+            continue
+        if not isinstance(groups, Tensor) or groups.shape != (len(data),):
+            raise ConfigError(
+                f"groups of {where} must be one integer an image, a tensor of ({len(data)},)."
+            )
+        if groups.is_floating_point() or groups.is_complex():
+            raise ConfigError(f"groups of {where} are {groups.dtype}: pass integers.")
+
+
 def integers(data: AuditData) -> AuditData:
-    """Return the data on the CPU, with labels of type int64."""
+    """Return the data on the CPU, with labels and groups of type int64."""
     labels = {name: label.cpu().long() for name, label in data.labels.items()}
-    return AuditData(data.images.cpu(), labels)
-
-
-def check_disjoint(train: AuditData, test: AuditData) -> None:
-    """Raise ConfigError if an image is in both parts, by content, or nearly."""
-    shared = set(_digests(train.images)) & set(_digests(test.images))
-    if shared:
-        raise ConfigError(
-            f"{len(shared)} images are in train and in test: an attacker that remembers them "
-            "would be taken for one that reads them. Split by image, or by person."
-        )
-    near, looked_at = _near_duplicates(train.images, test.images)
-    if near:
-        raise ConfigError(
-            f"{near} of {looked_at} test images are almost the same as one of train: remove "
-            "copies that differ by rounding or compression."
-        )
-
-
-def split_off(
-    data: AuditData, share: float, seed: int, alike: Sequence[str] = ()
-) -> tuple[AuditData, AuditData]:
-    """Split data at random; the second part has the share. Copies of an image stay together.
-
-    Args:
-        data: what to split.
-        share: of the items that go into the second part.
-        seed: of the order.
-        alike: labels of which each class shall be in both parts, where it has two images.
-    """
-    copies = _copies(data.images)
-    if len(copies) < len(data):
-        warnings.warn(
-            f"{len(data) - len(copies)} of {len(data)} images of train are copies of others: "
-            "attackers learn from them what they know already. Pass each image once.",
-            PrifuWarning,
-            stacklevel=4,
-        )
-    order = torch.randperm(len(copies), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen, rest, count = [], [], 0
-    for group in (copies[i] for i in order):
-        if count + len(group) <= int(len(data) * share):
-            chosen.append(group)
-            count += len(group)
-        else:
-            rest.append(group)
-    for name in alike:
-        label = data.labels[name].tolist()
-        for wanting, giving in ((chosen, rest), (rest, chosen)):
-            there = {label[i] for group in wanting for i in group}
-            for value in sorted({label[i] for group in giving for i in group} - there):
-                members = [group for group in giving if label[group[0]] == value]
-                if len(members) > 1:
-                    wanting.append(members[0])
-                    giving.remove(members[0])
-    parts = (torch.tensor([i for group in part for i in group]) for part in (rest, chosen))
-    first, second = (data.at(index) for index in parts)
-    return first, second
-
-
-def _copies(images: Tensor) -> list[list[int]]:
-    """Return the places of each image, first come first."""
-    places: dict[bytes, list[int]] = {}
-    for place, digest in enumerate(_digests(images)):
-        places.setdefault(digest, []).append(place)
-    return list(places.values())
+    groups = None if data.groups is None else data.groups.cpu().long()
+    return AuditData(data.images.cpu(), labels, groups)
 
 
 def uploads(edge: nn.Module, images: Tensor, what: str, batch: int = 250) -> Tensor:
@@ -202,53 +162,18 @@ def _as_float(z: Tensor, what: str) -> Tensor:
     return single
 
 
-def _near_duplicates(train: Tensor, test: Tensor) -> tuple[int, int]:
-    """Count test images that are far nearer to one of train than images of train are.
-
-    Returns:
-        How many, and of how many that were looked at, which are at most `LOOKED_AT`.
-    """
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:LOOKED_AT]
-    known, asked = _small(train), _small(test[order])
-    half = min(300, len(known) // 2)
-    usual = torch.cdist(known[:half], known[half : 2 * half]).amin(1).median()
-    if usual == 0:
-        return 0, len(asked)
-    exact = "donot_use_mm_for_euclid_dist"
-    parts = (torch.cdist(asked, part, compute_mode=exact).amin(1) for part in known.split(4000))
-    nearest = torch.stack(list(parts)).amin(0)
-    close = 0.05 if _is_image(train) else 1e-3  # of few numbers, some are near by chance
-    return int((nearest < close * usual).sum()), len(asked)
-
-
-LOOKED_AT = 1000
-"""Test images that are compared with all of train."""
-
-
-def _small(images: Tensor) -> Tensor:
-    """Return images as 8 x 8 means, in which rounding and compression hardly show."""
-    values = images.float() / (1 if images.is_floating_point() else 255)
-    return (F.adaptive_avg_pool2d(values, 8) if _is_image(images) else values).flatten(1)
-
-
-def _is_image(images: Tensor) -> bool:
-    return images.ndim == 4 and min(images.shape[2:]) >= 8
-
-
 def fingerprint(*parts: AuditData) -> str:
     """Return a digest of images and labels in their order, by which audits know their data."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
-        digest.update(_bytes(part.images))
+        digest.update(content(part.images))
         for name in sorted(part.labels):
             digest.update(name.encode() + part.labels[name].cpu().long().numpy().tobytes())
+        if part.groups is not None:
+            digest.update(b"groups" + part.groups.cpu().long().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _digests(images: Tensor) -> list[bytes]:
-    return [hashlib.blake2b(_bytes(image), digest_size=16).digest() for image in images]
-
-
-def _bytes(x: Tensor) -> bytes:
+def content(x: Tensor) -> bytes:
     """Return what a tensor holds, of types that numpy does not know too."""
     return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

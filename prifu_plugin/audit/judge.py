@@ -12,10 +12,12 @@ from prifu_plugin.audit.data import AuditData
 from prifu_plugin.audit.inference import Inference, Prepared, infer
 from prifu_plugin.audit.result import AttributeResult, AuditReport
 from prifu_plugin.audit.statistics import (
+    Interval,
     above_by_auc,
     area,
     bootstrap,
     leak,
+    leaks,
     majority_guess,
     metrics,
     task_guess,
@@ -63,7 +65,7 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
     """Attack one attribute and set what was read beside what is known without the upload."""
     labels, seed = evidence.labels(label), evidence.seed
     classes = int(max(int(y.max()) for y in labels)) + 1
-    truth = labels[2]
+    truth, groups = labels[2], evidence.parts[2].groups
     single = _attack(evidence, evidence.sent, labels, classes)
     found, used, repeated = _strongest(evidence, single, labels, classes)
     right, once = (right_share(attack, truth) for attack in (found, single))
@@ -71,34 +73,43 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
     majority, task_only, task_auc = _floors(evidence, labels)
     floor = majority if float(majority.mean()) > float(task_only.mean()) else task_only
     half, permuted = controls(used, labels, classes, seed, found[0].winner)
-    first = metrics(found[0].scores, truth, seed, probable=found[0].probable)
-    accuracy = bootstrap(lambda index: float(right[index].mean()), len(truth), seed)
+    first = metrics(found[0].scores, truth, seed, probable=found[0].probable, groups=groups)
+    accuracy = _share(right, seed, groups)
     converged = all(one.converged for one in found)
     ceilings = {key: float(value.mean()) for key, value in others.items()}
     ceilings = _known_ceilings(evidence.reports, label) | ceilings
     ranked = above_by_auc(first.auc, task_auc)
-    marks = marks_of(accuracy, ranked, floor, ceilings, permuted, half, converged, len(truth))
+    independent = len(truth if groups is None else groups.unique())
+    marks = marks_of(accuracy, ranked, floor, ceilings, permuted, half, converged, independent)
     if evidence.constant:
         marks = (CONSTANT, *marks)
     truths = evidence.labels(evidence.task)[2]
     if not is_above_chance(float((evidence.answers[2] == truths).double().mean()), truths):
         marks = ("the model is at chance at its own task", *marks)
     marks = (*_of_the_task(evidence, labels), *marks)
+    by_seed = tuple(float(right_share([one], truth).mean()) for one in found)
+    leaked: Interval | None = None
+    spread: tuple[float, ...] = ()
+    if "plain" in others:
+        leaked = leak(right, others["plain"], floor, seed, groups=groups)
+    if leaked is not None:
+        spread = leaks(by_seed, float(others["plain"].mean()), float(floor.mean()))
     asked = "mean of repeated queries, " if used is evidence.repeated else ""
     return AttributeResult(
         name=label,
         classes=classes,
         accuracy=accuracy,
-        seeds=tuple(float((one.scores.argmax(1) == truth).double().mean()) for one in found),
+        seeds=by_seed,
         balanced=first.balanced,
         auc=first.auc,
         task_auc=task_auc,
-        gain=bootstrap(lambda index: float((right - floor)[index].mean()), len(truth), seed),
+        gain=_share(right - floor, seed, groups),
         bits=first.bits,
         majority=float(majority.mean()),
         task_only=float(task_only.mean()),
         ceilings=ceilings,
-        leak=leak(right, others["plain"], floor, seed) if "plain" in others else None,
+        leak=leaked,
+        leak_by_seed=spread,
         winner=asked + found[0].winner,
         converged=converged,
         half_data=half,
@@ -111,6 +122,10 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
         once_right=once,
         floor_right=floor,
     )
+
+
+def _share(right: Tensor, seed: int, groups: Tensor | None) -> Interval:
+    return bootstrap(lambda index: float(right[index].mean()), len(right), seed, groups=groups)
 
 
 def _strongest(

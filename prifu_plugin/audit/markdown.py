@@ -35,14 +35,16 @@ def markdown(reports: Sequence[AuditReport]) -> str:
 
 def _read(rows: Sequence[AttributeResult]) -> list[str]:
     """Say what is read of each attribute, and what that means."""
-    head = ["attribute", "read", "by seed", "floor", "leak", "verdict", "strongest attacker"]
+    head = ["attribute", "read", "by seed", "floor", "leak", "leak by seed", "verdict"]
+    head += ["strongest attacker"]
     cells = [
         [
             row.name,
             str(row.accuracy),
-            ", ".join(f"{value:.3f}" for value in row.seeds),
+            _each(row.seeds),
             f"{row.floor:.3f}",
             str(row.leak or ""),
+            _each(row.leak_by_seed),
             "; ".join([verdict(row), *row.marks]),
             row.winner,
         ]
@@ -89,6 +91,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
     escaped = ([cell.replace("|", r"\|") for cell in cells] for cells in lines)
     return ["| " + " | ".join(cells) + " |" for cells in escaped]
+
+
+def _each(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def _shown(value: float | None) -> str:

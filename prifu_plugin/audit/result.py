@@ -35,6 +35,7 @@ class AttributeResult:
         ceilings: accuracy of the same suite on "plain", "untrained", "input" where given.
         leak: share of what the plain model gives away above the floor, with its interval; None if
             no plain model was given or it gives away nothing.
+        leak_by_seed: the same share with each attack seed alone; empty where `leak` is None.
         winner: preparation and classifier of the strongest attacker.
         converged: whether its training had settled.
         half_data: its accuracy with half of the training data: far below accuracy means that more
@@ -72,6 +73,7 @@ class AttributeResult:
     once: float
     repeated: float | None
     marks: tuple[str, ...]
+    leak_by_seed: tuple[float, ...] = ()
     tried: dict[str, float] = field(default_factory=dict, compare=False)
     right: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
     once_right: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
@@ -230,7 +232,8 @@ def _attribute(data: dict[str, Any]) -> AttributeResult:
         fields[name] = _interval(data[name])
     for name in ("task_auc", "bits", "balanced", "half_data", "permuted"):
         fields[name] = float("nan") if fields[name] is None else fields[name]
-    fields["seeds"], fields["marks"] = tuple(data["seeds"]), tuple(data["marks"])
+    for name in ("seeds", "marks", "leak_by_seed"):
+        fields[name] = tuple(data.get(name, ()))
     return AttributeResult(**fields)
 
 

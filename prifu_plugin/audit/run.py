@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from prifu_plugin.arguments import strings, whole_number
 from prifu_plugin.audit.checks import check, check_images, check_packages
-from prifu_plugin.audit.data import AuditData, fingerprint, integers, split_off
+from prifu_plugin.audit.data import AuditData, fingerprint, integers
+from prifu_plugin.audit.disjoint import split_off
 from prifu_plugin.audit.facts import facts_of
 from prifu_plugin.audit.inference import MANY, Prepared, prepare
 from prifu_plugin.audit.judge import Evidence, judge
@@ -141,13 +142,13 @@ def audit(
     return AuditReport(
         name=name,
         task=task,
-        utility=_utility(sent.answers[2], test.labels[task], cloud, seed),
+        utility=_utility(sent.answers[2], test.labels[task], cloud, seed, test.groups),
         attributes=rows,
         upload=facts,
         reconstruction=images,
         sizes=(len(parts[0]), len(parts[1]), len(parts[2])),
-        settings={**settings, "queries": queries, "data": data},
-        not_tested=_not_tested(images, suite, queries, sent.uploads[0]),
+        settings={**settings, "queries": queries, "data": data, **_counted(parts)},
+        not_tested=_not_tested(images, suite, queries, sent.uploads[0], test.groups),
     )
 
 
@@ -178,12 +179,18 @@ def _prepared(
 
 
 def _utility(
-    answers: Tensor, labels: Tensor, cloud: nn.Module | None, seed: int
+    answers: Tensor, labels: Tensor, cloud: nn.Module | None, seed: int, groups: Tensor | None
 ) -> Interval | None:
     if cloud is None:
         return None
     right = (answers == labels).double()
-    return bootstrap(lambda index: float(right[index].mean()), len(right), seed)
+    return bootstrap(lambda index: float(right[index].mean()), len(right), seed, groups=groups)
+
+
+def _counted(parts: Sequence[AuditData]) -> dict[str, int]:
+    """Say how many groups, which are persons mostly, test images are of."""
+    groups = parts[-1].groups
+    return {} if groups is None else {"test groups": len(groups.unique())}
 
 
 def _losses(reconstruct: bool | Sequence[str], suite: str) -> Sequence[str]:
@@ -232,10 +239,12 @@ def _check_same_data(references: References, data: str) -> None:
 
 
 def _not_tested(
-    rebuilt: Reconstruction | None, suite: str, queries: int, z: Tensor
+    rebuilt: Reconstruction | None, suite: str, queries: int, z: Tensor, groups: Tensor | None
 ) -> tuple[str, ...]:
     found = ["generative priors (GAN, diffusion)", "membership of the training set", "timing"]
     found.append("codes in exact values (a zero that moves about, the parity of the last digit)")
+    if groups is None:
+        found.append("whether train and test show the same persons (no groups were given)")
     if queries == 1:
         found.append("averages over repeated queries of the same image")
     if rebuilt is None:

@@ -12,6 +12,8 @@ from torch import Tensor
 from prifu_plugin.ranks import ranks
 
 RESAMPLES = 1000
+FEWER_RESAMPLES = 200
+"""For what takes longer."""
 FEWEST = 50
 """Test items below which no interval is given."""
 
@@ -48,7 +50,12 @@ class Metrics:
 
 
 def metrics(
-    scores: Tensor, labels: Tensor, seed: int = 0, *, probable: Tensor | None = None
+    scores: Tensor,
+    labels: Tensor,
+    seed: int = 0,
+    *,
+    probable: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Metrics:
     """Turn log-probabilities into figures.
 
@@ -57,6 +64,7 @@ def metrics(
         labels: true classes (N,).
         seed: of the bootstrap.
         probable: the same after `calibrated`, for the bits; by default the scores themselves.
+        groups: of which `bootstrap` draws.
 
     Example:
         >>> perfect = torch.eye(2).repeat(50, 1).add(1e-9).log()
@@ -66,9 +74,15 @@ def metrics(
     """
     right = (scores.argmax(1) == labels).double()
     return Metrics(
-        bootstrap(lambda index: float(right[index].mean()), len(labels), seed),
+        bootstrap(lambda index: float(right[index].mean()), len(labels), seed, groups=groups),
         _balanced(right, labels),
-        bootstrap(lambda index: area(scores[index], labels[index]), len(labels), seed, 200),
+        bootstrap(
+            lambda index: area(scores[index], labels[index]),
+            len(labels),
+            seed,
+            FEWER_RESAMPLES,
+            groups=groups,
+        ),
         _bits(scores if probable is None else probable, labels),
     )
 
@@ -107,7 +121,12 @@ def _mixed(scores: Tensor, prior: Tensor, temperature: float, share: float) -> T
 
 
 def bootstrap(
-    statistic: Callable[[Tensor], float], count: int, seed: int = 0, resamples: int = RESAMPLES
+    statistic: Callable[[Tensor], float],
+    count: int,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    *,
+    groups: Tensor | None = None,
 ) -> Interval:
     """Return a statistic of all items and the 2.5 and 97.5 percentiles over resamples.
 
@@ -116,20 +135,33 @@ def bootstrap(
         count: of items.
         seed: of the resampling.
         resamples: how many.
+        groups: of items that are no independent draws, (count,), such as images of one person:
+            whole groups are drawn, and items of themselves otherwise.
     """
     value = statistic(torch.arange(count))
-    if count < FEWEST:
+    members = None if groups is None else _members(groups)
+    units = count if members is None else len(members)
+    if units < FEWEST:
         return Interval(value, float("nan"), float("nan"))
     generator = torch.Generator().manual_seed(seed)
-    drawn = [
-        statistic(torch.randint(count, (count,), generator=generator)) for _ in range(resamples)
-    ]
+    drawn = []
+    for _ in range(resamples):
+        chosen = torch.randint(units, (units,), generator=generator)
+        if members is not None:
+            chosen = torch.cat([members[i] for i in chosen.tolist()])
+        drawn.append(statistic(chosen))
     draws = torch.tensor(drawn, dtype=torch.float64)
     known = draws[~draws.isnan()]  # a few resamples may lack a class of few items
     if len(known) < ENOUGH * resamples:
         return Interval(value, float("nan"), float("nan"))
     low, high = known.quantile(torch.tensor([0.025, 0.975]).double())
     return Interval(value, float(low), float(high))
+
+
+def _members(groups: Tensor) -> list[Tensor]:
+    """Return the places of each group."""
+    order = groups.argsort(stable=True)
+    return list(order.split(groups.unique(return_counts=True)[1].tolist()))
 
 
 ENOUGH = 0.9
@@ -141,7 +173,14 @@ def above_by_auc(auc: Interval, task_auc: float) -> bool:
     return auc.low > max(0.5, task_auc) + 0.01
 
 
-def leak(attacked: Tensor, plain: Tensor, floor: Tensor, seed: int = 0) -> Interval | None:
+def leak(
+    attacked: Tensor,
+    plain: Tensor,
+    floor: Tensor,
+    seed: int = 0,
+    *,
+    groups: Tensor | None = None,
+) -> Interval | None:
     """Return (attack - floor) / (attack on the plain model - floor): 0 is the floor, 1 is plain.
 
     Args:
@@ -149,12 +188,14 @@ def leak(attacked: Tensor, plain: Tensor, floor: Tensor, seed: int = 0) -> Inter
         plain: the same of the undefended model, on the same items.
         floor: the same of the floor's guess.
         seed: of the bootstrap, which resamples the items of all three together.
+        groups: of which it draws.
 
     Returns:
         None where the undefended model is not clearly above the floor: there is nothing to share.
     """
     above = plain - floor
-    if not bootstrap(lambda index: float(above[index].mean()), len(plain), seed).low > 0:
+    known = bootstrap(lambda index: float(above[index].mean()), len(plain), seed, groups=groups)
+    if not known.low > 0:
         return None
 
     def share(index: Tensor) -> float:
@@ -162,7 +203,17 @@ def leak(attacked: Tensor, plain: Tensor, floor: Tensor, seed: int = 0) -> Inter
         # Where a resample has nothing to share, the interval must become wide, not vanish.
         return gained / max(float(above[index].mean()), 1e-9)
 
-    return bootstrap(share, len(attacked), seed)
+    return bootstrap(share, len(attacked), seed, groups=groups)
+
+
+def leaks(attacked: tuple[float, ...], plain: float, floor: float) -> tuple[float, ...]:
+    """Return `leak` of the accuracies of several attacks, one for each.
+
+    Example:
+        >>> leaks((0.6, 0.7), plain=0.9, floor=0.5)
+        (0.25, 0.5)
+    """
+    return tuple(round((one - floor) / max(plain - floor, 1e-9), 12) for one in attacked)
 
 
 def majority_guess(train: Tensor, test: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from prifu_plugin.audit.data import AuditData
 from prifu_plugin.data.pictures import read_pictures
@@ -32,7 +33,8 @@ def load_celeba(
         most: how many at most, the first of the official order.
 
     Returns:
-        Images (N, 3, size, size) in [0, 1], and labels.
+        Images (N, 3, size, size) in [0, 1], labels, and persons as groups where the folder holds
+        identity_CelebA.txt.
 
     Raises:
         ConfigError: if a file or attribute is missing, or lists disagree.
@@ -59,7 +61,19 @@ def load_celeba(
         name: torch.tensor([int(row[1 + names.index(name)]) > 0 for row in chosen]).long()
         for name in attributes
     }
-    return AuditData(read_pictures(files, size), labels)
+    return AuditData(read_pictures(files, size), labels, _persons(folder, [r[0] for r in chosen]))
+
+
+def _persons(folder: Path, names: list[str]) -> Tensor | None:
+    """Return whom each image shows, if the list is there: it is given out on request only."""
+    file = folder / "identity_CelebA.txt"
+    if not file.exists():
+        return None
+    known = dict(line.split() for line in _lines(file) if line.strip())
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ConfigError(f"{file} does not name {missing[0]}: it is cut off, or of other images.")
+    return torch.tensor([int(known[name]) for name in names])
 
 
 def _lines(file: Path) -> list[str]:

@@ -33,7 +33,7 @@ def load_lfw(
         size: pixels a side.
 
     Returns:
-        Images (N, 3, size, size) in [0, 1], and labels.
+        Images (N, 3, size, size) in [0, 1], labels, and persons as groups.
 
     Raises:
         ConfigError: if a file or attribute is missing.
@@ -55,7 +55,8 @@ def load_lfw(
     if unknown:
         raise ConfigError(f"LFW has no attribute '{unknown[0]}'; it has {', '.join(names[2:])}.")
     rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
-    judged = _for_test([row[0] for row in rows])
+    persons = [row[0] for row in rows]
+    judged = _for_test(persons)
     rows = [row for row in rows if (row[0] in judged) != train]
     if not rows or any(len(row) != len(names) for row in rows):
         raise ConfigError(f"{file} is cut off, or not the official file.")
@@ -67,7 +68,9 @@ def load_lfw(
         name: torch.tensor([float(row[names.index(name)]) > 0 for row in rows]).long()
         for name in attributes
     }
-    return AuditData(read_pictures(files, size), labels)
+    known = {person: place for place, person in enumerate(sorted(set(persons)))}
+    groups = torch.tensor([known[row[0]] for row in rows])
+    return AuditData(read_pictures(files, size), labels, groups)
 
 
 def _for_test(persons: list[str]) -> set[str]:
