@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prifu_plugin.arguments import number, whole_number
 from prifu_plugin.errors import ConfigError, OrderError
 from prifu_plugin.keyed import check_key, keyed_gaussian
+from prifu_plugin.projection import Projection as Projection
 
 
 class Channel(nn.Module):
@@ -235,57 +236,6 @@ class Noise(nn.Module):
     def extra_repr(self) -> str:
         """Say the scale, not the key."""
         return f"scale={self.scale}"
-
-
-class Projection(nn.Module):
-    """What the server's first linear map can see of an upload, and nothing else.
-
-    W z = (U S) (V^T z): the edge sends the r numbers V^T z, the server multiplies by U S. Exact
-    and free; for a head of two classes with softmax one number would do.
-
-    Args:
-        linear: the first layer the server applies to z, (N, C).
-
-    Example:
-        >>> head = nn.Linear(64, 2)
-        >>> projection = Projection(head)
-        >>> z = torch.randn(5, 64)
-        >>> torch.allclose(projection.server()(projection(z)), head(z), atol=1e-5)
-        True
-    """
-
-    basis: Tensor
-    rest: Tensor
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        if not isinstance(linear, nn.Linear):
-            raise ConfigError(
-                f"The server's first layer is a {type(linear).__name__}: a projection needs the "
-                "nn.Linear that reads the upload."
-            )
-        left, values, right = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
-        # Half precision rounds the weights, but they are what the server computes with.
-        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-        smallest = max(linear.weight.shape) * torch.finfo(dtype).eps
-        rank = max(1, int((values > values.max() * smallest).sum()))
-        rest = (left * values)[:, :rank].contiguous()
-        self.register_buffer("basis", right[:rank].to(linear.weight.dtype).contiguous())
-        self.register_buffer("rest", rest.to(linear.weight.dtype))
-        self.bias = linear.bias
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Return the coordinates, (N, r)."""
-        return z @ self.basis.T.to(z.dtype)
-
-    def server(self) -> nn.Linear:
-        """Return the layer that takes the place of the server's first one."""
-        outputs, rank = self.rest.shape
-        layer: nn.Linear = nn.utils.skip_init(nn.Linear, rank, outputs, bias=self.bias is not None)
-        layer.weight = nn.Parameter(self.rest.clone())
-        if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.detach().clone())
-        return layer
 
 
 def image_bytes(images: Tensor) -> dict[str, float]:

@@ -76,6 +76,36 @@ def test_a_projection_is_exact(bias):
     torch.testing.assert_close(projection.server()(sent), head(z))
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(32, 6, 1, stride=2),
+        nn.Conv2d(16, 3, (2, 1), padding="same", bias=False, padding_mode="reflect"),
+        nn.Conv1d(40, 4, 3, 2, padding=1, dilation=2),
+        nn.Conv3d(9, 1, 2),
+        nn.Conv2d(5, 8, 3),  # sees all it is given
+    ],
+)
+def test_a_projection_in_front_of_a_convolution_is_exact(layer):
+    layer.double()
+    spatial = (7,) * (layer.weight.ndim - 2)
+    z = torch.randn(3, layer.in_channels, *spatial).double()
+    projection = Projection(layer)
+    sent = projection(z)
+    seen = min(layer.in_channels, layer.weight[:, 0].numel())
+    assert sent.shape == (3, seen, *spatial)
+    assert sent.is_contiguous()
+    torch.testing.assert_close(projection.server()(sent), layer(z))
+
+
+def test_a_projection_of_tokens():
+    head = nn.Linear(16, 3)
+    z = torch.randn(2, 5, 16)
+    projection = Projection(head)
+    assert projection(z).shape == (2, 5, 3)
+    torch.testing.assert_close(projection.server()(projection(z)), head(z))
+
+
 def test_a_projection_before_a_quantizer():
     head = nn.Linear(64, 2)
     z = torch.randn(100, 64)
@@ -104,7 +134,9 @@ def test_images_on_the_wire():
         lambda: Noise(0.1, key=b""),
         lambda: Noise(0.1, key="word" * 8),
         lambda: Quantizer(4.0),
-        lambda: Projection(nn.Conv2d(3, 4, 1)),
+        lambda: Projection(nn.Conv2d(4, 4, 1, groups=2)),
+        lambda: Projection(nn.BatchNorm1d(4)),
+        lambda: Projection(nn.ConvTranspose2d(4, 4, 1)),
         lambda: Channel(Quantizer(4), Noise(0.1, key=b"k" * 32)),
         lambda: Quantizer(4).fit(torch.randn(3)).unpack(b"123", (3,)),
     ],
