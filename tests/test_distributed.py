@@ -1,5 +1,6 @@
 """Two processes: masks need no communication of their own."""
 
+import contextlib
 import copy
 import json
 import os
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.debug import CommDebugMode
@@ -36,7 +39,8 @@ def batch(step):
 SETTINGS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 
 
-def train(model, part, steps=STEPS, zero=False):
+def train(model, part, steps=STEPS, zero=False, micro=1, dtype=None):
+    """Train on one part of every batch, in micro-batches, of which the last exchanges gradients."""
     if zero:  # the optimizer of each process steps a share of the weights and sends them around
         optimizer = ZeroRedundancyOptimizer(
             model.parameters(), optimizer_class=torch.optim.SGD, **SETTINGS
@@ -46,8 +50,67 @@ def train(model, part, steps=STEPS, zero=False):
     for step in range(steps):
         x, y = batch(step)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+        pieces = list(zip(x[part].chunk(micro), y[part].chunk(micro), strict=True))
+        for place, (images, labels) in enumerate(pieces):
+            with exchanging(model, place == micro - 1):
+                with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                    loss = nn.functional.cross_entropy(model(images), labels)
+                (loss / micro).backward()
         optimizer.step()
+
+
+@contextlib.contextmanager
+def exchanging(model, last):
+    """Exchange gradients between processes in the last of the micro-batches only."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+        yield
+    elif hasattr(model, "no_sync") and not last:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+FORMS = {"accumulated": {"micro": 2}, "bf16": {"dtype": torch.bfloat16, "steps": 10}}
+
+
+def trained_forms(kind, part):
+    """Train a model in each of the forms, sharded layer by layer or replicated; return all W."""
+    found = {}
+    for name, form in FORMS.items():
+        model = network()
+        if kind == "fsdp2":
+            for layer in (model[0], model[1], model[3]):
+                fully_shard(layer)
+            fully_shard(model)
+        else:
+            model = nn.parallel.DistributedDataParallel(model)
+        train(model, part, **form)
+        found[name] = weights_of(model if kind == "fsdp2" else model.module)
+    return found
+
+
+def weights_of(model):
+    weights = [unit.weight.detach() for unit in prifu.filters(model).values()]
+    whole = [w.full_tensor() if hasattr(w, "full_tensor") else w for w in weights]
+    return [w.tolist() for w in whole]
+
+
+def resumed(folder, part):
+    """Train in one go, and with a distributed checkpoint between; return both W."""
+    once = fully_shard(network())
+    train(once, part, steps=20)
+    train(once, part, steps=5)
+    first = fully_shard(network())
+    train(first, part, steps=20)
+    dcp.save(get_model_state_dict(first), checkpoint_id=str(Path(folder) / "checkpoint"))
+    again = fully_shard(network())
+    state = get_model_state_dict(again)
+    dcp.load(state, checkpoint_id=str(Path(folder) / "checkpoint"))
+    set_model_state_dict(again, state)
+    train(again, part, steps=5)
+    return weights_of(once), weights_of(again)
 
 
 def late(kind):
@@ -138,9 +201,10 @@ def main(kind, folder):
         optimizer = torch.optim.SGD([unit.weight for unit in units.values()], lr=0.0)
         optimizer.step()
         status = prifu.status(inner)
-    weights = [unit.weight.detach() for unit in units.values()]
-    weights = [w.full_tensor() if hasattr(w, "full_tensor") else w for w in weights]
-    found = {"weights": [w.tolist() for w in weights], "status": status, "said": said}
+    found = {"weights": weights_of(inner), "status": status, "said": said}
+    part = slice(8 * rank, 8 * rank + 8)
+    found["forms"] = {} if kind == "zero" else trained_forms(kind, part)
+    found["resumed"] = resumed(folder, part) if kind == "fsdp2" else None
     found["part"] = said_of_part
     found["broken"] = (
         ["not finite" in broken(rank, where) for where in ("W", "the gradient")]
@@ -173,6 +237,12 @@ def test_masks_agree_and_equal_one_process(kind, tmp_path):
         assert torch.equal(weight == 0, expected == 0)
         assert (expected == 0).any()
         torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-5)
+    for name, weights in found[0]["forms"].items():
+        alone_too = network()
+        train(alone_too, slice(0, 16), **FORMS[name])
+        rough = {"atol": 0.03, "rtol": 0} if name == "bf16" else {"atol": 1e-5, "rtol": 1e-3}
+        for seen, expected in zip(weights, weights_of(alone_too), strict=True):
+            torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected), **rough)
     expected_status = prifu.status(alone)
     assert found[0]["status"] == pytest.approx(expected_status, rel=1e-6)
     # Replicated weights need no word between processes; of shards, all must know whether they are
@@ -185,6 +255,8 @@ def test_masks_agree_and_equal_one_process(kind, tmp_path):
         fresh.load_state_dict(torch.load(tmp_path / "only_rank_0.pt"))
         assert torch.equal(prifu.filters(fresh)["4"].weight, weight)
     if kind == "fsdp2":
+        once, again = found[0]["resumed"]
+        assert once == again
         assert found[0]["narrow"]["open"] == 1
         assert found[0]["broken"] == [True, True]
         assert len(found[0]["refused"]) == 4
