@@ -13,6 +13,7 @@ from prifu_plugin.audit.statistics import (
     half_width,
     leak,
     majority_guess,
+    mean_interval,
     metrics,
     task_guess,
 )
@@ -91,9 +92,21 @@ def test_items_of_a_group_count_once():
     assert math.isnan(few.low)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_means_are_resampled_as_anything_else_is(grouped):
+    generator = torch.Generator().manual_seed(5)
+    values = torch.rand(600, generator=generator).double()
+    groups = torch.randint(80, (600,), generator=generator) * 3 if grouped else None
+    slow = bootstrap(lambda i: float(values[i].mean()), 600, 7, groups=groups)
+    fast = mean_interval(values, 7, groups=groups)
+    for name in ("value", "low", "high"):
+        assert getattr(fast, name) == pytest.approx(getattr(slow, name), abs=1e-12)
+
+
 def test_few_items_give_no_interval():
     found = bootstrap(lambda index: 0.5, 30)
     assert math.isnan(found.low)
+    assert math.isnan(mean_interval(torch.full((30,), 0.5)).low)
     assert str(found) == "0.500"
 
 

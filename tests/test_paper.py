@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 def run(name, *arguments):
     command = [sys.executable, "-W", "error", str(PAPER / f"{name}.py"), *map(str, arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
@@ -41,6 +41,7 @@ def test_figures_that_train_run(name, tmp_path):
             assert (tmp_path / line.split("(")[1].rstrip(")")).stat().st_size > 2000
 
 
+@pytest.mark.timeout(1500)
 def test_tables_of_attacks_run_and_are_resumed(tmp_path):
     run("comparison", "--smoke", "--out", tmp_path)
     first = (tmp_path / "comparison-smoke.md").read_text()
@@ -60,6 +61,7 @@ def test_tables_of_attacks_run_and_are_resumed(tmp_path):
         assert row in (tmp_path / f"{name}-smoke.md").read_text(), name
 
 
+@pytest.mark.timeout(1500)
 def test_forms_of_the_filter_run(tmp_path):
     run("finetune", "--smoke", "--out", tmp_path)
     page = (tmp_path / "finetune-smoke.md").read_text()

@@ -23,7 +23,7 @@ from lab.methods import deploy
 from lab.runs import run_of
 from lab.scale import Scale
 
-from prifu_plugin.audit.statistics import bootstrap
+from prifu_plugin.audit.statistics import mean_interval
 
 METHODS = [("plain", {}), ("PriFU", {}), ("PriFU", {"cut_filter": True, "noise": 0.1})]
 
@@ -52,7 +52,7 @@ def rows(scale, method, settings, cut, seed, most=None):
     for name, first in found["standard"].items():
         second = found["full"][name]
         gain = second.right - first.right
-        yield name, first, second, bootstrap(lambda i, g=gain: float(g[i].mean()), len(gain))
+        yield name, first, second, mean_interval(gain)
 
 
 def main():

@@ -15,10 +15,10 @@ from prifu_plugin.audit.statistics import (
     Interval,
     above_by_auc,
     area,
-    bootstrap,
     leak,
     leaks,
     majority_guess,
+    mean_interval,
     metrics,
     task_guess,
     task_scores,
@@ -74,7 +74,7 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
     floor = majority if float(majority.mean()) > float(task_only.mean()) else task_only
     half, permuted = controls(used, labels, classes, seed, found[0].winner)
     first = metrics(found[0].scores, truth, seed, probable=found[0].probable, groups=groups)
-    accuracy = _share(right, seed, groups)
+    accuracy = mean_interval(right, seed, groups=groups)
     converged = all(one.converged for one in found)
     ceilings = {key: float(value.mean()) for key, value in others.items()}
     ceilings = _known_ceilings(evidence.reports, label) | ceilings
@@ -103,7 +103,7 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
         balanced=first.balanced,
         auc=first.auc,
         task_auc=task_auc,
-        gain=_share(right - floor, seed, groups),
+        gain=mean_interval(right - floor, seed, groups=groups),
         bits=first.bits,
         majority=float(majority.mean()),
         task_only=float(task_only.mean()),
@@ -122,10 +122,6 @@ def judge(label: str, evidence: Evidence) -> AttributeResult:
         once_right=once,
         floor_right=floor,
     )
-
-
-def _share(right: Tensor, seed: int, groups: Tensor | None) -> Interval:
-    return bootstrap(lambda index: float(right[index].mean()), len(right), seed, groups=groups)
 
 
 def _strongest(

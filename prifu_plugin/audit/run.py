@@ -22,7 +22,7 @@ from prifu_plugin.audit.reconstruction import Reconstruction
 from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.audit.sending import Sent, arrived, rebuilt, send
 from prifu_plugin.audit.similarity import LOSSES
-from prifu_plugin.audit.statistics import Interval, bootstrap
+from prifu_plugin.audit.statistics import Interval, mean_interval
 from prifu_plugin.channel import Channel
 from prifu_plugin.device import device_of, seeded
 from prifu_plugin.errors import ConfigError
@@ -183,8 +183,7 @@ def _utility(
 ) -> Interval | None:
     if cloud is None:
         return None
-    right = (answers == labels).double()
-    return bootstrap(lambda index: float(right[index].mean()), len(right), seed, groups=groups)
+    return mean_interval((answers == labels).double(), seed, groups=groups)
 
 
 def _counted(parts: Sequence[AuditData]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def metrics(
     """
     right = (scores.argmax(1) == labels).double()
     return Metrics(
-        bootstrap(lambda index: float(right[index].mean()), len(labels), seed, groups=groups),
+        mean_interval(right, seed, groups=groups),
         _balanced(right, labels),
         bootstrap(
             lambda index: area(scores[index], labels[index]),
@@ -150,9 +151,51 @@ def bootstrap(
         if members is not None:
             chosen = torch.cat([members[i] for i in chosen.tolist()])
         drawn.append(statistic(chosen))
-    draws = torch.tensor(drawn, dtype=torch.float64)
+    return _interval(value, torch.tensor(drawn, dtype=torch.float64))
+
+
+def mean_interval(
+    values: Tensor, seed: int = 0, resamples: int = RESAMPLES, *, groups: Tensor | None = None
+) -> Interval:
+    """Return what `bootstrap` finds for the mean of values (N,), much faster.
+
+    Example:
+        >>> right = (torch.arange(100) < 80).double()
+        >>> print(mean_interval(right))
+        0.800 [0.720, 0.880]
+    """
+    return _interval(float(values.double().mean()), _means(values, seed, groups, resamples))
+
+
+def _means(values: Tensor, seed: int, groups: Tensor | None, resamples: int = RESAMPLES) -> Tensor:
+    """Return the mean of each resample, (resamples,): those that `bootstrap` draws."""
+    values = values.double()
+    sizes = torch.ones_like(values)
+    if groups is not None:
+        place = groups.unique(return_inverse=True)[1]
+        sums = torch.zeros(int(place.max()) + 1, dtype=torch.float64)
+        values, sizes = sums.index_add(0, place, values), sums.index_add(0, place, sizes)
+    if len(values) < FEWEST:
+        return torch.empty(0, dtype=torch.float64)
+    sums = torch.stack([values, sizes], 1)
+    parts = (drawn.double() @ sums for drawn in _drawn(len(values), seed, resamples).split(100))
+    totals = torch.cat(list(parts))
+    return totals[:, 0] / totals[:, 1]
+
+
+@functools.lru_cache(maxsize=2)
+def _drawn(units: int, seed: int, resamples: int) -> Tensor:
+    """Return how often each resample draws each unit, (resamples, units)."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.zeros(resamples, units)
+    for one in counts:  # row by row: indices of all resamples at once would take 8 times as much
+        one.copy_(torch.randint(units, (units,), generator=generator).bincount(minlength=units))
+    return counts
+
+
+def _interval(value: float, draws: Tensor) -> Interval:
     known = draws[~draws.isnan()]  # a few resamples may lack a class of few items
-    if len(known) < ENOUGH * resamples:
+    if not len(known) or len(known) < ENOUGH * len(draws):
         return Interval(value, float("nan"), float("nan"))
     low, high = known.quantile(torch.tensor([0.025, 0.975]).double())
     return Interval(value, float(low), float(high))
@@ -194,16 +237,13 @@ def leak(
         None where the undefended model is not clearly above the floor: there is nothing to share.
     """
     above = plain - floor
-    known = bootstrap(lambda index: float(above[index].mean()), len(plain), seed, groups=groups)
+    known = mean_interval(above, seed, groups=groups)
     if not known.low > 0:
         return None
-
-    def share(index: Tensor) -> float:
-        gained = float((attacked - floor)[index].mean())
-        # Where a resample has nothing to share, the interval must become wide, not vanish.
-        return gained / max(float(above[index].mean()), 1e-9)
-
-    return bootstrap(share, len(attacked), seed, groups=groups)
+    gained = attacked - floor
+    # Where a resample has nothing to share, the interval must become wide, not vanish.
+    draws = _means(gained, seed, groups) / _means(above, seed, groups).clamp_min(1e-9)
+    return _interval(float(gained.mean()) / max(known.value, 1e-9), draws)
 
 
 def leaks(attacked: tuple[float, ...], plain: float, floor: float) -> tuple[float, ...]:

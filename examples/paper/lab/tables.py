@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lab.runs import unpacked
-from prifu_plugin.audit.statistics import Interval, bootstrap, leak
+from prifu_plugin.audit.statistics import Interval, leak, mean_interval
 
 Result = dict[str, Any]
 
@@ -265,7 +265,7 @@ def _cell(name: str, pairs: list[tuple[Result, Result | None]], seen: str) -> Ce
     strongest = [unpacked(r["outcomes"][name]["strongest"], seeds) for r, _ in pairs]
     floors = [unpacked(r["outcomes"][name]["floor"]) for r, _ in pairs]
     right, floor = torch.stack(mine).mean(0), torch.stack(floors).mean(0)
-    accuracy = bootstrap(lambda index: float(right[index].mean()), len(right))
+    accuracy = mean_interval(right)
     found, spread, outcomes = None, float("nan"), None
     if all(plain is not None for _, plain in pairs):
         plain = [unpacked(p["outcomes"][name][seen], seeds) for _, p in pairs if p]
