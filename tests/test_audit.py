@@ -798,6 +798,8 @@ def test_groups_are_persons_in_an_audit():
     refused("train has no groups", alone[0], test)
     floats = AuditData(train.images, train.labels, train.groups.float())
     refused("groups of train are torch.float32", floats, test)
+    few = AuditData(train.images, train.labels, torch.arange(800) % 3)
+    refused("train shows 3 groups", few, test)
     short = AuditData(train.images, train.labels, train.groups[:5])
     refused(r"one integer an image, a tensor of \(800,\)", short, test)
 

@@ -83,6 +83,7 @@ def psnr(defence, images, task):
 
 NAMED = {
     "ci": lambda e, c: baselines.CI(e, c, strength=3.0),
+    # At strength 10, as of PAN below, judged() reads as much of it as of the plain network.
     "maxent_arl": lambda e, c: baselines.MaxEntARL(e, c, strength=50.0),
     "pan": lambda e, c: baselines.PAN(e, c, strength=10.0),
     "disco": lambda e, c: baselines.DISCO(e, c, channels=32, strength=5.0, remove=0.8),

@@ -98,7 +98,7 @@ def weights_of(model):
 
 
 def resumed(folder, part):
-    """Train in one go, and with a distributed checkpoint between; return both W."""
+    """Train in one go, and with a distributed checkpoint of the model between; return both W."""
     once = fully_shard(network())
     train(once, part, steps=20)
     train(once, part, steps=5)

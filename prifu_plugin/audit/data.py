@@ -91,6 +91,16 @@ def check_groups(train: AuditData, test: AuditData) -> None:
             )
         if groups.is_floating_point() or groups.is_complex():
             raise ConfigError(f"groups of {where} are {groups.dtype}: pass integers.")
+        count = len(groups.unique())
+        if count < FEWEST_GROUPS:
+            raise ConfigError(
+                f"{where} shows {count} groups: an attacker would learn these persons, not the "
+                f"attribute. Pass images of at least {FEWEST_GROUPS}, of hundreds if you can."
+            )
+
+
+FEWEST_GROUPS = 20
+"""Below it, a quarter of the persons is too few to choose attackers by."""
 
 
 def integers(data: AuditData) -> AuditData:

@@ -141,7 +141,7 @@ def finetuning(scale: Scale) -> list[Run]:
         ("noise", {"noise": 3.0}),
     ]
     if scale.name == "smoke":  # each setting once shows that it runs
-        main, more = [*main[:3], main[6], main[9]], [*more[4:6], more[-1]]
+        main, more = [*main[:3], main[6], main[9]], [*more[4:7], more[-1]]
     small = scale["networks"]["pretrained"][0]
     return [
         run_of(scale, name, seed, network=network, **settings)
