@@ -22,7 +22,7 @@ from lab.networks import build  # noqa: E402
 from lab.runs import key_of, packed, run_of, unpacked  # noqa: E402
 from lab.scale import Scale  # noqa: E402
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 
 def run(name, *arguments):
@@ -32,6 +32,7 @@ def run(name, *arguments):
     return finished.stdout
 
 
+@slow
 @pytest.mark.parametrize("name", ["table1", "fig4", "fig6", "fig7", "fig11"])
 def test_figures_that_train_run(name, tmp_path):
     assert f"{name}-smoke.md" in run(name, "--smoke", "--out", tmp_path)
@@ -41,6 +42,7 @@ def test_figures_that_train_run(name, tmp_path):
             assert (tmp_path / line.split("(")[1].rstrip(")")).stat().st_size > 2000
 
 
+@slow
 @pytest.mark.timeout(1500)
 def test_tables_of_attacks_run_and_are_resumed(tmp_path):
     run("comparison", "--smoke", "--out", tmp_path)
@@ -61,6 +63,7 @@ def test_tables_of_attacks_run_and_are_resumed(tmp_path):
         assert row in (tmp_path / f"{name}-smoke.md").read_text(), name
 
 
+@slow
 @pytest.mark.timeout(1500)
 def test_forms_of_the_filter_run(tmp_path):
     run("finetune", "--smoke", "--out", tmp_path)
@@ -71,6 +74,7 @@ def test_forms_of_the_filter_run(tmp_path):
 TABLES = ["comparison", "table2", "table3", "fig3", "fig8", "table6", "finetune"]
 
 
+@slow
 @pytest.mark.parametrize("name", [n for n in TABLES if (RESULTS / f"{n}-cpu.md").exists()])
 def test_committed_pages_follow_from_committed_runs(name, tmp_path):
     committed = RESULTS / f"{name}-cpu.md"
