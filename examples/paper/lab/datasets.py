@@ -1,7 +1,7 @@
 """Data sets split in three: what defenders train on, what attackers train on, what judges."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,13 +56,14 @@ class Study:
 def load(name: str, scale: Scale) -> Study:
     """Load a data set by name; "faces:cheekbones:0.8" are faces with an ordered correlation."""
     kind, *order = name.split(":")
-    return {
+    study = {
         "digits": _digits,
         "faces": _faces,
         "celeba": _celeba,
         "lfw": _lfw,
         "cifar10": _cifar10,
     }[kind](name, scale, *order)
+    return replace(study, private=study.private[: scale.values.get("private")])
 
 
 def _digits(name: str, scale: Scale) -> Study:

@@ -41,7 +41,7 @@ class Scale:
         self.values: dict[str, Any] = tomllib.loads(file.read_text())
         if name == "smoke":
             self.values |= {"seeds": [0], "attack_seeds": 1, "suite": "quick", "cuts": ["pooled"]}
-            self.values |= {"queries": 2, "decoders": []}
+            self.values |= {"queries": 2, "decoders": [], "private": 2}
             self.values["schedule"] |= {"epochs": 1, "finishing": 5}
             self.values["sizes"] |= {"digits": [320, 200, 100], "faces": [320, 200, 100]}
             self.values["networks"]["backbones"] = ["resnet", "vgg"]
