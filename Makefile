@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test coverage lint docs zoo slow export loops device others examples clean
+.PHONY: demo test coverage lint docs zoo slow long export loops device others examples clean
 demo: $(VENV)/stamp
 	$(RUN) examples/quickstart.py
 
@@ -28,9 +28,13 @@ docs: $(VENV)/stamp
 zoo: $(VENV)/stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m zoo
 
-# Hundreds of random networks.
+# Hundreds of random networks, training that takes a while, the paper's scripts on little data.
 slow: $(VENV)/stamp
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow --ignore=tests/test_examples.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "slow and not long" --ignore=tests/test_examples.py
+
+# More of the same, before a release.
+long: $(VENV)/stamp
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m long
 
 export: $(VENV)/stamp
 	$(RUN) -m pytest -m export

@@ -3,6 +3,8 @@
 from importlib.metadata import version
 
 from prifu_plugin.audit.data import AuditData as AuditData
+from prifu_plugin.audit.over_seeds import OverSeeds as OverSeeds
+from prifu_plugin.audit.over_seeds import over_seeds as over_seeds
 from prifu_plugin.audit.result import AuditReport as AuditReport
 from prifu_plugin.audit.run import audit as audit
 from prifu_plugin.config import FilterConfig as FilterConfig
@@ -66,6 +68,7 @@ __all__ = [
     "MaskHistory",
     "NoSiteError",
     "OrderError",
+    "OverSeeds",
     "Plan",
     "PriFU",
     "PrifuError",
@@ -87,6 +90,7 @@ __all__ = [
     "fit_alpha",
     "influence",
     "learned",
+    "over_seeds",
     "plan",
     "prune",
     "rebuild",

@@ -33,6 +33,18 @@ def markdown(reports: Sequence[AuditReport]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    escaped = ([cell.replace("|", r"\|") for cell in cells] for cells in lines)
+    return ["| " + " | ".join(cells) + " |" for cells in escaped]
+
+
+def each(values: Sequence[float]) -> str:
+    """Return figures with commas between."""
+    return ", ".join(f"{value:.3f}" for value in values)
+
+
 def _read(rows: Sequence[AttributeResult]) -> list[str]:
     """Say what is read of each attribute, and what that means."""
     head = ["attribute", "read", "by seed", "floor", "leak", "leak by seed", "verdict"]
@@ -41,16 +53,16 @@ def _read(rows: Sequence[AttributeResult]) -> list[str]:
         [
             row.name,
             str(row.accuracy),
-            _each(row.seeds),
+            each(row.seeds),
             f"{row.floor:.3f}",
             str(row.leak or ""),
-            _each(row.leak_by_seed),
+            each(row.leak_by_seed),
             "; ".join([verdict(row), *row.marks]),
             row.winner,
         ]
         for row in rows
     ]
-    return _table(head, cells)
+    return table(head, cells)
 
 
 def _beside(rows: Sequence[AttributeResult]) -> list[str]:
@@ -66,7 +78,7 @@ def _beside(rows: Sequence[AttributeResult]) -> list[str]:
         tops = [_shown(row.ceilings.get(name)) for name in ceilings]
         checks = [f"{row.half_data:.3f}", f"{row.permuted:.3f}", _shown(row.repeated)]
         cells.append([row.name, *measures, *floors, *tops, *checks])
-    return _table(head, cells)
+    return table(head, cells)
 
 
 def _reconstructed(found: Reconstruction) -> list[str]:
@@ -80,21 +92,11 @@ def _reconstructed(found: Reconstruction) -> list[str]:
     cells = [[name, f"{value.psnr:.2f}", f"{value.ssim:.3f}"] for name, value in tried.items()]
     near = [f"{100 * share:.1f} % among the {k} nearest" for k, share in found.retrieval.items()]
     return [
-        *_table(["reconstruction, peak 1", "PSNR, dB", "SSIM"], cells),
+        *table(["reconstruction, peak 1", "PSNR, dB", "SSIM"], cells),
         "",
         f"Nearest to their own reconstruction: {100 * found.linkage:.1f} % of the test images "
         f"(chance {100 * found.chance:.1f} %)" + "".join(f"; {part}" for part in near[1:]) + ".",
     ]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    escaped = ([cell.replace("|", r"\|") for cell in cells] for cells in lines)
-    return ["| " + " | ".join(cells) + " |" for cells in escaped]
-
-
-def _each(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def _shown(value: float | None) -> str:
