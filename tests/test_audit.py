@@ -746,31 +746,6 @@ def look(edge, train, test, **settings):
     return prifu.audit(edge.eval(), train, test, **{**chosen, **settings}).attributes[0]
 
 
-def test_copies_of_an_image_stay_on_one_side_of_a_split():
-    x, task = numbers(100, 0)
-    twice = AuditData(x.repeat(3, 1), {"task": task.repeat(3)})
-    with pytest.warns(PrifuWarning, match="200 of 300 images of train are copies"):
-        first, second = split_off(twice, 0.25, 0, ["task"])
-    assert len(first) + len(second) == 300
-    assert 60 < len(second) <= 75
-    ours = {tuple(row.tolist()) for row in first.images}
-    assert not ours & {tuple(row.tolist()) for row in second.images}
-
-
-def test_images_of_one_person_stay_on_one_side_of_a_split():
-    x, task = numbers(400, 0)
-    x[7] = x[123]  # a copy binds two persons
-    persons = torch.arange(400) // 5
-    data = AuditData(x, {"task": task}, persons)
-    with pytest.warns(PrifuWarning, match="1 of 400 images of train are copies"):
-        first, second = split_off(data, 0.25, 0, ["task"])
-    assert len(first) + len(second) == 400
-    assert 90 <= len(second) <= 100
-    here, there = (set(part.groups.tolist()) for part in (first, second))
-    assert not here & there
-    assert ({7 // 5, 123 // 5} <= here) or ({7 // 5, 123 // 5} <= there)
-
-
 def test_groups_are_persons_in_an_audit():
     def part(count, first, seed):
         z, task = numbers(count, seed)

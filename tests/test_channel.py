@@ -106,6 +106,56 @@ def test_a_projection_of_tokens():
     torch.testing.assert_close(projection.server()(projection(z)), head(z))
 
 
+def test_a_projection_is_a_copy():
+    head = nn.Linear(16, 4)
+    before, projection = nn.Linear(16, 4), Projection(head)
+    before.load_state_dict(head.state_dict())
+    z = torch.randn(8, 16)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(1.0)
+    torch.testing.assert_close(projection.server()(projection(z)), before(z))
+    assert projection.half().bias.dtype == torch.float16
+    assert head.bias.dtype == torch.float32
+    assert not list(projection.parameters())
+
+
+def test_the_state_of_a_projection_of_another_rank_is_loaded():
+    low = nn.Linear(8, 3)
+    low.weight.data[2] = low.weight.data[0]
+    saved, other = Projection(low), Projection(nn.Linear(8, 3))
+    other.load_state_dict(saved.state_dict())
+    z = torch.randn(5, 8)
+    torch.testing.assert_close(other.server()(other(z)), low(z))
+    with pytest.raises(RuntimeError, match="size mismatch for rest"):
+        Projection(nn.Linear(8, 4)).load_state_dict(saved.state_dict())
+
+
+def test_a_projection_keeps_small_weights_of_large_values():
+    scales = torch.logspace(0, 4, 96)
+    head = nn.Linear(96, 120)
+    head.weight.data = torch.randn(120, 96) / 10 / scales
+    z = torch.randn(50, 96) * scales
+    projection = Projection(head)
+    torch.testing.assert_close(projection.server()(projection(z)), head(z), rtol=0, atol=2e-4)
+
+
+def test_nothing_is_seen_of_a_layer_that_is_0():
+    head = nn.Linear(8, 3)
+    head.weight.data.zero_()
+    projection, z = Projection(head), torch.randn(5, 8)
+    assert not projection(z).any()
+    assert torch.equal(projection.server()(projection(z)), head(z))
+
+
+@pytest.mark.parametrize(
+    "z", [torch.zeros(2, 7), torch.zeros(2, 8, dtype=torch.long), torch.zeros(8)]
+)
+def test_a_projection_refuses_what_its_layer_would(z):
+    with pytest.raises(ConfigError, match="takes 8 floating-point channels"):
+        Projection(nn.Linear(8, 3))(z)
+
+
 def test_a_projection_before_a_quantizer():
     head = nn.Linear(64, 2)
     z = torch.randn(100, 64)
@@ -123,6 +173,12 @@ def test_images_on_the_wire():
     assert found["jpeg"] < 3072
 
 
+def broken_head():
+    head = nn.Linear(4, 2)
+    head.weight.data[0, 0] = float("nan")
+    return head
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -137,6 +193,7 @@ def test_images_on_the_wire():
         lambda: Projection(nn.Conv2d(4, 4, 1, groups=2)),
         lambda: Projection(nn.BatchNorm1d(4)),
         lambda: Projection(nn.ConvTranspose2d(4, 4, 1)),
+        lambda: Projection(broken_head()),
         lambda: Channel(Quantizer(4), Noise(0.1, key=b"k" * 32)),
         lambda: Quantizer(4).fit(torch.randn(3)).unpack(b"123", (3,)),
     ],

@@ -48,10 +48,15 @@ class Sample:
 
     def score(self, classify: Classifier) -> float:
         """Return the accuracy on validation data, or the AUC where one class is most of them."""
+        return self.judged(classify)[0]
+
+    def judged(self, classify: Classifier) -> tuple[float, float]:
+        """Return `score`, and the accuracy in any case."""
         scores = classify(self.x_validation)
+        accuracy = float((scores.argmax(1) == self.y_validation).double().mean())
         if self.y_validation.bincount().max() > RARE * len(self.y_validation):
-            return area(scores, self.y_validation)
-        return float((scores.argmax(1) == self.y_validation).double().mean())
+            return area(scores, self.y_validation), accuracy
+        return accuracy, accuracy
 
 
 def ridge(sample: Sample, seed: int) -> Fitted:
@@ -162,6 +167,9 @@ def boosting(sample: Sample, seed: int) -> Fitted:
         raise ImportError(
             "The standard suite needs scikit-learn: pip install 'prifu_plugin[audit]'"
         ) from error
+    if len(sample.y.unique()) < 2:  # in a part of the data: there is nothing to split by
+        known = F.one_hot(sample.y[:1], sample.classes).double().clamp_min(1e-6).log()
+        return Fitted(lambda x: known.expand(len(x), -1))
     trees = HistGradientBoostingClassifier(
         max_iter=60, max_leaf_nodes=15, early_stopping=False, random_state=seed
     )
@@ -195,7 +203,7 @@ def _linear(weight: Tensor, temperature: float = 5.0) -> Classifier:
 def _train(make: Callable[[], nn.Module], sample: Sample, seed: int, epochs: int) -> Fitted:
     """Train with AdamW on a one-cycle schedule and keep the epoch best on validation data."""
     with seeded(seed, sample.device), torch.enable_grad():
-        net = make().to(sample.device)
+        net = make().to(sample.device, torch.float32)  # whatever the default dtype
         size = min(64, max(8, len(sample.x) // 8))
         steps = epochs * max(1, len(sample.x) // size)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)

@@ -34,6 +34,11 @@ def check(
         raise ConfigError("attributes is empty: name the private labels to attack.")
     if cloud is not None and not isinstance(cloud, nn.Module):
         raise ConfigError(f"'cloud' is a {type(cloud).__name__}: pass a module, z -> logits.")
+    if not isinstance(references, Mapping):
+        raise ConfigError(
+            f"references is a {type(references).__name__}: pass a dictionary, such as "
+            "{'plain': edge_of_the_plain_model}."
+        )
     strange = [key for key in references if key not in ("plain", "untrained", "input")]
     if strange:
         raise ConfigError(f"The reference '{strange[0]}' is not 'plain', 'untrained' or 'input'.")
@@ -63,7 +68,7 @@ def check(
     check_groups(train, test)
     check_disjoint(train, test)
     for label in dict.fromkeys([task, *attributes]):
-        _check_classes(label, train.labels[label].long(), test.labels[label].long())
+        _check_classes(label, train, test)
 
 
 def _check_data(data: Any, where: str) -> None:
@@ -74,6 +79,11 @@ def _check_data(data: Any, where: str) -> None:
     if not isinstance(data.images, Tensor):
         raise ConfigError(
             f"The images of {where} are a {type(data.images).__name__}: pass a tensor."
+        )
+    if data.images.ndim < 2:
+        raise ConfigError(
+            f"The images of {where} have shape {tuple(data.images.shape)}: pass (N, ...), at "
+            "least (N, 1)."
         )
     if data.images.is_floating_point() and not torch.isfinite(data.images).all():
         raise ConfigError(
@@ -86,19 +96,24 @@ def _check_data(data: Any, where: str) -> None:
         )
 
 
-def _check_classes(label: str, train: Tensor, test: Tensor) -> None:
+def _check_classes(label: str, train: AuditData, test: AuditData) -> None:
     """Raise unless a label has classes that can be learned from one part and judged on another."""
-    for values, where in ((train, "train"), (test, "test")):
+    for data, where in ((train, "train"), (test, "test")):
+        values = data.labels[label].long()
         classes = values.unique()
         if len(classes) < 2:
             raise ConfigError(f"Label '{label}' has one class only in {where}: nothing to infer.")
-        few = classes[values.bincount()[classes] < FEW]
-        if len(few):
-            raise ConfigError(
-                f"Class {int(few[0])} of '{label}' has fewer than {FEW} items in {where}: too "
-                "few to learn it from, or to tell chance from a leak. Add some, or merge it."
-            )
-    new = set(test.unique().tolist()) - set(train.unique().tolist())
+        counted = "items" if data.groups is None else "groups"
+        for value in classes:
+            has = values == value
+            count = int(has.sum()) if data.groups is None else len(data.groups[has].unique())
+            if count < FEW:
+                raise ConfigError(
+                    f"Class {int(value)} of '{label}' has fewer than {FEW} {counted} in {where}: "
+                    "too few to learn it from, or to tell chance from a leak. Add some, or merge "
+                    "it."
+                )
+    new = set(test.labels[label].tolist()) - set(train.labels[label].tolist())
     if new:
         raise ConfigError(
             f"Class {min(new)} of '{label}' is in test but not in train: no attacker "

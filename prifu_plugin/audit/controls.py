@@ -42,9 +42,11 @@ def marks_of(
     base = float(floor.mean())
     marks = []
     if count < FEWEST:
-        marks.append(f"only {count} test items: no interval")
+        marks.append(f"only {count} independent test items: no interval")
     plain = ceilings.get("plain")
-    if base == 1.0:
+    if count < FEWEST:  # nothing else can be told of so few
+        pass
+    elif base == 1.0:
         marks.append("the task's answer tells all of it: nothing is left to read")
     elif ranked:  # a rare attribute shows in the order of the scores alone
         pass
@@ -77,9 +79,15 @@ def controls(
     narrowest preparation is cheap enough to be fitted to ten permutations.
     """
     train, validation, truth = labels
-    size = len(train) // 2
-    half = infer(prepared.first(size), (train[:size], validation, truth), classes, seed, winner)
+    chosen = _half_of_each(train)
+    half = infer(prepared.of(chosen), (train[chosen], validation, truth), classes, seed, winner)
     return float(right_share([half], truth).mean()), _permuted(prepared, labels, classes, seed)
+
+
+def _half_of_each(labels: Tensor) -> Tensor:
+    """Return the places of the first half of each class, in order."""
+    members = [(labels == value).nonzero()[:, 0] for value in labels.unique()]
+    return torch.cat([places[: (len(places) + 1) // 2] for places in members]).sort().values
 
 
 def _permuted(prepared: Prepared, labels: tuple[Tensor, ...], classes: int, seed: int) -> float:

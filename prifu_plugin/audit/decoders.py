@@ -97,7 +97,7 @@ def trained_decoder(
     if not x[0].numel():  # constant uploads: the mean image is all there is to know
         return lambda asked: images.mean(0).expand(len(asked), -1, -1, -1)
     with seeded(seed, device), torch.enable_grad():
-        net = decoder(x.shape[1:], tuple(images.shape[1:])).to(device)
+        net = decoder(x.shape[1:], tuple(images.shape[1:])).to(device, torch.float32)
         size = min(64, len(x))
         optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)

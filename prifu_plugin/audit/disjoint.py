@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -46,7 +47,10 @@ def split_off(
         data: what to split.
         share: of the items that go into the second part.
         seed: of the order.
-        alike: labels of which each class shall be in both parts, where it has two images.
+        alike: labels of which each class must be in both parts.
+
+    Raises:
+        ConfigError: if copies and groups bind so many images that a part has none of a class.
     """
     bound = _together(data)
     order = torch.randperm(len(bound), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -57,18 +61,51 @@ def split_off(
             count += len(group)
         else:
             rest.append(group)
-    for name in alike:
-        label = data.labels[name].tolist()
-        for wanting, giving in ((chosen, rest), (rest, chosen)):
-            there = {label[i] for group in wanting for i in group}
-            for value in sorted({label[i] for group in giving for i in group} - there):
-                members = [group for group in giving if any(label[i] == value for i in group)]
-                if len(members) > 1:
-                    wanting.append(members[0])
-                    giving.remove(members[0])
+    _even_out(chosen, rest, data, alike)
     parts = (torch.tensor([i for group in part for i in group]) for part in (rest, chosen))
     first, second = (data.at(index) for index in parts)
     return first, second
+
+
+Lists = list[list[int]]
+
+
+def _even_out(chosen: Lists, rest: Lists, data: AuditData, alike: Sequence[str]) -> None:
+    """Move the smallest lists that give a part the classes it lacks, and take none away."""
+    labels = {name: data.labels[name].tolist() for name in alike}
+
+    def classes(places: list[int]) -> set[tuple[str, int]]:
+        return {(name, label[i]) for name, label in labels.items() for i in places}
+
+    for wanting, giving in ((chosen, rest), (rest, chosen)) * 2:
+        held = [
+            Counter(kind for places in part for kind in classes(places))
+            for part in (wanting, giving)
+        ]
+        for kind in sorted(set(held[1]) - set(held[0])):
+            if held[0][kind]:  # came with another
+                continue
+            free = [
+                places
+                for places in giving
+                if kind in (found := classes(places)) and all(held[1][one] > 1 for one in found)
+            ]
+            if free:
+                moved = min(free, key=len)
+                giving.remove(moved)
+                wanting.append(moved)
+                held[0].update(classes(moved))
+                held[1].subtract(classes(moved))
+    both = [{kind for places in part for kind in classes(places)} for part in (chosen, rest)]
+    lacking = sorted(both[0] ^ both[1])
+    if lacking or not chosen or not rest:
+        name, value = lacking[0] if lacking else ("", 0)
+        what = f"class {value} of '{name}' is" if lacking else "all images are"
+        raise ConfigError(
+            f"The {len(data)} training images are bound by copies and groups into "
+            f"{len(chosen) + len(rest)} sets, and {what} in too few of them to train attackers on "
+            "some and choose them on others. Add images of others, or merge the class."
+        )
 
 
 def _together(data: AuditData) -> list[list[int]]:
@@ -125,8 +162,17 @@ def _near_duplicates(train: Tensor, test: Tensor) -> tuple[int, int]:
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:LOOKED_AT]
     known, asked = _small(train), _small(test[order])
     half = min(300, len(known) // 2)
-    usual = torch.cdist(known[:half], known[half : 2 * half]).amin(1).median()
+    mixed = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(1))]
+    # The fourth nearest: some of train may be there several times, rounded or compressed.
+    near = torch.cdist(mixed[:half], mixed[half : 2 * half]).kthvalue(min(4, half), 1).values
+    usual = near.median()
     if usual == 0:
+        warnings.warn(
+            "Most images of train look the same in 8 x 8 means: whether test images are copies "
+            "of them cannot be told.",
+            PrifuWarning,
+            stacklevel=4,
+        )
         return 0, len(asked)
     exact = "donot_use_mm_for_euclid_dist"
     parts = (torch.cdist(asked, part, compute_mode=exact).amin(1) for part in known.split(4000))

@@ -73,13 +73,13 @@ class Prepared:
     tail: tuple[nn.Module, PreparedPart] | None = None
     device: torch.device = CPU
 
-    def first(self, count: int) -> Prepared:
-        """Return the same with the first training uploads only."""
-        parts = tuple((p, x[:count], v, t) for p, x, v, t in self.parts)
+    def of(self, chosen: Tensor) -> Prepared:
+        """Return the same with some of the training uploads only."""
+        parts = tuple((p, x[chosen], v, t) for p, x, v, t in self.parts)
         if self.tail is None:
             return replace(self, parts=parts)
         cloud, (preparation, x, v, t) = self.tail
-        return replace(self, parts=parts, tail=(cloud, (preparation, x[:count], v, t)))
+        return replace(self, parts=parts, tail=(cloud, (preparation, x[chosen], v, t)))
 
 
 def prepare(
@@ -128,7 +128,8 @@ def infer(
 ) -> Inference:
     """Train every attacker of a suite, choose by validation data, and judge on test data.
 
-    It ends early at an attacker that is right on all validation data.
+    It ends early at an attacker that is right on all validation data. Where one class is most of
+    them, attackers are chosen by AUC, and those with the same AUC by accuracy.
 
     Args:
         uploads: prepared uploads.
@@ -151,7 +152,7 @@ def infer(
         told = _prior(train, classes).log().expand(len(test), -1)
         return Inference(told, told, "the prior", {}, True)
     scores: dict[str, float] = {}
-    best: tuple[float, str, Fitted, Tensor, Tensor] | None = None
+    best: tuple[tuple[float, float], str, Fitted, Tensor, Tensor] | None = None
     for attacker, part in _plan(uploads):
         preparation, x, x_validation, x_test = part
         name = f"{preparation.name} {attacker.__name__}"
@@ -159,10 +160,10 @@ def infer(
             continue
         sample = Sample(x, train, x_validation, validation, classes, uploads.device)
         fitted = attacker(sample, seed)
-        scores[name] = sample.score(fitted.classify)
-        if best is None or scores[name] > best[0]:
-            best = (scores[name], name, fitted, x_validation, x_test)
-        if best[0] == 1.0:  # right every time: nothing is left for a costlier attacker
+        scores[name], accuracy = sample.judged(fitted.classify)
+        if best is None or (scores[name], accuracy) > best[0]:
+            best = ((scores[name], accuracy), name, fitted, x_validation, x_test)
+        if best[0] == (1.0, 1.0):  # right every time: nothing is left for a costlier attacker
             break
     assert best is not None
     _, winner, fitted, x_validation, x_test = best

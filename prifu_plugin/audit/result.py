@@ -34,7 +34,7 @@ class AttributeResult:
         task_only: accuracy of the best guess from the task's own answer, a floor.
         ceilings: accuracy of the same suite on "plain", "untrained", "input" where given.
         leak: share of what the plain model gives away above the floor, with its interval; None if
-            no plain model was given or it gives away nothing.
+            no plain model was given, it gives away nothing, or test items are too few to tell.
         leak_by_seed: the same share with each attack seed alone; empty where `leak` is None.
         winner: preparation and classifier of the strongest attacker.
         converged: whether its training had settled.

@@ -99,7 +99,7 @@ def audit(
         True
     """
     attributes = tuple(dict.fromkeys(strings("attributes", attributes) or ()))
-    references = references or {}
+    references = {} if references is None else references
     check(edge, train, test, task, attributes, references, cloud)
     check_packages(suite, reconstructs=bool(reconstruct))
     seeds, queries = whole_number("seeds", seeds), whole_number("queries", queries)
@@ -114,31 +114,31 @@ def audit(
         check_images(train.images, test.images)
     train, test = integers(train), integers(test)
     data = fingerprint(train, test)
-    _check_same_data(references, data)
+    _check_comparable(references, data, suite)
+    settings = {**_settings(suite, seeds, seed, references, channel), "queries": queries}
     parts = (*split_off(train, 0.25, seed, [task, *attributes]), test)
     device = device_of(edge)
-    with seeded(seed, device):  # of noise that edges draw
-        sent = send(edge, channel, cloud, parts, task=task, queries=queries, name=name)
-        facts = facts_of(sent.uploads[0], edge, channel, test.images, sent.stochastic)
-        read, repeated, others = _prepared(sent, references, suite, cloud, device)
-    reports = {k: v for k, v in references.items() if isinstance(v, AuditReport)}
-    evidence = Evidence(
-        parts=parts,
-        answers=sent.answers,
-        sent=read,
-        repeated=repeated,
-        others=others,
-        reports=reports,
-        task=task,
-        constant=facts.constant == facts.values,
-        seeds=seeds,
-        seed=seed,
-    )
-    bar = tqdm(attributes, desc=f"attacking {name}", leave=False, disable=None)
-    rows = tuple(judge(label, evidence) for label in bar)
-    with seeded(seed, device):
-        images = rebuilt(edge, channel, sent, suite, seed, losses) if losses else None
-    settings = _settings(suite, seeds, seed, references, channel)
+    with torch.inference_mode(False):
+        with seeded(seed, device):  # of noise that edges draw
+            sent = send(edge, channel, cloud, parts, task=task, queries=queries, name=name)
+            facts = facts_of(sent.uploads[0], edge, channel, test.images, sent.stochastic)
+            read = _prepared(sent, references, attributes, suite, cloud, device)
+        evidence = Evidence(
+            parts=parts,
+            answers=sent.answers,
+            sent=read[0],
+            repeated=read[1],
+            others=read[2],
+            reports={k: v for k, v in references.items() if isinstance(v, AuditReport)},
+            task=task,
+            constant=facts.constant == facts.values,
+            seeds=seeds,
+            seed=seed,
+        )
+        bar = tqdm(attributes, desc=f"attacking {name}", leave=False, disable=None)
+        rows = tuple(judge(label, evidence) for label in bar)
+        with seeded(seed, device):
+            images = rebuilt(edge, channel, sent, suite, seed, losses) if losses else None
     return AuditReport(
         name=name,
         task=task,
@@ -147,7 +147,7 @@ def audit(
         upload=facts,
         reconstruction=images,
         sizes=(len(parts[0]), len(parts[1]), len(parts[2])),
-        settings={**settings, "queries": queries, "data": data, **_counted(parts)},
+        settings={**settings, "data": data, **_counted(parts)},
         not_tested=_not_tested(images, suite, queries, sent.uploads[0], test.groups),
     )
 
@@ -155,6 +155,7 @@ def audit(
 def _prepared(
     sent: Sent,
     references: References,
+    attributes: Sequence[str],
     suite: str,
     cloud: nn.Module | None,
     device: torch.device,
@@ -171,7 +172,8 @@ def _prepared(
             there = (arrived(other, None, part.images, label) for part in sent.parts)
             others[label] = ready(there)
     told = (other for other in references.values() if isinstance(other, AuditReport))
-    if not any("input" in row.ceilings for report in told for row in report.attributes):
+    known = {row.name for report in told for row in report.attributes if "input" in row.ceilings}
+    if not known.issuperset(attributes):
         images = (part.images.float() for part in sent.parts)
         others["input"] = ready(images)
     repeated = None if sent.means is None else ready(sent.means, cloud)
@@ -226,14 +228,21 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _check_same_data(references: References, data: str) -> None:
-    """Raise if a report is of other images, other labels, or another order."""
+def _check_comparable(references: References, data: str, suite: str) -> None:
+    """Raise if a report is of other images, other labels, another order, or another suite."""
     for key, reference in references.items():
         known = reference.settings.get("data") if isinstance(reference, AuditReport) else None
         if known is not None and known != data:
             raise ConfigError(
                 f"The report '{key}' was made of other data, or in another order: leaks compare "
                 "image by image. Audit it with the same train and test, or pass the edge itself."
+            )
+        used = reference.settings.get("suite") if isinstance(reference, AuditReport) else suite
+        if used != suite:
+            raise ConfigError(
+                f"The report '{key}' is of the {used} suite, and this audit asks for the {suite} "
+                "one: a leak would be the difference of the attackers. Audit both with one suite, "
+                "or pass the edge itself."
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from prifu_plugin.audit.reconstruction import Reconstruction, reconstruct
 from prifu_plugin.channel import Channel, Noise, Quantizer
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of, like_of
-from prifu_plugin.errors import ConfigError
+from prifu_plugin.errors import ConfigError, PrifuError, first_line
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.keyed import KeyedNoise
 from prifu_plugin.learned import named
@@ -79,7 +80,7 @@ def arrived(edge: nn.Module, channel: Channel | None, images: Tensor, what: str)
     if channel is None:
         return z
     with undisturbed(channel), torch.no_grad():
-        passed: Tensor = channel.eval()(z.to(device_of(channel)))
+        passed: Tensor = _answer("channel", channel.eval(), z.to(device_of(channel)))
     return passed.detach().float().cpu()
 
 
@@ -159,7 +160,8 @@ def answers_of(cloud: nn.Module | None, z: Tensor, labels: Tensor) -> Tensor:
     like = like_of(cloud)
     with torch.no_grad():
         # Copies, since a cloud that begins in place would overwrite what is to be attacked.
-        answers = [cloud(part.to(like.device, like.dtype, copy=True)) for part in z.split(250)]
+        parts = (part.to(like.device, like.dtype, copy=True) for part in z.split(250))
+        answers = [_answer("cloud", cloud, part) for part in parts]
     strange = next((a for a in answers if not isinstance(a, Tensor) or a.ndim > 2), None)
     if strange is not None:
         what = tuple(strange.shape) if isinstance(strange, Tensor) else type(strange).__name__
@@ -174,6 +176,19 @@ def answers_of(cloud: nn.Module | None, z: Tensor, labels: Tensor) -> Tensor:
             "nothing, and neither would a floor made of them."
         )
     return named(logits)
+
+
+def _answer(what: str, module: nn.Module, z: Tensor) -> Any:
+    try:
+        return module(z)
+    except PrifuError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"The {what} refuses uploads of shape {tuple(z.shape)} ({first_line(error)}). The "
+            "cloud takes what arrives behind the channel: with a Projection in it, its server() "
+            "stands for the first layer."
+        ) from error
 
 
 def rebuilt(

@@ -235,6 +235,7 @@ def leak(
 
     Returns:
         None where the undefended model is not clearly above the floor: there is nothing to share.
+        Nor is that clear of fewer than `FEWEST` items, or groups.
     """
     above = plain - floor
     known = mean_interval(above, seed, groups=groups)
