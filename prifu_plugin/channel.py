@@ -145,7 +145,9 @@ class Quantizer(nn.Module):
                 f"The uploads reach from {float(low):.1e} to {float(high):.1e}, which no fp32 step "
                 "divides: let the edge scale them down."
             )
-        self.low, self.high = low, high
+        with torch.inference_mode(False):  # it may be trained with later
+            self.low = torch.tensor(float(low), device=z.device)
+            self.high = torch.tensor(float(high), device=z.device)
         return self
 
     def forward(self, z: Tensor) -> Tensor:
@@ -159,7 +161,8 @@ class Quantizer(nn.Module):
         """Return the number of each value's level, uint8, 0 to 2^bits - 1."""
         if not torch.compiler.is_compiling() and torch.isnan(self.low):
             raise ConfigError("The quantizer has no range: call fit on training uploads first.")
-        place = (z.detach().float() - self.low) / self._step()
+        step = self._step()
+        place = (z.detach().float() - self.low) / torch.where(step > 0, step, torch.inf)
         return place.round().clamp(0, 2**self.bits - 1).to(torch.uint8)
 
     def values(self, levels: Tensor) -> Tensor:
@@ -192,8 +195,8 @@ class Quantizer(nn.Module):
         return levels.to(self.low.device)
 
     def _step(self) -> Tensor:
-        step = (self.high - self.low) / (2**self.bits - 1)
-        return torch.where(step > 0, step, torch.ones_like(step))
+        step: Tensor = (self.high - self.low) / (2**self.bits - 1)
+        return step
 
     def extra_repr(self) -> str:
         """Say bits and range."""

@@ -106,6 +106,21 @@ def test_a_projection_of_tokens():
     torch.testing.assert_close(projection.server()(projection(z)), head(z))
 
 
+def test_a_quantizer_of_a_constant_tells_nothing():
+    quantizer = Quantizer(8).fit(torch.full((4, 3), 2.0))
+    z = torch.tensor([[7.4, 2.0, -9.0]])
+    assert quantizer(z).tolist() == [[2.0, 2.0, 2.0]]
+    assert not quantizer.levels(z).any()
+
+
+def test_a_quantizer_that_was_fitted_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        quantizer = Quantizer(4).fit(torch.randn(10, 3))
+    z = torch.randn(10, 3, requires_grad=True)
+    quantizer(z).square().sum().backward()
+    assert z.grad.any()
+
+
 def test_a_projection_is_a_copy():
     head = nn.Linear(16, 4)
     before, projection = nn.Linear(16, 4), Projection(head)
