@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+from prifu_plugin.audit import inference
+from prifu_plugin.audit.attackers import ridge
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
@@ -12,3 +15,12 @@ def pytest_ignore_collect(collection_path, config):
     asked = config.getoption("markexpr") == "device"
     its_files = collection_path.name in ("test_device.py", "elsewhere.py")
     return True if its_files and not asked else None
+
+
+@pytest.fixture(scope="module")
+def least_squares():
+    """Attack by least squares alone, which is cheap: attackers have tests of their own."""
+    every = inference._attackers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "_attackers", lambda *of: [a for a in every(*of) if a is ridge])
+        yield

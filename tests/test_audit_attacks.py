@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import prifu_plugin as prifu
 from prifu_plugin.audit import decoders
+from prifu_plugin.audit.attackers import Sample, boosting
 from prifu_plugin.audit.controls import controls
 from prifu_plugin.audit.inference import infer, prepare
 from prifu_plugin.audit.least_squares import PENALTIES, least_squares, with_one
@@ -329,3 +331,48 @@ def test_uploads_of_more_values_than_samples_are_attacked_by_their_samples():
             shift = penalty * product.diagonal().mean() * torch.eye(width + 1).double()
             wanted = torch.linalg.solve(product + shift, part.T @ target)
             torch.testing.assert_close(weight, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_class_that_half_of_the_training_data_lacks():
+    """Persons come one after the other; trees are the attacker."""
+    generator = torch.Generator().manual_seed(0)
+    z, s = torch.randn(600, 6, generator=generator), (torch.arange(600) % 200 >= 160).long()
+    z[:, 0] += 4 * s
+    uploads, labels = prepare(*z.split(200), "standard"), s.split(200)
+    half, permuted = controls(uploads, labels, 2, 0, "standardized boosting")
+    assert half > 0.9 > permuted
+
+
+def test_trees_of_one_class_name_it():
+    x, y = torch.randn(40, 3), torch.ones(40, dtype=torch.long)
+    found = boosting(Sample(x, y, x, y, 3), 0).classify(x)
+    assert (found.argmax(1) == 1).all()
+
+
+def test_perfect_order_does_not_end_the_search_for_a_rare_attribute():
+    """Least squares orders the images perfectly, and says of few that they have the attribute."""
+
+    def heavy(count, seed):
+        s = (torch.arange(count) % 10 == 0).long()
+        u = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+        return torch.where(s == 1, 3 + (5 * u).exp(), 2.9 * u)[:, None], s
+
+    (train, s), (choosing, chosen), (test, truth) = heavy(400, 0), heavy(200, 1), heavy(300, 2)
+    found = infer(prepare(train, choosing, test, "standard"), (s, chosen, truth), 2)
+    assert found.validation["raw ridge"] == 1.0
+    assert float((found.scores.argmax(1) == truth).double().mean()) > 0.98
+
+
+def test_the_callers_mode_and_default_dtype_may_be_any():
+    z, bit = planted("linear")
+    data = prifu.AuditData(z[:400], {"task": torch.arange(400) % 2, "bit": bit[:400]})
+    halves = data.at(torch.arange(250)), data.at(torch.arange(250, 400))
+    settings = {"task": "task", "attributes": ["bit"], "suite": "quick", "reconstruct": False}
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            found = prifu.audit(nn.Flatten().eval(), *halves, seeds=1, **settings)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.attributes[0].accuracy.value > 0.7
+    assert any("mlp" in name for name in found.attributes[0].tried)
