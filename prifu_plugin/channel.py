@@ -88,6 +88,8 @@ class Channel(nn.Module):
         Raises:
             ConfigError: if the bytes are not of that shape.
         """
+        if isinstance(shape, int):
+            raise ConfigError(f"shape={shape} is a number: pass that of the batch, (N, ...).")
         last = self.steps[-1] if len(self.steps) else None
         if isinstance(last, Quantizer):
             return last.values(last.unpack(wire, shape))
@@ -102,7 +104,9 @@ class Channel(nn.Module):
         return len(self._wire(z[:1]))
 
 
-def _check_sendable(z: Tensor) -> None:
+def _check_sendable(z: Any) -> None:
+    if not isinstance(z, Tensor):
+        raise ConfigError(f"The upload is a {type(z).__name__}: pass one tensor, (N, ...).")
     if not torch.isfinite(z.detach().float()).all():
         raise ConfigError(
             "An upload is NaN or infinite as fp32: nothing is sent. Look at its input."
@@ -137,8 +141,11 @@ class Quantizer(nn.Module):
 
     def fit(self, z: Tensor) -> Quantizer:
         """Set the range to that of training uploads; never fit on what is audited."""
-        if not torch.isfinite(z).all() or z.numel() == 0:
-            raise ConfigError("The uploads to fit a quantizer on are empty or not finite.")
+        if not isinstance(z, Tensor) or not torch.isfinite(z).all() or z.numel() == 0:
+            raise ConfigError(
+                "The uploads to fit a quantizer on are empty, not finite or no tensor: pass what "
+                "the edge returns for training images."
+            )
         low, high = z.detach().float().min(), z.detach().float().max()
         if not torch.isfinite(high - low):
             raise ConfigError(

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import copy
 import difflib
+import warnings
 from dataclasses import replace
 
 from torch import fx, nn
 
+from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
-from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
+from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError, PrifuWarning
 from prifu_plugin.graph.capture import CONSTANT, Captured, capture
 from prifu_plugin.graph.guards import fix_sizes, is_guard, is_refusal
+from prifu_plugin.graph.host import filter_of, is_host
 from prifu_plugin.graph.sized import capture_sized
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.names import value_at
+from prifu_plugin.prune.asleep import asleep
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.inputs import Inputs, refusal, suited, takes
 from prifu_plugin.prune.lower import drop_unused, name_effects
 from prifu_plugin.prune.places import PLACES, place
+from prifu_plugin.prune.run import plan_of
 from prifu_plugin.prune.seen import seen
 
 OTHER = 5
@@ -190,3 +196,41 @@ def late_inputs(graph: fx.Graph, known: set[fx.Node]) -> list[fx.Node]:
 def suggestion(graph: fx.Graph) -> str:
     """Name up to three places for a cut, close to the output."""
     return " or ".join(f"'{name}'" for name in points(graph)[-3:]) or "another place"
+
+
+def warn_of_what_is_lost(
+    model: nn.Module, graph: fx.Graph, node: fx.Node, computed: set[fx.Node]
+) -> None:
+    """Warn of a filter on the upload that is behind the cut, and of dropout that stays off."""
+    behind = _filtered_behind(model, graph, computed)
+    if behind is not None:
+        warnings.warn(
+            f"The filter on the upload, at '{behind}', is behind the cut at '{node.name}': what is "
+            f"uploaded is neither filtered nor noisy. Cut at '{behind}'.",
+            PrifuWarning,
+            stacklevel=4,
+        )
+    notes = asleep(graph) if model.training else []
+    if notes:
+        warnings.warn(
+            f"The parts are traced in eval mode: '{notes[0][0]}' is functional dropout, and drops "
+            "nothing in them, in training neither; nn.Dropout modules do drop.",
+            PrifuWarning,
+            stacklevel=4,
+        )
+
+
+def _filtered_behind(model: nn.Module, graph: fx.Graph, computed: set[fx.Node]) -> str | None:
+    """Return the path of a filter on the upload that the edge does not compute, None if it does."""
+    for node in graph.nodes:
+        if node.op == "call_module" and node not in computed:
+            module = value_at(model, str(node.target))
+            unit = filter_of(module) if is_host(module) else module
+            if isinstance(unit, CutFilter):
+                return str(node.target).removesuffix(".prifu")
+    kept = getattr(model, "meta", {}).get(PLACES)
+    if kept is None:
+        return None
+    cut = plan_of(model).recipe["cut"]  # of a pruned model, whose filter is folded
+    node = None if cut is None else place(graph, kept, cut)
+    return None if node is None or node in computed else str(cut)

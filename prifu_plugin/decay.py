@@ -59,6 +59,11 @@ def dose_to_beta(dose: float, learning_rates: Iterable[float]) -> float:
             f"learning_rates={learning_rates} is one number: pass the rate of every step, "
             f"[{learning_rates}] * steps where it is constant."
         )
+    if not isinstance(learning_rates, Iterable):
+        raise ConfigError(
+            f"learning_rates is a {type(learning_rates).__name__}: pass a list, the rate of every "
+            "step, as a scheduler's get_last_lr()[0] gives them one by one."
+        )
     rates = [number("learning_rates", rate) for rate in learning_rates]
     total, dose = sum(rates), number("dose", dose)
     finite = math.isfinite(dose) and math.isfinite(total)

@@ -38,6 +38,12 @@ def keyed_gaussian(batch: Tensor, key: bytes, finest: float = math.inf) -> Tenso
         >>> torch.equal(noise, keyed_gaussian(z, b"sixteen bytes .."))
         True
     """
+    if torch.jit.is_tracing() or _is_exported():  # type: ignore[attr-defined, no-untyped-call]
+        raise ConfigError(
+            "Noise with a key is computed in Python, from each upload: a trace or an export would "
+            "hold one fixed draw. Run this part in PyTorch, or export it without its key (key = "
+            "None), with noise that is drawn anew."
+        )
     if not batch.numel():
         return torch.zeros_like(batch)
     exact = batch.detach().cpu().double().flatten(1)
@@ -78,6 +84,11 @@ class KeyedNoise(nn.Module):
     def extra_repr(self) -> str:
         """Say whether there is a key, not which."""
         return "no key" if self.key is None else "with a key"
+
+
+def _is_exported() -> bool:
+    known = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+    return bool(known and known())
 
 
 def _draw(content: bytes, size: int, key: bytes) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from prifu_plugin.arguments import check_model, number, whole_number
 from prifu_plugin.batches import inputs
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
-from prifu_plugin.errors import ConfigError, FilterError
+from prifu_plugin.errors import ConfigError, FilterError, PrifuWarning
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
+from prifu_plugin.prune.run import plan_of
 
 Course = tuple[float, float] | Callable[[float], float]
 """From one value to another, linearly; or any function of the share of training that is done."""
@@ -126,7 +128,7 @@ class FilterSchedule:
         Raises:
             FilterError: if it is of a model with other filters, or of a schedule of other length.
         """
-        if not {"done", "dose"} <= set(state):
+        if not isinstance(state, Mapping) or not {"done", "dose"} <= set(state):
             raise FilterError("This is not the state of a schedule: pass its own state_dict().")
         if set(state["dose"]) != set(self._units):
             odd = sorted(set(state["dose"]) ^ set(self._units))
@@ -173,7 +175,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     behind. Inputs pass in train mode, with noise; weights do not change.
 
     Args:
-        model: a wrapped or pruned model; its modes are as before afterwards.
+        model: a wrapped or pruned model; its modes are as before afterwards. Those of a filter on
+            the upload are constants of a pruned model: recalibrate the wrapped one.
         batches: inputs (N, ...), or pairs whose first is the input.
 
     Returns:
@@ -195,6 +198,13 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     if first is None:
         raise ConfigError("No batches to estimate statistics from: pass images.")
     cuts = [module for module in model.modules() if isinstance(module, CutFilter)]
+    if _has_folded_cut(model):
+        warnings.warn(
+            "The filter on the upload is folded into this pruned model, and its statistics stay "
+            "what they were: recalibrate the wrapped model, then prune it.",
+            PrifuWarning,
+            stacklevel=2,
+        )
     modes = {module: module.training for module in model.modules()}
     momenta = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm)}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
@@ -227,6 +237,14 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     return model
 
 
+def _has_folded_cut(model: nn.Module) -> bool:
+    """Whether a model was pruned as one graph, with a filter on the upload."""
+    try:
+        return plan_of(model).recipe["cut"] is not None
+    except ConfigError:
+        return False
+
+
 def _counted(batches: Iterable[Tensor], cuts: list[CutFilter]) -> Iterator[Tensor]:
     for seen, batch in enumerate(batches, 1):
         for cut in cuts:  # a cumulative average, as update_bn makes of the norms'
@@ -248,7 +266,14 @@ def _course(name: str, course: Any) -> Course:
 
 def _at(course: Course, share: float, until: float) -> float:
     if callable(course):
-        return float(course(share))
+        value = course(share)
+        try:
+            return number("value", value)
+        except ConfigError:
+            raise ConfigError(
+                f"A course returned {value!r} for the share {share:.2f} of training: let the "
+                "function return a number."
+            ) from None
     start, end = course
     return start + (end - start) * min(1.0, share / until)
 

@@ -24,6 +24,7 @@ from prifu_plugin.cuts import (
     on_edge,
     points,
     suggestion,
+    warn_of_what_is_lost,
     with_sizes,
 )
 from prifu_plugin.device import device_of
@@ -133,7 +134,8 @@ def split(
         several: upload several tensors where one is not enough, as a tuple.
 
     Returns:
-        Edge and cloud, in the mode the model is in.
+        Edge and cloud, in the mode the model is in; what it computes in eval mode only, since that
+        is what is traced: functional dropout is off, with a `PrifuWarning` for a model in training.
 
     Raises:
         NoSiteError: if there is no such place; the message names the closest.
@@ -157,6 +159,7 @@ def split(
     node = find(captured, model, at)
     graph = captured.graph
     computed = on_edge(graph, node)
+    warn_of_what_is_lost(model, graph, node, computed)
     known = with_sizes(graph, computed)
     crosses = crossing(graph, known)
     tensors = [n for n in crosses if seen(n).shape]
@@ -295,7 +298,7 @@ def _size(
         return cloud.create_node(node.op, node.target, args, kwargs)
     raise CaptureError(
         f"Behind the cut the model uses '{node.name}', a size that the upload does not show. Cut "
-        "elsewhere, or pass example inputs of a fixed size."
+        "elsewhere, or let the model compute it from a number that is fixed."
     )
 
 

@@ -423,3 +423,17 @@ def test_tokens_are_defended_as_maps(name):
     if not cls.takes_tokens:
         with pytest.raises(ConfigError, match="tokens_as_maps"):
             baselines.fit(cls(edge, cloud, **settings), x, task, 1 - task, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("task", "private"),
+    [
+        (torch.zeros(3, dtype=torch.long), None),
+        (torch.zeros(8), None),
+        (torch.zeros(8, dtype=torch.long), {"p": torch.zeros(8)}),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(task, private):
+    edge, cloud = nn.Linear(4, 3), nn.Linear(3, 2)
+    with pytest.raises(ConfigError, match="one class an image"):
+        baselines.fit(baselines.RAN(edge, cloud, strength=0.3), torch.rand(8, 4), task, private)

@@ -415,3 +415,21 @@ def test_keyed_noise_is_drawn_on_the_cpu_wherever_tensors_are_made():
         assert keyed_gaussian(z, KEY).device.type == "cpu"
     finally:
         torch.set_default_device(None)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+@pytest.mark.parametrize("how", ["trace", "export"])
+def test_noise_with_a_key_cannot_be_frozen(how):
+    noise, z = Channel(Noise(0.3, key=b"k" * 32)).eval(), torch.randn(2, 4)
+    with pytest.raises(ConfigError, match="would hold one fixed draw"):
+        torch.jit.trace(noise, z) if how == "trace" else torch.export.export(noise, (z,))
+
+
+def test_what_is_no_upload_is_said():
+    channel = Channel(Quantizer(4).fit(torch.randn(5, 4))).eval()
+    with pytest.raises(ConfigError, match="The upload is a tuple"):
+        channel.encode((torch.randn(2, 4),))
+    with pytest.raises(ConfigError, match="shape=8 is a number"):
+        channel.decode(b"1234", 8)
+    with pytest.raises(ConfigError, match="no tensor"):
+        Quantizer(4).fit(torch.randn(5, 4).numpy())

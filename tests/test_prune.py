@@ -11,7 +11,13 @@ import zoo
 from torch import nn
 
 import prifu_plugin as prifu
-from prifu_plugin.errors import ConfigError, FilterError, OrderError, VerificationError
+from prifu_plugin.errors import (
+    ConfigError,
+    FilterError,
+    NoSiteError,
+    OrderError,
+    VerificationError,
+)
 from prifu_plugin.keyed import KeyedNoise
 
 
@@ -362,3 +368,46 @@ def test_plain_attributes_and_the_memory_format_stay():
     kernel = pruned.get_submodule("0").weight
     assert kernel.is_contiguous(memory_format=torch.channels_last)
     assert not kernel.is_contiguous()
+
+
+@pytest.mark.parametrize("kind", ["before", "behind"])
+def test_a_hook_of_the_model_itself_that_changes_something_is_refused(kind):
+    model = prifu.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    if kind == "before":
+        model.register_forward_pre_hook(lambda module, args: ((args[0] - 0.5) / 0.25,))
+    else:
+        model.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(VerificationError, match="hook of the model itself off"):
+        prifu.prune(model, torch.rand(2, 3, 8, 8))
+
+
+def test_a_filter_that_was_lost_with_its_layer_is_missed():
+    model = prifu.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    model[1] = nn.BatchNorm2d(4)
+    with pytest.raises(OrderError, match="The filter at '1' is gone"):
+        prifu.prune(model, torch.rand(2, 3, 8, 8))
+
+
+def test_a_plan_is_of_the_arguments_that_its_model_was_built_with():
+    class Net(nn.Module):
+        def __init__(self, heads):
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 2)
+            self.attention = nn.MultiheadAttention(16, heads, batch_first=True)
+
+        def forward(self, x):
+            x = self.norm(x)
+            return self.head(self.attention(x, x, x)[0].mean(1))
+
+    pruned = prifu.prune(prifu.wrap(Net(2)).eval(), torch.randn(2, 5, 16))
+    plan, weights = prifu.plan(pruned).to_json(), pruned.state_dict()
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(prifu.rebuild(Net(2), plan, weights)(x), pruned(x))
+    with pytest.raises(NoSiteError, match="same arguments"):
+        prifu.rebuild(Net(8), plan, weights)
+
+
+def test_examples_without_values_are_refused():
+    model = prifu.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    with pytest.raises(ConfigError, match="on the meta device"):
+        prifu.prune(model, torch.rand(2, 3, 8, 8, device="meta"))

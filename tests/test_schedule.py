@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import prifu_plugin as prifu
-from prifu_plugin.errors import ConfigError, FilterError, OrderError
+from prifu_plugin.errors import ConfigError, FilterError, OrderError, PrifuWarning
 
 
 def network(**settings):
@@ -231,3 +231,23 @@ def test_a_state_of_another_length_is_refused_and_nothing_changes():
     assert (short.done, long.done) == (5, 0)
     del state["steps"]  # as states were before
     short.load_state_dict(state)
+
+
+def test_a_pruned_model_keeps_the_statistics_of_its_filter_on_the_upload():
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net = nn.Sequential(*layers, nn.Linear(8, 2))
+    x = torch.rand(16, 3, 8, 8)
+    wrapped = prifu.wrap(net, cut="3", example_inputs=x).eval()
+    with pytest.warns(PrifuWarning, match="recalibrate the wrapped model, then prune it"):
+        prifu.recalibrate(prifu.prune(wrapped, x), [x])
+    prifu.recalibrate(prifu.prune(prifu.wrap(net).eval(), x), [x])
+
+
+def test_a_course_that_gives_no_number_is_said():
+    model = prifu.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    with pytest.raises(ConfigError, match="A course returned None for the share 0.00"):
+        prifu.FilterSchedule(model, 10, alpha=lambda share: None)
+    with pytest.raises(FilterError, match="not the state of a schedule"):
+        prifu.FilterSchedule(model, 10, alpha=(0.0, 0.1)).load_state_dict(None)
+    with pytest.raises(ConfigError, match="learning_rates is a NoneType"):
+        prifu.dose_to_beta(1.0, None)

@@ -451,3 +451,49 @@ def test_an_edge_that_decides_on_sizes_says_how_to_split_again():
     parts = prifu.split(Even().eval(), "conv", torch.randn(2, 3, 8, 8))
     with pytest.raises(AssertionError, match="Split again"):
         parts.edge(torch.randn(2, 3, 9, 9))
+
+
+def cut_net():
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net = nn.Sequential(*layers, nn.Identity(), nn.Linear(8, 2))
+    return prifu.wrap(net, cut="3", noise=0.3, example_inputs=torch.zeros(2, 3, 8, 8)).eval()
+
+
+@pytest.mark.parametrize("prunes", [False, True])
+def test_a_cut_in_front_of_the_filter_on_the_upload_is_warned_of(prunes):
+    x = torch.rand(4, 3, 8, 8)
+    model = prifu.prune(cut_net(), x) if prunes else cut_net()
+    with pytest.warns(PrifuWarning, match="at '3', is behind the cut at '_2'.*Cut at '3'"):
+        prifu.split(model, "2", x)
+    for at in ("3", "4"):
+        prifu.split(model, at, x)
+
+
+def test_dropout_that_the_parts_of_a_model_in_training_lack_is_warned_of():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(nn.functional.dropout(self.norm(x), 0.5, self.training))
+
+    with pytest.warns(PrifuWarning, match="'dropout' is functional dropout"):
+        prifu.split(Net().train(), "norm", torch.rand(4, 4))
+    prifu.split(Net().eval(), "norm", torch.rand(4, 4))
+
+
+def test_a_model_of_fixed_size_is_cut_without_a_word(capsys):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.randn(1, 16, 8))
+            self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.norm(x.flatten(2).transpose(1, 2) + self.position).mean(1))
+
+    x = torch.rand(4, 8, 4, 4)
+    pruned = prifu.prune(prifu.wrap(Net()).eval(), x)
+    prifu.split(pruned, "norm", x)
+    assert capsys.readouterr().err == ""

@@ -379,10 +379,10 @@ def test_the_public_surface():
     assert sorted(prifu.__all__) == prifu.__all__ == [
         "AuditData", "AuditReport", "CaptureError", "ConfigError", "CutFilter", "Fastest",
         "FilterConfig", "FilterError", "FilterSchedule", "MaskHistory", "NoSiteError", "OrderError",
-        "Plan", "PriFU", "PrifuError", "PrifuWarning", "PruneReport", "Relevance", "Site", "Split",
+        "OverSeeds", "Plan", "PriFU", "PrifuError", "PrifuWarning", "PruneReport", "Relevance", "Site", "Split",
         "Summary", "Threshold", "VerificationError", "__version__", "absorb",
         "audit", "cut_points", "dose_to_beta", "fastest",
-        "filters", "fit_alpha", "influence", "learned", "plan", "prune", "rebuild", "recalibrate",
+        "filters", "fit_alpha", "influence", "learned", "over_seeds", "plan", "prune", "rebuild", "recalibrate",
         "register_leaf", "register_norm", "register_pointwise", "relevance", "report",
         "sites", "split", "status", "summary", "sweep", "unwrap", "wrap",
     ]  # fmt: skip
@@ -742,3 +742,16 @@ def test_looking_at_a_model_leaves_nothing_on_it():
     assert not model.last
     assert model.counts == {"calls": []}
     assert model.seen == 0
+
+
+def test_a_cut_at_a_module_that_is_called_twice_is_refused():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.norm(self.relu(self.first(x))))
+
+    with pytest.raises(ConfigError, match=r"'relu' \(ReLU\) is called 2 times"):
+        prifu.wrap(Net(), cut="relu", example_inputs=torch.rand(2, 3, 8, 8))

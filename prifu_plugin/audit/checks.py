@@ -30,6 +30,8 @@ def check(
     """Raise for modules in train mode, and for labels or images that do not fit."""
     if not isinstance(edge, nn.Module):
         raise ConfigError(f"edge is a {type(edge).__name__}: pass a torch.nn.Module, images -> z.")
+    if not isinstance(task, str):
+        raise ConfigError(f"task={task!r}: pass the name of one label, a string.")
     if not attributes:
         raise ConfigError("attributes is empty: name the private labels to attack.")
     if cloud is not None and not isinstance(cloud, nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +69,10 @@ def fit(
         desc: for the progress bar.
 
     Raises:
-        ConfigError: if there are fewer images than one batch, or a method misses its label.
+        ConfigError: if there are fewer images than one batch, labels do not fit, or a method
+            misses its label.
     """
+    _check_labels(len(images), task=task, private=private)
     schedule = schedule or Schedule()
     rates = schedule.rates(len(images))
     if not rates:
@@ -106,3 +109,14 @@ def fit(
     last = [batch for _ in range(-(-schedule.finishing // len(batches))) for batch in draw()]
     defence.finish(last[: schedule.finishing])
     return defence.eval()
+
+
+def _check_labels(count: int, **labels: Any) -> None:
+    for name, label in labels.items():
+        if name == "private" and label is None:
+            continue
+        fits = isinstance(label, Tensor) and label.shape == (count,)
+        if not fits or label.is_floating_point() or label.is_complex():
+            raise ConfigError(
+                f"{name} does not hold one class an image: pass a tensor of integers, ({count},)."
+            )

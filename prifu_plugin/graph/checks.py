@@ -163,6 +163,12 @@ def probe_cut(
             f"cut='{cut}' ({type(place).__name__}) does not return one tensor (N, C, ...). "
             "Cut at a module that does."
         )
+    if len(seen) > 1:
+        raise ConfigError(
+            f"cut='{cut}' ({type(place).__name__}) is called {len(seen)} times in one forward: one "
+            "filter cannot stand for several tensors. Cut at a module around it, or give the place "
+            "a module of its own, such as nn.Identity."
+        )
     uploaded = seen[0]
     if cut_dim is not None and not -uploaded.ndim < cut_dim < uploaded.ndim or cut_dim == 0:
         raise ConfigError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prifu_plugin.arguments import whole_number
+from prifu_plugin.arguments import check_callable, whole_number
 from prifu_plugin.errors import ConfigError, PrifuWarning, VerificationError
 from prifu_plugin.graph.state import copied
 from prifu_plugin.prune.inputs import Inputs, suited
@@ -91,6 +91,7 @@ def fastest(
     device = next(model.parameters()).device
     build = build or _in_torch([x.to(device) for x in drawn])
     runs: dict[Way | None, Callable[[], Any]] = {None: build(copied(model).eval())}
+    check_callable("what build returns", runs[None], "no arguments, which runs the model once")
     for round_to, move_cost in tqdm(ways, desc="pruning", leave=False, disable=None):
         small = prune(
             model, example_inputs, round_to=round_to, move_cost=move_cost, verify=False, seed=seed

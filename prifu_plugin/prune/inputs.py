@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +51,8 @@ class Inputs:
     def of(cls, examples: Any) -> Inputs:
         """Describe example inputs: a tensor, or a tuple or list of them."""
         listed = tensors("example_inputs", examples)
+        if any(x.is_meta for x in listed):
+            raise ConfigError("example_inputs are on the meta device: pass a batch with values.")
         if any(x.is_complex() for x in listed):
             raise ConfigError(
                 "example_inputs are complex: let the model take torch.view_as_real(x)."
@@ -177,7 +181,7 @@ def takes(model: nn.Module, inputs: Inputs) -> bool:
 def refusal(model: nn.Module, inputs: Inputs) -> str | None:
     """Return why a model refuses inputs like these, None if it takes them."""
     try:
-        run_undisturbed(model, inputs.draw(model, 0))
+        _tried(model, inputs)
     except Exception as error:  # noqa: BLE001 - any refusal is an answer
         return first_line(error).rstrip(".")
     return None
@@ -185,11 +189,17 @@ def refusal(model: nn.Module, inputs: Inputs) -> str | None:
 
 def _answer(model: nn.Module, inputs: Inputs) -> str:
     try:
-        leaves = pytree.tree_leaves(run_undisturbed(model, inputs.draw(model, 0)))
+        leaves = pytree.tree_leaves(_tried(model, inputs))
     except Exception:  # noqa: BLE001 - any refusal is an answer
         return "refused"
     numbers = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
     return "finite" if all(bool(torch.isfinite(x).any()) for x in numbers) else "taken"
+
+
+def _tried(model: nn.Module, inputs: Inputs) -> Any:
+    """Run a model that may refuse its inputs: a GraphModule would print where it stopped."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return run_undisturbed(model, inputs.draw(model, 0))
 
 
 def _span(x: Tensor) -> tuple[float, float, bool]:

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from tqdm import tqdm
 
@@ -19,6 +17,7 @@ from prifu_plugin.errors import CaptureError, ConfigError, PrifuError, Verificat
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.guards import is_refusal
+from prifu_plugin.prune.asleep import asleep
 from prifu_plugin.prune.hooks import has_hooks
 from prifu_plugin.prune.inputs import Inputs, refusal, suited, takes
 from prifu_plugin.prune.ladder import recorded
@@ -87,7 +86,7 @@ def prune_graph(
         begin("plan")
         made_of = {"inputs": runs[0].to_dict(), "graph": fingerprint(captured)}
         plan = make_plan(analysis, {**recipe, **made_of}, settings.round_to, settings.move_cost)
-        plan = dataclasses.replace(plan, notes=(*plan.notes, *_asleep(captured.graph)))
+        plan = dataclasses.replace(plan, notes=(*plan.notes, *asleep(captured.graph)))
         layers = fates(analysis, plan)
         analysis.release()
         begin("rewrite")
@@ -154,26 +153,23 @@ def fingerprint(captured: Captured) -> str:
         if node.op == "call_module":
             module = captured.root.get_submodule(str(node.target))
             shown = not isinstance(module, PriFU | CutFilter)
-            what = f"{type(module).__name__}({module.extra_repr() if shown else ''})"
+            said = f"{module.extra_repr()} {_configuration(module)}" if shown else ""
+            what = f"{type(module).__name__}({said})"
         lines.append(f"{node.name} {node.op} {target} {what} {node.args} {node.kwargs}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _asleep(graph: fx.Graph) -> list[tuple[str, str]]:
-    """Note functional dropout, whose flag was off in the eval mode of the trace, and stays off."""
-    why = (
-        "functional dropout, which drops nothing in the pruned model, in training neither: its "
-        "graph is that of eval mode; nn.Dropout modules do drop"
-    )
-    calls = [node for node in graph.nodes if node.target in _DROPOUTS]
-    return [(node.name, why) for node in calls if _rate(node) != 0]
+def _configuration(module: nn.Module) -> dict[str, Any]:
+    """Return the plain arguments of a module's constructor that it keeps under their names."""
+    names = {name for cls in type(module).__mro__ for name in _arguments_of(cls)}
+    known = {name: getattr(module, name, None) for name in sorted(names)}
+    plain = (bool, int, float, str)
+    return {name: value for name, value in known.items() if isinstance(value, plain)}
 
 
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
-
-
-def _rate(node: fx.Node) -> Any:
-    return node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+def _arguments_of(cls: type) -> tuple[str, ...]:
+    code = getattr(cls.__dict__.get("__init__"), "__code__", None)
+    return () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def _certify(
@@ -238,7 +234,8 @@ def _compared_first(
 
 
 def _cure(original: nn.Module) -> str:
-    hooked = [path for path, part in original.named_modules() if path and has_hooks(part)]
+    hooked = [path for path, part in original.named_modules() if has_hooks(part)]
     if hooked:
-        return f"Take the forward hook of '{hooked[0]}' off, if it changes what the layer returns."
+        owner = f"'{hooked[0]}'" if hooked[0] else "the model itself"
+        return f"Take the forward hook of {owner} off, if it changes what is taken or returned."
     return "Leave the module around it out of the filters with exclude=, and please report it."

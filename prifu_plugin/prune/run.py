@@ -15,6 +15,7 @@ from prifu_plugin.graph.insert import apply_recipe, filters
 from prifu_plugin.graph.sites import norm_modules
 from prifu_plugin.graph.state import META, copied, wrap_state
 from prifu_plugin.graph.values import check_present
+from prifu_plugin.graph.watch import check_filters_are_there
 from prifu_plugin.prune.attributes import keep_attributes, keep_memory_format
 from prifu_plugin.prune.hooks import take_off
 from prifu_plugin.prune.inputs import Inputs
@@ -71,7 +72,8 @@ def prune(
         The pruned model, in eval mode, on the device of `model`.
 
     Raises:
-        OrderError: if the model is not wrapped, or its weights have no values yet or are sharded.
+        OrderError: if the model is not wrapped, its weights have no values yet or are sharded, or
+            a layer with a filter was replaced.
         ConfigError: if the input shape is unknown, or the model refuses it.
         CaptureError: if neither the model nor any part of it can be traced.
         FilterError: if a weight is not finite.
@@ -85,7 +87,7 @@ def prune(
         >>> prune(net, torch.zeros(1, 3, 8, 8)).get_submodule("0").out_channels
         2
     """
-    wrap_state(model)
+    check_filters_are_there(model, wrap_state(model).hosts)
     round_to, seed = whole_number("round_to", round_to), whole_number("seed", seed, least=0)
     move_cost = number("move_cost", move_cost)
     if not move_cost >= 0:
@@ -129,8 +131,6 @@ def _pruned(
 ) -> Pruned:
     """Prune a model as one graph; in parts where its forward cannot be followed."""
     original = copied(model).cpu().eval() if settings.verify else None
-    if original is not None:
-        take_off(original)
     recipe = wrap_state(model).recipe()
     try:
         whole = prune_graph(filtered, runs, recipe, settings, original)
