@@ -379,12 +379,12 @@ def test_the_public_surface():
     assert sorted(prifu.__all__) == prifu.__all__ == [
         "AuditData", "AuditReport", "CaptureError", "ConfigError", "CutFilter", "Fastest",
         "FilterConfig", "FilterError", "FilterSchedule", "MaskHistory", "NoSiteError", "OrderError",
-        "OverSeeds", "Plan", "PriFU", "PrifuError", "PrifuWarning", "PruneReport", "Relevance", "Site", "Split",
-        "Summary", "Threshold", "VerificationError", "__version__", "absorb",
+        "OverSeeds", "Plan", "PriFU", "PrifuError", "PrifuWarning", "PruneReport", "Relevance",
+        "Site", "Split", "Summary", "Threshold", "VerificationError", "__version__", "absorb",
         "audit", "cut_points", "dose_to_beta", "fastest",
-        "filters", "fit_alpha", "influence", "learned", "over_seeds", "plan", "prune", "rebuild", "recalibrate",
-        "register_leaf", "register_norm", "register_pointwise", "relevance", "report",
-        "sites", "split", "status", "summary", "sweep", "unwrap", "wrap",
+        "filters", "fit_alpha", "influence", "learned", "over_seeds", "plan", "prune", "rebuild",
+        "recalibrate", "register_leaf", "register_norm", "register_pointwise", "relevance",
+        "report", "sites", "split", "status", "summary", "sweep", "unwrap", "wrap",
     ]  # fmt: skip
     assert all(getattr(prifu, name).__doc__ for name in prifu.__all__)
 
@@ -755,3 +755,10 @@ def test_a_cut_at_a_module_that_is_called_twice_is_refused():
 
     with pytest.raises(ConfigError, match=r"'relu' \(ReLU\) is called 2 times"):
         prifu.wrap(Net(), cut="relu", example_inputs=torch.rand(2, 3, 8, 8))
+
+
+def test_an_exported_model_is_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    exported = torch.export.export(net, (torch.rand(2, 3, 8, 8),)).module()
+    with pytest.raises(OrderError, match="is exported: wrap the original"):
+        prifu.wrap(exported)

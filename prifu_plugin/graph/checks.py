@@ -22,10 +22,12 @@ from prifu_plugin.sharded import is_sharded
 
 
 def check_wrappable(model: nn.Module) -> None:
-    """Raise OrderError if a model is scripted, wrapped, filtered, or cannot be trained yet."""
+    """Raise OrderError if a model is scripted, exported, wrapped, or cannot be trained yet."""
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise OrderError(f"{name} is scripted: wrap the Python model, then script the pruned one.")
+    if "train" in vars(model):  # torch.export puts one there that refuses
+        raise OrderError(f"{name} is exported: wrap the original, then export the pruned one.")
     for attribute, words in (
         ("_orig_mod", "torch.compile"),
         ("module", "DDP, DataParallel or EMA"),
