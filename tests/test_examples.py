@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 def run(*arguments):
     finished = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=580
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout

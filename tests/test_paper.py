@@ -191,6 +191,26 @@ def test_differences_of_leaks_resample_seeds_and_need_something_to_leak():
     assert math.isnan(tables.difference_of_leaks(*nothing, ("s",)).value)
 
 
+def test_what_is_above_the_floor_has_an_interval_over_images_and_seeds():
+    g = torch.Generator().manual_seed(0)
+
+    def cells(*shares):
+        draws = [(torch.rand(600, generator=g) < share).double() for share in shares]
+        floor = (torch.arange(600) % 2).double()
+        return [tables.lines([made("m", d, floor, s) for s, d in enumerate(draws)])[0].cells["s"]]
+
+    much, less = cells(0.9, 0.9), cells(0.6, 0.6)
+    assert tables.above_floor(much).value == pytest.approx(40, abs=3)
+    found = tables.above_floor(much, less)
+    assert found.low < found.value < found.high
+    assert found.low > 20
+    one, two = tables.above_floor(cells(0.7, 0.7)), tables.above_floor(cells(0.5, 0.9))
+    assert two.high - two.low > 1.5 * (one.high - one.low)  # seeds that differ widen it
+    same = tables.above_floor(much, much)
+    assert same.value == 0
+    assert same.low < 0 < same.high
+
+
 def test_seeds_that_did_not_learn_are_left_out_and_named():
     floor, right = torch.zeros(400).double(), torch.ones(400).double()
     results = [made("plain", right, floor, s) for s in (0, 1)]

@@ -1,6 +1,7 @@
 """From results to lines of a table: means over seeds, leaks, intervals over test images."""
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ class Cell:
         repeated: accuracy if the attacker may also average queries of the same image.
         outcomes: whether attack, floor and the attack on the plain model are right, by seed and
             test image, (S, N) each; None where the leak is.
+        above: attack less floor, by seed and test image, (S, N).
     """
 
     accuracy: Interval
@@ -34,6 +36,7 @@ class Cell:
     spread: float
     repeated: float
     outcomes: tuple[Tensor, Tensor, Tensor] | None
+    above: Tensor
 
     def __str__(self) -> str:
         if self.leak is None:
@@ -101,6 +104,33 @@ def lines(results: list[Result], seen: str = "once") -> list[Line]:
     }
     groups = {key: _learned(group, plains) for key, group in groups.items()}
     return [_line(group, plains, seen) for group in groups.values()]
+
+
+def above_floor(cells: list[Cell], less: list[Cell] | None = None) -> Interval:
+    """Return what is read above the floor, mean over cells, percent points.
+
+    Args:
+        cells: of different data.
+        less: of another method on the same data: the difference is returned.
+
+    Returns:
+        With an interval that resamples test images, for both alike, and the defence seeds of each.
+    """
+    chance = torch.Generator().manual_seed(0)
+
+    def mean(draw: Callable[[int], Tensor]) -> float:
+        found = []
+        for mine, theirs in zip(cells, less or [None] * len(cells), strict=True):
+            images = draw(mine.above.shape[1])
+            value = mine.above[draw(len(mine.above))][:, images].mean()
+            if theirs is not None:
+                value = value - theirs.above[draw(len(theirs.above))][:, images].mean()
+            found.append(100 * float(value))
+        return statistics.mean(found)
+
+    draws = [mean(lambda n: torch.randint(n, (n,), generator=chance)) for _ in range(1000)]
+    low, high = torch.tensor(draws).double().quantile(torch.tensor([0.025, 0.975]).double())
+    return Interval(mean(torch.arange), float(low), float(high))
 
 
 CHOOSING, JUDGING = slice(0, None, 2), slice(1, None, 2)
@@ -276,7 +306,8 @@ def _cell(name: str, pairs: list[tuple[Result, Result | None]], seen: str) -> Ce
         values = [100 * one.value for one in each if one]
         spread = statistics.stdev(values) if len(values) > 1 else spread
     again = max(float(torch.stack(strongest).mean()), accuracy.value)
-    return Cell(accuracy, float(floor.mean()), found, spread, again, outcomes)
+    above = torch.stack(mine) - torch.stack(floors)
+    return Cell(accuracy, float(floor.mean()), found, spread, again, outcomes, above)
 
 
 def _best(found: dict[str, Any] | None) -> tuple[float, float]:
