@@ -68,44 +68,52 @@ def split_off(
 
 
 Lists = list[list[int]]
+"""Places of images that stay together."""
+
+Kinds = dict[int, set[tuple[str, int]]]
+"""First place of a list -> (label, class) of all its images."""
 
 
 def _even_out(chosen: Lists, rest: Lists, data: AuditData, alike: Sequence[str]) -> None:
-    """Move the smallest lists that give a part the classes it lacks, and take none away."""
+    """Give each part the classes it lacks, or raise ConfigError where that cannot be."""
     labels = {name: data.labels[name].tolist() for name in alike}
-
-    def classes(places: list[int]) -> set[tuple[str, int]]:
-        return {(name, label[i]) for name, label in labels.items() for i in places}
-
+    kinds = {
+        places[0]: {(name, label[i]) for name, label in labels.items() for i in places}
+        for places in chosen + rest
+    }
     for wanting, giving in ((chosen, rest), (rest, chosen)) * 2:
-        held = [
-            Counter(kind for places in part for kind in classes(places))
-            for part in (wanting, giving)
-        ]
-        for kind in sorted(set(held[1]) - set(held[0])):
-            if held[0][kind]:  # came with another
-                continue
-            free = [
-                places
-                for places in giving
-                if kind in (found := classes(places)) and all(held[1][one] > 1 for one in found)
-            ]
-            if free:
-                moved = min(free, key=len)
-                giving.remove(moved)
-                wanting.append(moved)
-                held[0].update(classes(moved))
-                held[1].subtract(classes(moved))
-    both = [{kind for places in part for kind in classes(places)} for part in (chosen, rest)]
-    lacking = sorted(both[0] ^ both[1])
+        _move(wanting, giving, kinds)
+    both = [{kind for places in part for kind in kinds[places[0]]} for part in (chosen, rest)]
+    lacking = both[0] ^ both[1]
     if lacking or not chosen or not rest:
-        name, value = lacking[0] if lacking else ("", 0)
-        what = f"class {value} of '{name}' is" if lacking else "all images are"
+        name, value = min(lacking, default=("", 0))
+        what = f"class {value} of '{name}' is" if name else "all images are"
         raise ConfigError(
             f"The {len(data)} training images are bound by copies and groups into "
             f"{len(chosen) + len(rest)} sets, and {what} in too few of them to train attackers on "
             "some and choose them on others. Add images of others, or merge the class."
         )
+
+
+def _move(wanting: Lists, giving: Lists, kinds: Kinds) -> None:
+    """Move the smallest lists that hold what one part lacks, and that the other can spare."""
+    there, here = (
+        Counter(kind for places in part for kind in kinds[places[0]]) for part in (giving, wanting)
+    )
+    for kind in sorted(set(there) - set(here)):
+        if here[kind]:  # it came with another
+            continue
+        free = [
+            places
+            for places in giving
+            if kind in kinds[places[0]] and all(there[one] > 1 for one in kinds[places[0]])
+        ]
+        if free:
+            moved = min(free, key=len)
+            giving.remove(moved)
+            wanting.append(moved)
+            here.update(kinds[moved[0]])
+            there.subtract(kinds[moved[0]])
 
 
 def _together(data: AuditData) -> list[list[int]]:
