@@ -37,7 +37,7 @@ long: $(VENV)/stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m long
 
 export: $(VENV)/stamp
-	$(RUN) -m pytest -m export
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m export
 
 # Other people's training loops.
 loops: $(VENV)/stamp
@@ -56,7 +56,7 @@ others: $(VENV)/stamp
 
 # Every example as a test, on little data.
 examples: $(VENV)/stamp
-	$(RUN) -m pytest -m slow tests/test_examples.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow tests/test_examples.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info out
