@@ -208,7 +208,7 @@ def warn_of_what_is_lost(
             f"The filter on the upload, at '{behind}', is behind the cut at '{node.name}': what is "
             f"uploaded is neither filtered nor noisy. Cut at '{behind}'.",
             PrifuWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     notes = asleep(graph) if model.training else []
     if notes:
@@ -216,7 +216,7 @@ def warn_of_what_is_lost(
             f"The parts are traced in eval mode: '{notes[0][0]}' is functional dropout, and drops "
             "nothing in them, in training neither; nn.Dropout modules do drop.",
             PrifuWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

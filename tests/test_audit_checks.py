@@ -1,4 +1,4 @@
-"""What an audit is given: references, groups, clouds, dtypes and modes that do not fit, or do."""
+"""What an audit is given: references, groups, clouds and channels that fit, or do not."""
 
 import pytest
 import torch

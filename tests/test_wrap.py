@@ -762,3 +762,10 @@ def test_an_exported_model_is_refused():
     exported = torch.export.export(net, (torch.rand(2, 3, 8, 8),)).module()
     with pytest.raises(OrderError, match="is exported: wrap the original"):
         prifu.wrap(exported)
+
+
+def test_a_model_with_a_train_of_its_own_is_wrapped():
+    """As people freeze batch norms: the method is put on the instance."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    net.train = lambda mode=True: net
+    assert list(prifu.filters(prifu.wrap(net))) == ["1"]

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from prifu_plugin.arguments import tensors
@@ -26,7 +26,7 @@ def check_wrappable(model: nn.Module) -> None:
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise OrderError(f"{name} is scripted: wrap the Python model, then script the pruned one.")
-    if "train" in vars(model):  # torch.export puts one there that refuses
+    if isinstance(model, fx.GraphModule) and "train" in vars(model):  # of torch.export: it refuses
         raise OrderError(f"{name} is exported: wrap the original, then export the pruned one.")
     for attribute, words in (
         ("_orig_mod", "torch.compile"),

@@ -234,8 +234,7 @@ def _compared_first(
 
 
 def _cure(original: nn.Module) -> str:
-    hooked = [path for path, part in original.named_modules() if has_hooks(part)]
+    hooked = [path for path, part in original.named_modules() if path and has_hooks(part)]
     if hooked:
-        owner = f"'{hooked[0]}'" if hooked[0] else "the model itself"
-        return f"Take the forward hook of {owner} off, if it changes what is taken or returned."
+        return f"Take the forward hook of '{hooked[0]}' off, if it changes what the layer returns."
     return "Leave the module around it out of the filters with exclude=, and please report it."

@@ -10,14 +10,14 @@ from torch import Tensor, fx, nn
 
 from prifu_plugin.arguments import check_model, number, whole_number
 from prifu_plugin.device import device_of
-from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError
+from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError, VerificationError
 from prifu_plugin.graph.insert import apply_recipe, filters
 from prifu_plugin.graph.sites import norm_modules
 from prifu_plugin.graph.state import META, copied, wrap_state
 from prifu_plugin.graph.values import check_present
 from prifu_plugin.graph.watch import check_filters_are_there
 from prifu_plugin.prune.attributes import keep_attributes, keep_memory_format
-from prifu_plugin.prune.hooks import take_off
+from prifu_plugin.prune.hooks import has_hooks, take_off
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.ladder import recorded
 from prifu_plugin.prune.lower import plain_layers
@@ -28,6 +28,7 @@ from prifu_plugin.prune.report import PruneReport, count_bytes, count_macs, coun
 from prifu_plugin.prune.rewrite import rewrite
 from prifu_plugin.prune.settings import PruneSettings
 from prifu_plugin.prune.sharing import separated
+from prifu_plugin.prune.verify import compare
 from prifu_plugin.sharded import check_unsharded
 
 
@@ -131,6 +132,15 @@ def _pruned(
 ) -> Pruned:
     """Prune a model as one graph; in parts where its forward cannot be followed."""
     original = copied(model).cpu().eval() if settings.verify else None
+    if original is not None and has_hooks(original):
+        check = compare(original, filtered, runs[0], settings.seed)  # which has lost them
+        if not check.holds:
+            raise VerificationError(
+                f"A forward hook of this {type(model).__name__} itself changes what it takes or "
+                f"returns, by {check.difference:.1e}; a pruned model does not have it. Take the "
+                "hook of the model itself off first, or put what it does into a module inside."
+            )
+        take_off(original)
     recipe = wrap_state(model).recipe()
     try:
         whole = prune_graph(filtered, runs, recipe, settings, original)
