@@ -19,13 +19,8 @@ from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError
 from prifu_plugin.filter import PriFU
-from prifu_plugin.graph.host import (
-    filter_of,
-    folded_parameters,
-    is_folded,
-    is_host,
-    run_with,
-)
+from prifu_plugin.graph.folding import folded_parameters
+from prifu_plugin.graph.host import filter_of, is_folded, is_host, run_with
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.norms import norm_spec
 from prifu_plugin.graph.state import wrap_state

@@ -48,9 +48,10 @@ def training(model, x):
 def inference(model, x):
     """Return a function that makes one prediction."""
 
+    model.eval()
+
     @torch.no_grad()
     def step():
-        model.eval()
         model(x)
 
     return step

@@ -7,6 +7,7 @@ with the other ways.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch.nn.utils import parametrize
 
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.filter import PriFU
-from prifu_plugin.graph.norms import NormSpec, base_class, norm_spec
+from prifu_plugin.graph.folding import folds, remembered_parameters
+from prifu_plugin.graph.norms import base_class, norm_spec
 from prifu_plugin.names import CHILD
 
 
@@ -79,41 +81,6 @@ def filter_of(host: nn.Module) -> PriFU | CutFilter:
     return unit
 
 
-def folded_parameters(
-    host: nn.Module, unit: PriFU, otherwise: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """Return weight and bias of a normalization with the filter's scale folded in.
-
-    gain * RIW * (n * weight + bias) + b = n * (weight * scale) + (bias * scale + b), in the
-    precision of W, which is fp32 or better, rounded to that of the layer, `otherwise` if it has
-    none.
-    """
-    scale = unit.scale()
-    weight, bias = getattr(host, "weight", None), getattr(host, "bias", None)
-    folded: dict[str, Tensor | None] = {"weight": scale if weight is None else weight * scale}
-    if bias is not None:
-        folded["bias"] = bias * scale if unit.bias is None else unit.bias.addcmul(bias, scale)
-    elif unit.bias is not None:
-        folded["bias"] = unit.bias
-    own = [weight, bias, getattr(host, "running_mean", None)]
-    dtype = next((v.dtype for v in own if v is not None), otherwise or scale.dtype)
-    if "bias" not in folded and dtype in (torch.float16, torch.bfloat16):
-        folded["bias"] = torch.zeros_like(scale)  # torch has no half kernel without one
-    given = {name: value.to(dtype) for name, value in folded.items() if value is not None}
-    if torch.compiler.is_compiling() and not _is_exporting():
-        # Inductor would compute them anew for every element; what is strided it computes first.
-        return {name: value.as_strided(value.shape, (1,)) for name, value in given.items()}
-    return given
-
-
-_is_exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7
-
-
-def folds(spec: NormSpec, unit: PriFU) -> bool:
-    """Whether the filter can act through the normalization's own affine parameters."""
-    return spec.folds and (spec.folds_bias or unit.bias is None)
-
-
 def _kind(host: nn.Module, unit: PriFU | CutFilter) -> str:
     spec = norm_spec(host)
     # A parametrized layer computes its weight in a property, which would hide the folded one.
@@ -126,7 +93,7 @@ def _kind(host: nn.Module, unit: PriFU | CutFilter) -> str:
 def _folded_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     unit = filter_of(self)
     assert isinstance(unit, PriFU)
-    return run_with(self, folded_parameters(self, unit, _type_of(args)), *args, **kwargs)
+    return run_with(self, remembered_parameters(self, unit, _type_of(args)), *args, **kwargs)
 
 
 def _type_of(args: tuple[Any, ...]) -> torch.dtype | None:
@@ -155,6 +122,9 @@ def run_with(host: nn.Module, parameters: dict[str, Tensor], *args: Any, **kwarg
 
 def _keep(host: nn.Module, before: dict[str, Any], members: dict[str, Any]) -> None:
     """Do to a host what a forward did to the twin it ran on, such as counting its calls."""
+    same = all(map(operator.is_, before.values(), members.values()))
+    if same and before.keys() == members.keys():
+        return
     for name in before.keys() | members.keys():
         if name not in members:
             host.__dict__.pop(name, None)

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import like_of
 from prifu_plugin.filter import PriFU, along
-from prifu_plugin.graph.host import detach, filter_of, folded_parameters, folds, is_host
+from prifu_plugin.graph.folding import folded_parameters, folds
+from prifu_plugin.graph.host import detach, filter_of, is_host
 from prifu_plugin.graph.norms import norm_spec
 from prifu_plugin.names import CHILD
 from prifu_plugin.prune.layout import FILL

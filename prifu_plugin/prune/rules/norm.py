@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.filter import PriFU, along
-from prifu_plugin.graph.host import filter_of, folded_parameters, is_host
-from prifu_plugin.graph.host import folds as can_fold
+from prifu_plugin.graph.folding import folded_parameters
+from prifu_plugin.graph.folding import folds as can_fold
+from prifu_plugin.graph.host import filter_of, is_host
 from prifu_plugin.graph.norms import norm_spec
 from prifu_plugin.prune.facts import Fact, channels_of, summarize
 from prifu_plugin.prune.layout import simplify
