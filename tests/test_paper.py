@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy import stats
 
 import prifu_plugin as prifu
 
@@ -18,9 +19,13 @@ sys.path.insert(0, str(PAPER))
 
 from lab import plans, tables  # noqa: E402
 from lab.forms import filtered  # noqa: E402
+from lab.intervals import difference_of_accuracies, over_seeds  # noqa: E402
 from lab.networks import build  # noqa: E402
+from lab.pages import verdict  # noqa: E402
 from lab.runs import key_of, packed, run_of, unpacked  # noqa: E402
 from lab.scale import Scale  # noqa: E402
+
+from prifu_plugin.audit.statistics import Interval  # noqa: E402
 
 slow = pytest.mark.slow
 
@@ -242,3 +247,42 @@ def test_a_seed_that_not_every_setting_has_run_is_left_out():
     assert {result["run"]["seed"] for result in kept} == {0, 1}
     assert len(kept) == 4
     assert tables.of_whole_seeds([]) == []
+
+
+def test_intervals_over_seeds_are_students():
+    ours, theirs = {0: 0.5, 1: 0.9, 2: 0.4, 7: 3.0}, {0: 0.1, 1: 0.3, 2: 0.2, 5: 9.0}
+    alone = stats.ttest_1samp(list(ours.values()), 0.0).confidence_interval(0.95)
+    found = over_seeds(ours)
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high))
+    paired = stats.ttest_rel([0.5, 0.9, 0.4], [0.1, 0.3, 0.2]).confidence_interval(0.95)
+    found = over_seeds(ours, theirs)  # of the seeds that both have
+    assert (found.low, found.high) == pytest.approx((paired.low, paired.high))
+    assert found.value == pytest.approx(0.4)
+    one = over_seeds({3: 1.5})
+    assert one.value == 1.5
+    assert math.isnan(one.low)
+
+
+def test_a_difference_of_attacks_covers_images_and_seeds():
+    g = torch.Generator().manual_seed(0)
+    better, worse = ((torch.rand(3, 500, generator=g) < share).double() for share in (0.8, 0.6))
+    found = difference_of_accuracies(worse, better)
+    assert found.value == pytest.approx(-20, abs=4)
+    assert -30 < found.low < found.value < found.high < -10
+
+
+@pytest.mark.parametrize(("given", "bounds", "said"), [
+    ([(-3, -5, -1)], {}, "- Holds"),
+    ([(3, 1, 5)], {}, "- **Does not hold**"),
+    ([(-3, -5, -1), (1, -1, 3)], {}, "- Not shown"),
+    ([(-3, -5, -1), (3, 1, 5)], {}, "- **Does not hold**"),
+    ([(3, 1, 5)], {"below": 6.0}, "- Holds"),
+    ([(3, 1, 5)], {"above": 0.0}, "- Holds"),
+    ([(3, 1, 5)], {"above": 6.0}, "- **Does not hold**"),
+    ([(3, 1, 5)], {"above": 2.0}, "- Not shown"),
+    ([(1, math.nan, math.nan)], {}, "- Not shown"),
+    ([], {}, "- Not shown"),
+])  # fmt: skip
+def test_a_claim_holds_fails_or_is_not_shown(given, bounds, said):
+    line = verdict([Interval(*one) for one in given], "so it is:", "", 3, **bounds)
+    assert line.startswith(f"{said}, 3 seeds: so it is:")

@@ -47,7 +47,6 @@ def training(model, x):
 
 def inference(model, x):
     """Return a function that makes one prediction."""
-
     model.eval()
 
     @torch.no_grad()

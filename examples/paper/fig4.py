@@ -5,6 +5,7 @@ python examples/paper/fig4.py [--scale cpu|paper] [--smoke]
 
 import torch
 from lab.datasets import load
+from lab.intervals import over_seeds
 from lab.methods import deploy
 from lab.pages import picture, verdict, write
 from lab.runs import run_of
@@ -21,25 +22,27 @@ def main() -> None:
     study = load(scale["data"], scale)
     images, target = study.test.images[:200], study.test.labels[study.task][:200]
     text: list[str] = []
-    shares: dict[str, list[float]] = {"plain": [], "PriFU": []}
+    shares: dict[str, dict[int, float]] = {"plain": {}, "PriFU": {}}
     for method, found in shares.items():
         for seed in scale["seeds"]:
             model = deploy(run_of(scale, method, seed), study, scale).model.eval()
             maps = prifu.influence(model, images, target)
-            found.append(float(gini(maps.sum(1).flatten(1)).mean()))
+            found[seed] = float(gini(maps.sum(1).flatten(1)).mean())
             if seed == scale["seeds"][0]:
                 figure, _ = pictures.plot_influence(images[:8], maps[:8])
                 text += [picture(scale, figure, f"fig4-{method}", f"Influence of pixels, {method}")]
     shown = ", ".join(
-        f"{name} {'/'.join(f'{value:.3f}' for value in found)}" for name, found in shares.items()
+        f"{name} {'/'.join(f'{value:.3f}' for value in found.values())}"
+        for name, found in shares.items()
     )
-    pairs = list(zip(shares["PriFU"], shares["plain"], strict=True))
     text += [
         verdict(
-            all(filtered > plain for filtered, plain in pairs),
+            over_seeds(shares["PriFU"], shares["plain"]),
             "filters concentrate the influence on fewer pixels:",
             f"mean Gini coefficient by seed {shown}.",
-            len(pairs),
+            len(scale["seeds"]),
+            above=0.0,
+            digits=3,
         )
     ]
     write(scale, __file__, "Fig. 4: Relative Influence", text)

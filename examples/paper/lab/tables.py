@@ -1,13 +1,13 @@
 """From results to lines of a table: means over seeds, leaks, intervals over test images."""
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lab.intervals import bootstrap
 from lab.runs import unpacked
 from prifu_plugin.audit.statistics import Interval, leak, mean_interval
 
@@ -25,9 +25,9 @@ class Cell:
             is no plain run of the same seeds.
         spread: standard deviation of the leak over defence seeds, percent points; NaN for one.
         repeated: accuracy if the attacker may also average queries of the same image.
-        outcomes: whether attack, floor and the attack on the plain model are right, by seed and
-            test image, (S, N) each; None where the leak is.
-        above: attack less floor, by seed and test image, (S, N).
+        right: whether the attack is right, by seed and test image, (S, N).
+        floors: whether the floor's guess is.
+        plain: whether the attack on the plain model is; None where the leak is.
     """
 
     accuracy: Interval
@@ -35,8 +35,19 @@ class Cell:
     leak: Interval | None
     spread: float
     repeated: float
-    outcomes: tuple[Tensor, Tensor, Tensor] | None
-    above: Tensor
+    right: Tensor
+    floors: Tensor
+    plain: Tensor | None
+
+    @property
+    def outcomes(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Attack, floor and the attack on the plain model."""
+        return None if self.plain is None else (self.right, self.floors, self.plain)
+
+    @property
+    def above(self) -> Tensor:
+        """Attack less floor, by seed and test image, (S, N)."""
+        return self.right - self.floors
 
     def __str__(self) -> str:
         if self.leak is None:
@@ -59,6 +70,8 @@ class Line:
         ssim: likewise.
         bytes: of one upload.
         marks: what limits a cell as evidence.
+        tasks: accuracy by seed.
+        psnrs: of the best decoder by seed, dB.
     """
 
     label: str
@@ -70,6 +83,8 @@ class Line:
     ssim: float
     bytes: float
     marks: tuple[str, ...]
+    tasks: dict[int, float]
+    psnrs: dict[int, float]
 
     def mean_leak(self, names: tuple[str, ...], images: slice = slice(None)) -> float:
         """Return the mean leak over attributes, percent, on some of the test images."""
@@ -116,58 +131,59 @@ def above_floor(cells: list[Cell], less: list[Cell] | None = None) -> Interval:
     Returns:
         With an interval that resamples test images, for both alike, and the defence seeds of each.
     """
-    chance = torch.Generator().manual_seed(0)
+    against = less or [None] * len(cells)
+    sizes = [
+        [cell.above.shape[1], len(cell.above), *([len(other.above)] if other else [])]
+        for cell, other in zip(cells, against, strict=True)
+    ]
 
-    def mean(draw: Callable[[int], Tensor]) -> float:
-        found = []
-        for mine, theirs in zip(cells, less or [None] * len(cells), strict=True):
-            images = draw(mine.above.shape[1])
-            value = mine.above[draw(len(mine.above))][:, images].mean()
+    def mean(*drawn: Tensor) -> float:
+        found, left = [], iter(drawn)
+        for mine, theirs in zip(cells, against, strict=True):
+            images = next(left)
+            value = mine.above[next(left)][:, images].mean()
             if theirs is not None:
-                value = value - theirs.above[draw(len(theirs.above))][:, images].mean()
+                value = value - theirs.above[next(left)][:, images].mean()
             found.append(100 * float(value))
         return statistics.mean(found)
 
-    draws = [mean(lambda n: torch.randint(n, (n,), generator=chance)) for _ in range(1000)]
-    low, high = torch.tensor(draws).double().quantile(torch.tensor([0.025, 0.975]).double())
-    return Interval(mean(torch.arange), float(low), float(high))
+    return bootstrap(mean, *(n for size in sizes for n in size))
 
 
 CHOOSING, JUDGING = slice(0, None, 2), slice(1, None, 2)
 """Halves of the test images: settings are chosen on one, and judged on the other."""
 
 
-def difference_of_leaks(a: Line, b: Line, names: tuple[str, ...]) -> Interval:
+def difference_of_leaks(
+    a: Line, b: Line, names: tuple[str, ...], images: slice = JUDGING
+) -> Interval:
     """Return how much more of some attributes a leaks than b, percent points.
 
-    On the judging half of the test images; the interval resamples images, the same for both, and
-    the defence seeds of each.
+    The interval resamples test images, the same for both, and the defence seeds of each.
+
+    Args:
+        a: one method.
+        b: another on the same data.
+        names: the attributes.
+        images: which to judge on; all where nothing was chosen on the others.
     """
     pairs = [(a.cells[name].outcomes, b.cells[name].outcomes) for name in names]
     if not all(mine and theirs for mine, theirs in pairs):
         return Interval(float("nan"), float("nan"), float("nan"))
-    judged = [[[one[:, JUDGING] for one in line] for line in pair] for pair in pairs]
-    chance = torch.Generator().manual_seed(0)
+    judged = [[[one[:, images] for one in line] for line in pair] for pair in pairs]
 
-    def more(images: Tensor, *seeds: Tensor) -> float:
+    def more(drawn: Tensor, *seeds: Tensor) -> float:
         shares = [
             [
-                _share(*(one[chosen][:, images] for one in line))
+                _share(*(one[chosen][:, drawn] for one in line))
                 for line, chosen in zip(pair, seeds, strict=True)
             ]
             for pair in judged
         ]
         return statistics.mean(mine - theirs for mine, theirs in shares)
 
-    count = judged[0][0][0].shape[1]
-    sizes = [len(line[0]) for line in judged[0]]
-    draws = [
-        more(*(torch.randint(n, (n,), generator=chance) for n in (count, *sizes)))
-        for _ in range(1000)
-    ]
-    low, high = torch.tensor(draws).double().quantile(torch.tensor([0.025, 0.975]).double())
-    value = more(torch.arange(count), *(torch.arange(n) for n in sizes))
-    return Interval(value, float(low), float(high))
+    seeds = [len(line[0]) for line in judged[0]]
+    return bootstrap(more, judged[0][0][0].shape[1], *seeds)
 
 
 def _share(right: Tensor, floor: Tensor, plain: Tensor) -> float:
@@ -286,6 +302,8 @@ def _line(group: list[Result], plains: dict[tuple, Result], seen: str) -> Line:
         statistics.mean(s for _, s in pictures),
         statistics.mean(report["upload"]["bytes"] for report in reports),
         tuple(sorted(marks)),
+        {r["run"]["seed"]: u["value"] for r, u in zip(group, utilities, strict=True)},
+        {r["run"]["seed"]: psnr for r, (psnr, _) in zip(group, pictures, strict=True)},
     )
 
 
@@ -296,18 +314,17 @@ def _cell(name: str, pairs: list[tuple[Result, Result | None]], seen: str) -> Ce
     floors = [unpacked(r["outcomes"][name]["floor"]) for r, _ in pairs]
     right, floor = torch.stack(mine).mean(0), torch.stack(floors).mean(0)
     accuracy = mean_interval(right)
-    found, spread, outcomes = None, float("nan"), None
+    found, spread, undefended = None, float("nan"), None
     if all(plain is not None for _, plain in pairs):
-        plain = [unpacked(p["outcomes"][name][seen], seeds) for _, p in pairs if p]
-        found = leak(right, torch.stack(plain).mean(0), floor)
-        if found is not None:
-            outcomes = torch.stack(mine), torch.stack(floors), torch.stack(plain)
-        each = [leak(m, p, f) for m, p, f in zip(mine, plain, floors, strict=True)]
+        plains = [unpacked(p["outcomes"][name][seen], seeds) for _, p in pairs if p]
+        found = leak(right, torch.stack(plains).mean(0), floor)
+        undefended = torch.stack(plains) if found is not None else None
+        each = [leak(m, p, f) for m, p, f in zip(mine, plains, floors, strict=True)]
         values = [100 * one.value for one in each if one]
         spread = statistics.stdev(values) if len(values) > 1 else spread
     again = max(float(torch.stack(strongest).mean()), accuracy.value)
-    above = torch.stack(mine) - torch.stack(floors)
-    return Cell(accuracy, float(floor.mean()), found, spread, again, outcomes, above)
+    known = torch.stack(mine), torch.stack(floors), undefended
+    return Cell(accuracy, float(floor.mean()), found, spread, again, *known)
 
 
 def _best(found: dict[str, Any] | None) -> tuple[float, float]:
