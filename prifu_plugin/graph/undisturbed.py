@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,17 +26,21 @@ def undisturbed(model: nn.Module, keep: str | None = None) -> Iterator[None]:
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
     attributes = [(module, dict(module.__dict__)) for module in modules]
-    containers, tensors = _held(modules)
+    empty, filled, tensors = _held(modules)
     buffers = [(b, _version(b), b.detach().clone()) for b in model.buffers()]
     try:
         yield
     finally:
         for module, before in attributes:
             _restore(module.__dict__, before, keep)
-        for container, items in containers:
+        for container in empty:
+            if container:
+                container.clear()
+        for container, items in filled:
             _refill(container, items)
         for module, training in modes:
-            module.training = training
+            if module.training is not training:
+                module.training = training
         with torch.no_grad():
             for tensor, version, value in tensors:
                 if _version(tensor) != version:
@@ -66,30 +71,46 @@ def _version(tensor: Tensor) -> int:
 
 def _held(
     modules: Sequence[nn.Module],
-) -> tuple[list[tuple[Any, Any]], list[tuple[Tensor, int, Tensor]]]:
-    """Return containers with copies of what they hold, and tensors with copies of their values.
+) -> tuple[list[Any], list[tuple[Any, Any]], list[tuple[Tensor, int, Tensor]]]:
+    """Return empty containers, others with copies of what they hold, and tensors likewise.
 
     Not parameters: no forward replaces them but FSDP's, which keeps account of where they are. Nor
     buffers, which batch norms change in a way of their own.
     """
-    containers: list[tuple[Any, Any]] = []
+    empty: list[Any] = []
+    filled: list[tuple[Any, Any]] = []
     tensors: list[tuple[Tensor, int, Tensor]] = []
     seen = {id(buffer) for module in modules for buffer in module._buffers.values()}
-    left = [v for m in modules for name, v in m.__dict__.items() if name != "_parameters"]
+    left = [
+        value
+        for module in modules
+        for name, value in module.__dict__.items()
+        if type(value) not in _PLAIN and name != "_parameters"
+    ]
     while left:
         value = left.pop()
-        if not isinstance(value, list | dict | set | deque | Tensor) or id(value) in seen:
+        if not isinstance(value, _HOLDING) or id(value) in seen:
             continue
         seen.add(id(value))
-        if not isinstance(value, Tensor):
-            containers.append((value, copy.copy(value) if value else None))
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter):
+                tensors.append((value, _version(value), value.detach().clone()))
+        elif not value:
+            empty.append(value)
+        else:
+            filled.append((value, copy.copy(value)))
             left += value.values() if isinstance(value, dict) else value
-        elif not isinstance(value, nn.Parameter):
-            tensors.append((value, _version(value), value.detach().clone()))
-    return containers, tensors
+    return empty, filled, tensors
+
+
+_PLAIN = {bool, int, float, str, type(None), tuple}
+_HOLDING = (dict, list, set, deque, Tensor)
 
 
 def _restore(now: dict[str, Any], before: dict[str, Any], keep: str | None) -> None:
+    same = all(map(operator.is_, before.values(), now.values()))
+    if same and before.keys() == now.keys():
+        return
     for name in set(now) - set(before):
         if keep is None or not name.startswith(keep):
             del now[name]
@@ -99,10 +120,6 @@ def _restore(now: dict[str, Any], before: dict[str, Any], keep: str | None) -> N
 
 
 def _refill(container: Any, items: Any) -> None:
-    if items is None:
-        if container:
-            container.clear()
-        return
     container.clear()
     if isinstance(container, list | deque):
         container.extend(items)
