@@ -226,3 +226,95 @@ def test_a_norm_inside_a_leaf_under_two_names_loses_its_filter_under_both():
     pruned = prifu.prune(prifu.wrap(net).eval(), torch.randn(2, 3, 8, 8))
     assert pruned.get_submodule("1.first") is pruned.get_submodule("1.second")
     assert not any(isinstance(part, prifu.PriFU) for part in pruned.modules())
+
+
+class Stages(nn.Module):
+    """Returns what every stage gives, as feature extractors do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.b = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Sigmoid())
+
+    def forward(self, x):
+        a = self.a(x)
+        b = self.b(a)
+        return {"stages": [a, b], "pooled": b.mean((2, 3))}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("closed", [8, 16])
+def test_constant_channels_of_outputs_are_not_computed(bias, closed):
+    torch.manual_seed(0)
+    model = prifu.wrap(Stages(), bias=bias).eval()
+    for unit in prifu.filters(model).values():
+        unit.weight.data[:closed] = 0.0
+        if bias:
+            nn.init.normal_(unit.bias)
+    small = prifu.prune(model, torch.zeros(2, 3, 16, 16))
+    x = torch.randn(5, 3, 20, 12)
+    assert difference(model(x), small(x)) < 1e-6
+    before, after = prifu.report(small).macs
+    assert before == 256 * 9 * (3 * 16 + 16 * 16)
+    left = max(16 - closed, 1)  # one channel for the shape, if none varies
+    assert after <= 256 * 9 * (3 * left + left * left) * 1.01
+    aside = prifu.prune(model, torch.zeros(2, 3, 16, 16), move_cost=float("inf"))
+    assert difference(model(x), aside(x)) < 1e-6
+    assert "index_select" not in aside.code
+
+
+class Front(nn.Module):
+    """Computes its first layers in fp64, the rest in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16)).double()
+        self.b = nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x.double()).float())
+
+
+def test_a_front_in_fp64_and_a_head_in_fp32():
+    model = prifu.wrap(Front()).eval()
+    prifu.filters(model)["a.1"].weight.data[::2] = 0.0
+    small = prifu.prune(model, torch.randn(2, 8))
+    x = torch.randn(5, 8)
+    assert difference(model(x), small(x)) < 1e-6
+    assert {check.dtype for check in prifu.report(small).checks} == {"float64", "float32"}
+
+
+class Messages(nn.Module):
+    """Sums what neighbours send along edges, which point at nodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+
+    def forward(self, x, edges):
+        h = self.a(x)
+        sent = torch.zeros_like(h).index_add(0, edges[1], h[edges[0]])
+        return self.b(F.relu(self.norm(sent)))
+
+
+def test_a_graph_of_other_sizes_is_taken_where_indices_point_at_what_was_shown():
+    model = prifu.wrap(Messages()).eval()
+    prifu.filters(model)["norm"].weight.data[::2] = 0.0
+    small = prifu.prune(model, (torch.randn(7, 8), torch.randint(0, 7, (2, 11))))
+    for nodes, edges in ((7, 30), (8, 11), (20, 50)):
+        given = torch.randn(nodes, 8), torch.randint(0, nodes, (2, edges))
+        assert difference(model(*given), small(*given)) < 1e-6
+
+
+def test_the_work_of_recurrent_layers_is_counted():
+    class Speech(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.r = nn.LayerNorm(32), nn.LSTM(32, 16, batch_first=True)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(self.r(self.norm(x))[0][:, -1])
+
+    small = prifu.prune(prifu.wrap(Speech()).eval(), torch.randn(2, 10, 32))
+    assert prifu.report(small).macs[0] == 10 * 4 * 16 * (32 + 16) + 16 * 3

@@ -6,7 +6,6 @@ python examples/paper/fig7.py [--scale cpu|paper] [--smoke]
 import torch
 from lab.datasets import Study, load
 from lab.intervals import over_seeds
-from lab.methods import filtered
 from lab.networks import build
 from lab.pages import picture, verdict, write
 from lab.scale import Scale, scale_from_command_line
@@ -36,7 +35,7 @@ def main() -> None:
         ratios[seed] = float(found.inputs[:3].min() / found.inputs[3:].max())
         drops[seed] = 100 * (three - six)
     figure, _ = pictures.plot_inputs(first, CHANNELS)
-    text += ["", picture(scale, figure, "fig7", "AvgRI of the input channels")]
+    text += ["", picture(scale, figure, "fig7", "AvgRI of the input channels, the first seed")]
     guess = float(study.test.labels[study.task].bincount().max()) / len(study.test)
     if worst < guess + 0.1:
         text += ["A network did not learn the task: nothing here is evidence.", ""]
@@ -82,26 +81,27 @@ def claims(ratios: dict[int, float], drops: dict[int, float]) -> list[str]:
 
 
 def trained(scale: Scale, study: Study, seed: int, *, noisy: bool) -> tuple[prifu.Relevance, float]:
-    """Return the relevance of the inputs of a filtered network, and its accuracy."""
+    """Return the relevance of the inputs of a plain network, and its accuracy."""
     labels = study.defence.labels[study.task]
     images, test = (widened(p.images, noisy, seed) for p in (study.defence, study.test))
     net = build(scale["network"], study.classes, seed, channels=images.shape[1]).to(scale.device)
-    net = filtered(net, "", images[:4].to(scale.device), {}, len(images), scale)
     whole = baselines.TaskOnly(net, torch.nn.Identity())
     baselines.fit(whole, images, labels, schedule=scale.schedule, seed=seed)
     right = uploads(net, test, "answers").argmax(1) == study.test.labels[study.task]
     data = zip(images.split(200), labels.split(200), strict=True)
-    return prifu.relevance(net, data), float(right.double().mean())
+    total = sum(prifu.influence(net, x, y).double().sum((0, 2, 3)).cpu() for x, y in data)
+    averages = total / (len(images) * images[0, 0].numel())
+    return prifu.Relevance({}, averages, len(images)), float(right.double().mean())
 
 
 def widened(images: Tensor, noisy: bool, seed: int) -> Tensor:
-    """Add a constant channel, one of uniform and one of Gaussian noise."""
+    """Add a channel of ones, one of uniform and one of Gaussian noise (0.5, variance 1)."""
     if not noisy:
         return images
     chance = torch.Generator().manual_seed(1000 + seed)
     shape = (len(images), 1, *images.shape[2:])
-    constant, uniform = torch.full(shape, 0.5), torch.rand(shape, generator=chance)
-    normal = 0.5 + 0.2 * torch.randn(shape, generator=chance)
+    constant, uniform = torch.ones(shape), torch.rand(shape, generator=chance)
+    normal = 0.5 + torch.randn(shape, generator=chance)
     return torch.cat([images, constant, uniform, normal], 1)
 
 

@@ -8,11 +8,11 @@ from itertools import pairwise
 
 from lab import plans
 from lab.datasets import load
-from lab.intervals import difference_of_accuracies, over_seeds
+from lab.intervals import over_seeds, percent
 from lab.pages import COLOURS, picture, verdict, write
 from lab.runs import Run, complete
 from lab.scale import Scale, scale_from_command_line
-from lab.tables import Line, lines, markdown
+from lab.tables import Line, difference_of_accuracies, lines, markdown, notes
 
 from prifu_plugin.figures import new_figure
 
@@ -32,7 +32,7 @@ def main() -> None:
         found = sorted(lines(results), key=lambda line: _value(line.run, name, scale))
         panels.append((name, found, [statistics.mean(share.values()) for share in shares]))
         text += [f"## Over {name}", "", *markdown(found, private), ""]
-        text += [*claims(name, sorted(opened), shares, found, private[0]), ""]
+        text += [*claims(name, sorted(opened), shares, found, private[0]), "", *notes(found), ""]
     text += [drawn(scale, panels, private)]
     write(scale, __file__, "Fig. 8: alpha and beta", text)
 
@@ -51,7 +51,7 @@ def claims(
     means = [statistics.mean(share.values()) for share in shares]
     opened = [f"{value}: {mean:.0f} %" for value, mean in zip(values, means, strict=True)]
     read = ", ".join(f"{100 * line.cells[attribute].accuracy.value:.1f}" for line in found)
-    rights = [line.cells[attribute].right for line in found]
+    cells = [line.cells[attribute] for line in found]
     return [
         verdict(
             [over_seeds(more, less) for less, more in pairwise(shares)],
@@ -62,7 +62,7 @@ def claims(
             digits=1,
         ),
         verdict(
-            difference_of_accuracies(rights[-1], rights[0]),
+            difference_of_accuracies(cells[-1], cells[0]),
             f"with the most {name}, attackers read less of {attribute}, by more than 3 points:",
             f"{read}.",
             seeds,
@@ -70,11 +70,20 @@ def claims(
             digits=1,
         ),
         verdict(
-            [difference_of_accuracies(more, less) for less, more in pairwise(rights)],
+            [difference_of_accuracies(more, less) for less, more in pairwise(cells)],
             f"every step to more {name} leaves attackers less of {attribute}:",
             "",
             seeds,
             shown="Steps",
+            digits=1,
+        ),
+        verdict(
+            over_seeds(percent(found[0].tasks), percent(found[-1].tasks)),
+            f"the most {name} costs the task less than 3 points:",
+            "",
+            seeds,
+            below=3.0,
+            shown="Points lost",
             digits=1,
         ),
     ]

@@ -47,8 +47,7 @@ def claims(found: list[Line], private: tuple[str, ...]) -> list[str]:
         verdict(
             difference_of_leaks(bare, kept, private),
             "the bare form leaks less than the preserved one at the same dose:",
-            f"{bare.mean_leak(private):.0f}; {kept.mean_leak(private):.0f} % of plain; task "
-            f"{100 * bare.task.value:.1f}; {100 * kept.task.value:.1f}.",
+            compared(bare, kept, private),
             min(bare.seeds, kept.seeds),
         )
     ]
@@ -60,10 +59,17 @@ def claims(found: list[Line], private: tuple[str, ...]) -> list[str]:
     ):
         other = by_settings.get(_key_of(form="preserved", **more))
         if other:
-            shown = f"{other.mean_leak(private):.0f}; {kept.mean_leak(private):.0f} % of plain."
+            shown = compared(other, kept, private)
             seeds = min(other.seeds, kept.seeds)
             said.append(verdict(difference_of_leaks(other, kept, private), name, shown, seeds))
     return said
+
+
+def compared(a: Line, b: Line, private: tuple[str, ...]) -> str:
+    """Show the leaks of two forms, and what they leave of the task."""
+    leaks = "; ".join(f"{line.mean_leak(private):.0f}" for line in (a, b))
+    tasks = "; ".join(f"{100 * line.task.value:.1f}" for line in (a, b))
+    return f"{leaks} % of plain; task {tasks}."
 
 
 def _key(line: Line) -> tuple:

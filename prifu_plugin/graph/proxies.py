@@ -35,6 +35,7 @@ def answering_types() -> Iterator[None]:
 
 
 _isinstance = isinstance
+_len = len
 _LAYERS = (
     *(nn.Linear, nn.LayerNorm, nn.GroupNorm),
     *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
@@ -119,8 +120,8 @@ class SizedProxy(fx.Proxy):
             self.tracer.decided(self.size(0), int)
         elif "parted" in self.__dict__:
             self.tracer.decided(number_of_parts(*self.__dict__["parted"]), int)
-        elif not isinstance(self.value, torch.Size) and reads_tensors(self):
-            count = self.tracer.create_proxy("call_function", len, (self,), {})
+        elif not _is_of_fixed_length(self.value) and reads_tensors(self):
+            count = self.tracer.create_proxy("call_function", _len, (self,), {})
             self.tracer.decided(count.carrying(len(self.value)), int)
         return len(self.value)
 
@@ -198,6 +199,11 @@ class _SizedAttribute(SizedProxy):
             made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
             self.__dict__["_proxy"] = made
         return self._proxy
+
+
+def _is_of_fixed_length(value: Any) -> bool:
+    """Whether it is a shape, or named results, as those of torch.topk."""
+    return isinstance(value, torch.Size) or hasattr(value, "n_fields") or hasattr(value, "_fields")
 
 
 def number_of_parts(how: str, args: Any, kwargs: Any) -> Any:

@@ -40,6 +40,8 @@ from prifu_plugin.names import LAYOUT_QUERIES, SIZE_QUERIES
 
 _FILLED = ("empty", "zeros", "ones", "full")
 
+_MAKERS = tuple(getattr(torch, name) for name in _FILLED)
+
 _MADE = ("new_zeros", "new_ones", "new_full")
 
 _PARTED = ("split", "chunk", "unbind")
@@ -76,11 +78,16 @@ def capture_sized(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
         tracer = SizedTracer([x.clone() for x in inputs], leaves)
         try:
             with PATCHING, undisturbed(model, keep=CONSTANT), _open():
-                return traced(model, tracer)
+                found = traced(model, tracer)
         except CaptureError:
             if not tracer.entered or tracer.entered[-1] in leaves:
                 raise
             leaves.add(tracer.entered[-1])
+            continue
+        for node in found.graph.nodes:
+            if node.target in _MAKERS:  # code would register its name, which later traces look up
+                node.meta.pop("is_wrapped", None)
+        return found
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from prifu_plugin.prune.asleep import asleep
 from prifu_plugin.prune.hooks import has_hooks
 from prifu_plugin.prune.inputs import Inputs, refusal, suited, takes
 from prifu_plugin.prune.ladder import recorded
+from prifu_plugin.prune.loadable import why_not_loadable
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.planner import make_plan
 from prifu_plugin.prune.precise import precise
@@ -97,7 +98,16 @@ def prune_graph(
             original = captured.root if original is None else original
             both = (pruned, twin)
             checks = _certify(analysis, original, captured, exact, plan, both, runs, settings.seed)
-    return Pruned(pruned, twin, plan, checks, layers, plan.notes)
+    return Pruned(pruned, twin, plan, checks, layers, (*plan.notes, *_unloadable(pruned)))
+
+
+def _unloadable(pruned: fx.GraphModule) -> list[tuple[str, str]]:
+    why = why_not_loadable(pruned)
+    if why is None:
+        return []
+    cure = "keep it with prifu_plugin.save, or export it"
+    name = type(pruned).__name__
+    return [(name, f"torch.load cannot read what torch.save writes of it whole ({why}): {cure}")]
 
 
 @contextmanager
@@ -139,7 +149,8 @@ def runs_of(filtered: nn.Module, inputs: Inputs) -> tuple[Inputs, ...]:
             "Pass example_inputs= a batch as the model takes it, with values of the kind it takes."
         )
     inputs = dataclasses.replace(inputs, within=first.within)
-    others = [*inputs.batch(3).sized(), inputs.batch(3), *first.sized()]
+    more = inputs.batch(inputs.shapes[0][0] + 1)  # indices may point at as many as were shown
+    others = [*inputs.batch(3).sized(), inputs.batch(3), *more.sized(), more, *first.sized()]
     other = next((one for one in others if takes(filtered, one)), None)
     return (first,) if other is None else (first, other)
 

@@ -223,8 +223,7 @@ def _find_keep(analysis: Analysis, round_to: int, agreement: Agreement) -> None:
     for node in reversed(analysis.graph.nodes):
         if node.op == "output":
             exists.add(node)
-            for source in tensor_inputs(node, analysis.values):
-                _merge_all(analysis, wants, source)
+            _ask_for_outputs(analysis, node)
             continue
         read = is_guard(node) or any(user in exists for user in node.users)
         value = analysis.values.get(node)
@@ -246,6 +245,19 @@ def _find_keep(analysis: Analysis, round_to: int, agreement: Agreement) -> None:
         exists.add(node)
         if not value.static:
             _pass_wants(analysis, node)
+
+
+def _ask_for_outputs(analysis: Analysis, node: fx.Node) -> None:
+    """Ask for what varies of the outputs, to fill in the rest; for all where copies are dear."""
+    wants = analysis.wants
+    for source in tensor_inputs(node, analysis.values):
+        value = analysis.values[source]
+        if analysis.move_cost or not isinstance(value, Fact) or value.static:
+            _merge_all(analysis, wants, source)
+        else:
+            live = analysis.wanted(source)
+            asked = live if live.any() else first_channel(value)
+            wants[source] = wants.get(source, torch.tensor(False)) | asked
 
 
 def _pass_wants(analysis: Analysis, node: fx.Node) -> None:

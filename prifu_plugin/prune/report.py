@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,13 +189,29 @@ def _count_macs(model: nn.Module, inputs: Inputs) -> int:
         parameter.requires_grad_(False)
     try:
         # Fused attention is not counted; which kernel torch takes depends on the widths.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with (
+            _recurrent_layers_apart(model),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             run_undisturbed(model, inputs.draw(model, 0))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for parameter in trained:
             parameter.requires_grad_(True)
     return int(counter.get_total_flops()) // 2 // inputs.shapes[0][0]
+
+
+@contextmanager
+def _recurrent_layers_apart(model: nn.Module) -> Iterator[None]:
+    """Let LSTM and kin run step by step, since their fused kernels are not counted."""
+    kernels: Any = torch.backends.mkldnn
+    before = kernels.enabled
+    kernels.enabled = before and not any(isinstance(m, nn.RNNBase) for m in model.modules())
+    try:
+        yield
+    finally:
+        kernels.enabled = before
 
 
 def count_parameters(model: nn.Module) -> int:

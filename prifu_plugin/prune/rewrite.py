@@ -20,6 +20,7 @@ from prifu_plugin.prune.kernels import (
     slice_norm,
 )
 from prifu_plugin.prune.layout import FILL, Conform
+from prifu_plugin.prune.loadable import make_loadable
 from prifu_plugin.prune.lower import drop_unused
 from prifu_plugin.prune.members import Members, like
 from prifu_plugin.prune.nodes import SIZED, size_arguments
@@ -81,6 +82,7 @@ class _Rewriter:
                 if isinstance(self.values[node], fx.Node):
                     self.values[node].meta.setdefault("original", node.name)
         drop_unused(self.new)
+        make_loadable(self.new)
         module = fx.GraphModule(self.members.read(), self.new, class_name=type(self.root).__name__)
         module.meta[PLACES] = places(self.old, self.new, self.values)
         return module.eval()

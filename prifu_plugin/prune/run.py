@@ -21,7 +21,7 @@ from prifu_plugin.prune.hooks import has_hooks, take_off
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.ladder import recorded
 from prifu_plugin.prune.lower import plain_layers
-from prifu_plugin.prune.one_graph import Pruned, fingerprint, prune_graph, runs_of
+from prifu_plugin.prune.one_graph import Pruned, explained, fingerprint, prune_graph, runs_of
 from prifu_plugin.prune.parts import prune_parts
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.report import PruneReport, count_bytes, count_macs, count_parameters
@@ -145,7 +145,8 @@ def _pruned(
     try:
         whole = prune_graph(filtered, runs, recipe, settings, original)
     except CaptureError as error:
-        return prune_parts(filtered, runs[0], error, settings)
+        with explained(filtered):
+            return prune_parts(filtered, runs[0], error, settings)
     keep_attributes(model, whole.model)
     return whole
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from prifu_plugin.device import like_of, seeded
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.graph.undisturbed import run_undisturbed, undisturbed
+from prifu_plugin.names import is_of_filter
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.layout import restrict
 from prifu_plugin.prune.plan import Plan
@@ -70,7 +71,7 @@ def compare(
         precise: the filtered model in fp64, to measure the rounding error of a lower precision.
         expected: what the reference gives, if it has run already.
     """
-    dtype = like_of(filtered).dtype
+    dtype = _precision(filtered)
     drawn = inputs.draw(filtered, seed)
     rounding = 0.0
     throughout = raised() if dtype == torch.float64 else nullcontext()
@@ -87,6 +88,16 @@ def compare(
     return Check(
         str(dtype).removeprefix("torch."), inputs.shapes, gap, _tolerance(dtype, rounding), rounding
     )
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    """Return the type of a model's parameters; of one that is only partly in fp64, the lesser."""
+    dtype = like_of(model).dtype
+    if dtype != torch.float64:
+        return dtype
+    types = {p.dtype for name, p in model.named_parameters() if not is_of_filter(name)}
+    lesser = [one for one in types if one.is_floating_point and one != torch.float64]
+    return min(lesser, key=lambda one: one.itemsize, default=dtype)
 
 
 def reference(captured: Captured, inputs: Inputs, seed: int) -> tuple[nn.Module, Any]:

@@ -1,30 +1,41 @@
 """Intervals of what claims are about: over test images and seeds, or over seeds alone."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 
 import torch
 from scipy import stats
-from torch import Tensor
 
 from prifu_plugin.audit.statistics import Interval
 
 DRAWS = 1000
+NORMAL = 1.96
 
 
-def bootstrap(value: Callable[..., float], *counts: int) -> Interval:
-    """Return a value with its 95 % interval over draws with replacement.
+def over_seeds_and_images(value: Callable[..., float], seeds: int, *images: int) -> Interval:
+    """Return a value with a 95 % interval over defence seeds and test images.
+
+    Student's interval over the seeds, as wide as two or three allow, and the bootstrap's normal
+    one over the images, which all seeds share, added as independent errors.
 
     Args:
-        value: takes one tensor of indices for each count.
-        counts: how many test images, or seeds, there are to draw from.
+        value: takes indices of seeds, and one tensor of indices for each count of images.
+        seeds: how many; of one, nothing is known.
+        images: how many test images there are, by data set.
     """
+    every, whole = torch.arange(seeds), tuple(map(torch.arange, images))
+    mean, nothing = value(every, *whole), float("nan")
+    if seeds < 2 or mean != mean:
+        return Interval(mean, nothing, nothing)
+    each = over_seeds({s: value(every[s : s + 1], *whole) for s in range(seeds)})
     chance = torch.Generator().manual_seed(0)
     draws = [
-        value(*(torch.randint(n, (n,), generator=chance) for n in counts)) for _ in range(DRAWS)
+        value(every, *(torch.randint(n, (n,), generator=chance) for n in images))
+        for _ in range(DRAWS)
     ]
-    low, high = torch.tensor(draws).double().quantile(torch.tensor([0.025, 0.975]).double())
-    return Interval(value(*map(torch.arange, counts)), float(low), float(high))
+    reach = math.hypot((each.high - each.low) / 2, NORMAL * statistics.stdev(draws))
+    return Interval(mean, mean - reach, mean + reach)
 
 
 def over_seeds(values: Mapping[int, float], less: Mapping[int, float] | None = None) -> Interval:
@@ -50,17 +61,3 @@ def over_seeds(values: Mapping[int, float], less: Mapping[int, float] | None = N
 def percent(values: Mapping[int, float]) -> dict[int, float]:
     """Return shares by seed in percent."""
     return {seed: 100 * value for seed, value in values.items()}
-
-
-def difference_of_accuracies(a: Tensor, b: Tensor) -> Interval:
-    """Return how much more often attack a is right than b, percent points.
-
-    Args:
-        a: whether it is right, by seed and test image, (S, N).
-        b: likewise, on the same images, (T, N).
-    """
-
-    def more(images: Tensor, ours: Tensor, theirs: Tensor) -> float:
-        return 100 * float(a[ours][:, images].mean() - b[theirs][:, images].mean())
-
-    return bootstrap(more, a.shape[1], len(a), len(b))

@@ -10,19 +10,24 @@ from prifu_plugin.audit.statistics import Interval
 
 COLOURS = ("#2e6f95", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#5c677d", "#d4a5a5", "#1d3557")
 
-SAID = ("- Holds", "- **Does not hold**", "- Not shown", "- Nothing", "Attackers who ", "## The ")
+SAID = (
+    *("- Holds", "- **Does not hold**", "- Not shown", "- Nothing"),
+    *("Attackers who ", "Against no ", "## The "),
+)
 """How the lines begin that say what holds, and under which conditions."""
 
 
 LEGEND = """\
 A leak is the share, in percent, of what the plain network of the same seed gives away above the
-floor: 0 is the floor, 100 is no protection. "Nobody named" are the private labels that no method
-was told of. Differences of leaks and of attacks have 95 % bootstrap intervals over test images and
-defence seeds; what was measured once a seed (the task, PSNR, open channels, correlations, AvgRI)
-has Student's 95 % interval over the seeds, wide with three of them, of differences to the same
-seed where two methods are compared. A claim holds if all of its intervals lie on the side of its
-bound that it names, does not hold if one lies wholly on the other, and is not shown otherwise. One
-seed is one training, an observation."""
+floor: 0 is the floor, 100 is no protection, more than 100 is easier to read than without defence.
+"Nobody named" are the private labels that no method was told of. Intervals are of 95 %. Of leaks
+and attacks they are over defence seeds (Student's, of differences to the same seed) and test images
+(bootstrap), added; of what was measured once a seed (the task, PSNR, open channels, correlations,
+AvgRI) they are Student's over the seeds. With three seeds they are wide. A claim holds if all of
+its intervals lie on the side of its bound that it names, does not hold if one lies wholly on the
+other, and is not shown otherwise. There are dozens of claims, and no correction for their number:
+one or two in a hundred would come out either way by chance. Everything is measured on small images
+and networks; the rivals on coloured digits alone."""
 
 
 def write(scale: Scale, script: str, title: str, parts: list[str], data: str = "") -> None:
@@ -102,7 +107,7 @@ def _said(intervals: Sequence[Interval], below: float, above: float | None) -> s
 
 def _written(interval: Interval, digits: int) -> str:
     value, low, high = (f"{v:.{digits}f}" for v in (interval.value, interval.low, interval.high))
-    return f"{value} [{low}, {high}]"
+    return value if "nan" in low else f"{value} [{low}, {high}]"
 
 
 def gathered(scale: Scale) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lab.intervals import bootstrap
+from lab.intervals import over_seeds_and_images
 from lab.runs import unpacked
 from prifu_plugin.audit.statistics import Interval, leak, mean_interval
 
@@ -25,6 +25,7 @@ class Cell:
             is no plain run of the same seeds.
         spread: standard deviation of the leak over defence seeds, percent points; NaN for one.
         repeated: accuracy if the attacker may also average queries of the same image.
+        seeds: of the defences, in the order of the rows below.
         right: whether the attack is right, by seed and test image, (S, N).
         floors: whether the floor's guess is.
         plain: whether the attack on the plain model is; None where the leak is.
@@ -35,6 +36,7 @@ class Cell:
     leak: Interval | None
     spread: float
     repeated: float
+    seeds: tuple[int, ...]
     right: Tensor
     floors: Tensor
     plain: Tensor | None
@@ -129,61 +131,79 @@ def above_floor(cells: list[Cell], less: list[Cell] | None = None) -> Interval:
         less: of another method on the same data: the difference is returned.
 
     Returns:
-        With an interval that resamples test images, for both alike, and the defence seeds of each.
+        With an interval over defence seeds and test images.
     """
-    against = less or [None] * len(cells)
-    sizes = [
-        [cell.above.shape[1], len(cell.above), *([len(other.above)] if other else [])]
-        for cell, other in zip(cells, against, strict=True)
-    ]
+    seeds = _shared([*cells, *(less or [])])
+    mine = [_rows(cell.above, cell, seeds) for cell in cells]
+    theirs = [_rows(cell.above, cell, seeds) for cell in less] if less else None
 
-    def mean(*drawn: Tensor) -> float:
-        found, left = [], iter(drawn)
-        for mine, theirs in zip(cells, against, strict=True):
-            images = next(left)
-            value = mine.above[next(left)][:, images].mean()
-            if theirs is not None:
-                value = value - theirs.above[next(left)][:, images].mean()
-            found.append(100 * float(value))
-        return statistics.mean(found)
+    def mean(chosen: Tensor, *images: Tensor) -> float:
+        found = [rows[chosen][:, i].mean() for rows, i in zip(mine, images, strict=True)]
+        if theirs:
+            other = [rows[chosen][:, i].mean() for rows, i in zip(theirs, images, strict=True)]
+            found = [a - b for a, b in zip(found, other, strict=True)]
+        return 100 * statistics.mean(map(float, found))
 
-    return bootstrap(mean, *(n for size in sizes for n in size))
+    return over_seeds_and_images(mean, len(seeds), *(rows.shape[1] for rows in mine))
 
+
+def difference_of_accuracies(a: Cell, b: Cell) -> Interval:
+    """Return how much more often attack a is right than b on the same images, percent points."""
+    seeds = _shared([a, b])
+    more = _rows(a.right, a, seeds) - _rows(b.right, b, seeds)
+
+    def mean(chosen: Tensor, images: Tensor) -> float:
+        return 100 * float(more[chosen][:, images].mean())
+
+    return over_seeds_and_images(mean, len(seeds), more.shape[1])
+
+
+UNREAD = "no plain model was attacked"
+"""How the mark begins of an audit that was given no plain model as a reference."""
 
 CHOOSING, JUDGING = slice(0, None, 2), slice(1, None, 2)
 """Halves of the test images: settings are chosen on one, and judged on the other."""
 
 
 def difference_of_leaks(
-    a: Line, b: Line, names: tuple[str, ...], images: slice = JUDGING
+    a: Line, b: Line, names: tuple[str, ...], images: slice = slice(None)
 ) -> Interval:
     """Return how much more of some attributes a leaks than b, percent points.
 
-    The interval resamples test images, the same for both, and the defence seeds of each.
+    The interval is over the defence seeds that both have and over test images.
 
     Args:
         a: one method.
         b: another on the same data.
         names: the attributes.
-        images: which to judge on; all where nothing was chosen on the others.
+        images: which to judge on, where something was chosen on the others.
     """
-    pairs = [(a.cells[name].outcomes, b.cells[name].outcomes) for name in names]
-    if not all(mine and theirs for mine, theirs in pairs):
+    pairs = [(a.cells[name], b.cells[name]) for name in names]
+    if not all(mine.outcomes and theirs.outcomes for mine, theirs in pairs):
         return Interval(float("nan"), float("nan"), float("nan"))
-    judged = [[[one[:, images] for one in line] for line in pair] for pair in pairs]
+    seeds = _shared([cell for pair in pairs for cell in pair])
+    judged = [
+        [[_rows(one, cell, seeds)[:, images] for one in cell.outcomes or ()] for cell in pair]
+        for pair in pairs
+    ]
 
-    def more(drawn: Tensor, *seeds: Tensor) -> float:
+    def more(chosen: Tensor, drawn: Tensor) -> float:
         shares = [
-            [
-                _share(*(one[chosen][:, drawn] for one in line))
-                for line, chosen in zip(pair, seeds, strict=True)
-            ]
-            for pair in judged
+            [_share(*(rows[chosen][:, drawn] for rows in cell)) for cell in pair] for pair in judged
         ]
         return statistics.mean(mine - theirs for mine, theirs in shares)
 
-    seeds = [len(line[0]) for line in judged[0]]
-    return bootstrap(more, judged[0][0][0].shape[1], *seeds)
+    return over_seeds_and_images(more, len(seeds), judged[0][0][0].shape[1])
+
+
+def _shared(cells: list[Cell]) -> list[int]:
+    """Return the seeds that all cells have."""
+    return sorted(set.intersection(*(set(cell.seeds) for cell in cells)))
+
+
+def _rows(values: Tensor, cell: Cell, seeds: list[int]) -> Tensor:
+    """Return the rows of some seeds."""
+    return values[[cell.seeds.index(seed) for seed in seeds]]
 
 
 def _share(right: Tensor, floor: Tensor, plain: Tensor) -> float:
@@ -285,11 +305,13 @@ def _line(group: list[Result], plains: dict[tuple, Result], seen: str) -> Line:
     utilities = [report["utility"] for report in reports]
     task = Interval(*(statistics.mean(u[k] for u in utilities) for k in ("value", "low", "high")))
     pictures = [_best(report["reconstruction"]) for report in reports]
+    cells = {name: _cell(name, pairs, seen) for name in names}
     marks = {
         f"{row['name']}: {mark}"
         for report in reports
         for row in report["attributes"]
         for mark in row["marks"]
+        if not (mark.startswith(UNREAD) and cells[row["name"]].leak)  # the plain line shows it
     }
     marks |= {result["mark"] for result in group if "mark" in result}
     return Line(
@@ -297,7 +319,7 @@ def _line(group: list[Result], plains: dict[tuple, Result], seen: str) -> Line:
         run,
         len(group),
         task,
-        {name: _cell(name, pairs, seen) for name in names},
+        cells,
         statistics.mean(p for p, _ in pictures),
         statistics.mean(s for _, s in pictures),
         statistics.mean(report["upload"]["bytes"] for report in reports),
@@ -323,7 +345,8 @@ def _cell(name: str, pairs: list[tuple[Result, Result | None]], seen: str) -> Ce
         values = [100 * one.value for one in each if one]
         spread = statistics.stdev(values) if len(values) > 1 else spread
     again = max(float(torch.stack(strongest).mean()), accuracy.value)
-    known = torch.stack(mine), torch.stack(floors), undefended
+    which = tuple(result["run"]["seed"] for result, _ in pairs)
+    known = which, torch.stack(mine), torch.stack(floors), undefended
     return Cell(accuracy, float(floor.mean()), found, spread, again, *known)
 
 
