@@ -20,6 +20,7 @@ from lab.tables import (
     of_whole_seeds,
 )
 
+from prifu_plugin.audit.statistics import Interval
 from prifu_plugin.figures import new_figure
 
 PAPER = [
@@ -156,6 +157,7 @@ def by_margin(found: list[Line], study: Study) -> list[str]:
         "| best of ours less best rival or control |",
         "|---|---|---|---|---|",
     ]
+    known: dict[tuple[str, str], Interval] = {}
     for margin in MARGINS:
         inside = {line.run["method"] for line in within(found, margin)[1]} & set(RIVALS)
         cells = []
@@ -163,7 +165,10 @@ def by_margin(found: list[Line], study: Study) -> list[str]:
             if mine is None or theirs is None:
                 cells.append("nothing to compare")
                 continue
-            gap = difference_of_leaks(mine, theirs, unnamed, JUDGING)
+            pair = mine.label, theirs.label
+            if pair not in known:
+                known[pair] = difference_of_leaks(mine, theirs, unnamed, JUDGING)
+            gap = known[pair]
             cells.append(f"{gap.value:.0f} [{gap.low:.0f}, {gap.high:.0f}], to {theirs.label}")
         who = ", ".join(name for name in RIVALS if name in inside) or "none"
         rows.append(f"| {margin} | {who} | " + " | ".join(cells) + " |")

@@ -9,7 +9,7 @@ from lab.intervals import over_seeds
 from lab.networks import build
 from lab.pages import picture, verdict, write
 from lab.scale import Scale, scale_from_command_line
-from torch import Tensor
+from torch import Tensor, nn
 
 import prifu_plugin as prifu
 from prifu_plugin import baselines, pictures
@@ -83,26 +83,43 @@ def claims(ratios: dict[int, float], drops: dict[int, float]) -> list[str]:
 def trained(scale: Scale, study: Study, seed: int, *, noisy: bool) -> tuple[prifu.Relevance, float]:
     """Return the relevance of the inputs of a plain network, and its accuracy."""
     labels = study.defence.labels[study.task]
-    images, test = (widened(p.images, noisy, seed) for p in (study.defence, study.test))
-    net = build(scale["network"], study.classes, seed, channels=images.shape[1]).to(scale.device)
-    whole = baselines.TaskOnly(net, torch.nn.Identity())
-    baselines.fit(whole, images, labels, schedule=scale.schedule, seed=seed)
-    right = uploads(net, test, "answers").argmax(1) == study.test.labels[study.task]
-    data = zip(images.split(200), labels.split(200), strict=True)
-    total = sum(prifu.influence(net, x, y).double().sum((0, 2, 3)).cpu() for x, y in data)
+    net = build(scale["network"], study.classes, seed, channels=6 if noisy else 3)
+    whole = Widened(net) if noisy else net
+    images = study.defence.images
+    baselines.fit(
+        baselines.TaskOnly(whole.to(scale.device), nn.Identity()),
+        images,
+        labels,
+        schedule=scale.schedule,
+        seed=seed,
+    )
+    right = uploads(whole, study.test.images, "answers").argmax(1) == study.test.labels[study.task]
+    total = torch.zeros((), dtype=torch.float64)
+    for x, y in zip(images.split(200), labels.split(200), strict=True):
+        maps = prifu.influence(net, widened(x) if noisy else x, y)
+        total = total + maps.double().sum((0, 2, 3)).cpu()
     averages = total / (len(images) * images[0, 0].numel())
     return prifu.Relevance({}, averages, len(images)), float(right.double().mean())
 
 
-def widened(images: Tensor, noisy: bool, seed: int) -> Tensor:
+class Widened(nn.Module):
+    """A network of six channels on images of three: every pass draws noise anew."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the network says of images with three channels more."""
+        return self.net(widened(x))
+
+
+def widened(images: Tensor) -> Tensor:
     """Add a channel of ones, one of uniform and one of Gaussian noise (0.5, variance 1)."""
-    if not noisy:
-        return images
-    chance = torch.Generator().manual_seed(1000 + seed)
-    shape = (len(images), 1, *images.shape[2:])
-    constant, uniform = torch.ones(shape), torch.rand(shape, generator=chance)
-    normal = 0.5 + torch.randn(shape, generator=chance)
-    return torch.cat([images, constant, uniform, normal], 1)
+    like = images[:, :1]
+    return torch.cat(
+        [images, torch.ones_like(like), torch.rand_like(like), 0.5 + torch.randn_like(like)], 1
+    )
 
 
 if __name__ == "__main__":
