@@ -318,3 +318,77 @@ def test_the_work_of_recurrent_layers_is_counted():
 
     small = prifu.prune(prifu.wrap(Speech()).eval(), torch.randn(2, 10, 32))
     assert prifu.report(small).macs[0] == 10 * 4 * 16 * (32 + 16) + 16 * 3
+
+
+class Gated(nn.Module):
+    def __init__(self, gate):
+        super().__init__()
+        self.a, self.norm = nn.Conv1d(4, 16, 1), nn.BatchNorm1d(16)
+        self.b, self.gate = nn.Conv1d(8, 3, 1), gate
+
+    def forward(self, x):
+        return self.b(self.gate(self.norm(self.a(x))))
+
+
+GATES = {
+    "module": lambda: nn.GLU(1),
+    "function": lambda: Called(lambda x: F.glu(x, 1)),
+    "named": lambda: Called(lambda x: F.glu(input=x, dim=-2)),
+}
+
+
+class Called(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_gated_linear_units_are_looked_into(kind):
+    torch.manual_seed(0)
+    model = prifu.wrap(Gated(GATES[kind]())).eval()
+    prifu.filters(model)["norm"].weight.data[:4] = 0.0  # what is multiplied, of half of the gates
+    small = prifu.prune(model, torch.zeros(2, 4, 6))
+    x = torch.randn(5, 4, 9)
+    assert difference(model(x), small(x)) < 1e-6
+    assert small.get_submodule("a").out_channels == 8
+    assert small.get_submodule("b").in_channels == 4
+
+
+class Attending(nn.Module):
+    def __init__(self, read):
+        super().__init__()
+        self.norm, self.read = nn.LayerNorm(16), read
+        self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.read(self.attend, self.norm(x))
+
+
+def unpacked(attend, h):
+    out, _ = attend(h, h, h)
+    return out
+
+
+READS = {
+    "first item": lambda attend, h: attend(h, h, h)[0],
+    "unpacked": unpacked,
+    "average asked": lambda attend, h: attend(h, h, h, average_attn_weights=True)[0],
+}
+
+
+@pytest.mark.parametrize("how", READS)
+def test_attention_whose_weights_nobody_reads_is_taken_apart(how):
+    torch.manual_seed(0)
+    model = prifu.wrap(Attending(READS[how])).eval()
+    prifu.filters(model)["norm"].weight.data[:8] = 0.0
+    small = prifu.prune(model, torch.zeros(2, 5, 16))
+    x = torch.randn(3, 7, 16)
+    assert difference(model(x), small(x)) < 1e-6
+    assert prifu.report(small).macs[1] < prifu.report(small).macs[0]
+    kept = Attending(lambda attend, h: attend(h, h, h)[1])  # whose weights are all that is read
+    kept = prifu.wrap(kept).eval()
+    assert difference(kept(x), prifu.prune(kept, x)(x)) < 1e-6

@@ -18,7 +18,7 @@ from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import Captured, capture
 from prifu_plugin.graph.guards import drop_dtype_guards, is_guard
 from prifu_plugin.graph.sized import capture_sized
-from prifu_plugin.prune.spell_out import spell_out
+from prifu_plugin.prune.spell_out import spell_out, spell_out_glu
 
 
 def lower(
@@ -42,8 +42,10 @@ def lower(
     for node in list(graph.nodes):
         if _is_assertion(node):
             graph.erase_node(node)
+        elif node.op == "call_module" and type(gate := _called(model, node)) is nn.GLU:
+            spell_out_glu(graph, node, node.args[0], gate.dim)
         elif node.op == "call_module" and _is_plain_attention(model, node):
-            _lower_attention(graph, node, model.get_submodule(str(node.target)))
+            _lower_attention(graph, node, _called(model, node))
         else:
             _make_pure(node, model)
             spell_out(graph, node)
@@ -51,6 +53,10 @@ def lower(
     drop_unused(graph)
     graph.lint()
     return captured
+
+
+def _called(model: nn.Module, node: fx.Node) -> nn.Module:
+    return model.get_submodule(str(node.target))
 
 
 def plain_layers(model: nn.Module) -> nn.Module:
@@ -168,7 +174,7 @@ def _make_pure(node: fx.Node, model: nn.Module) -> None:
 
 def _is_inplace(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
-        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+        return bool(getattr(_called(model, node), "inplace", False))
     if node.op == "call_method":
         name = str(node.target)
         return name.endswith("_") and not name.endswith("__")
@@ -228,7 +234,7 @@ def _aliases(node: fx.Node, model: nn.Module) -> set[fx.Node]:
 
 def _is_view(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
-        return isinstance(model.get_submodule(str(node.target)), _VIEWING)
+        return isinstance(_called(model, node), _VIEWING)
     if node.target is getattr:
         return node.args[1] in _VIEWING_ATTRIBUTES
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
@@ -238,7 +244,7 @@ def _is_view(node: fx.Node, model: nn.Module) -> bool:
 def _itself(node: fx.Node, model: nn.Module) -> fx.Node:
     """Return what a node is the same tensor as, through modules that return what they are given."""
     while node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
-        module: Any = model.get_submodule(str(node.target))
+        module: Any = _called(model, node)
         nothing = isinstance(module, nn.Identity) or getattr(module, "p", None) == 0
         if not (nothing and isinstance(module, _VIEWING)):
             break
@@ -255,8 +261,8 @@ def _after(node: fx.Node) -> list[fx.Node]:
 
 
 def _is_plain_attention(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a call of nn.MultiheadAttention is unmasked self-attention, batch first."""
-    module = model.get_submodule(str(node.target))
+    """Whether a call is unmasked self-attention, batch first, whose weights nobody reads."""
+    module = _called(model, node)
     if type(module) is not nn.MultiheadAttention:
         return False
     named = [node.kwargs[name] for name in ("key", "value") if name in node.kwargs]
@@ -270,10 +276,12 @@ def _is_plain_attention(model: nn.Module, node: fx.Node) -> bool:
         and module.in_proj_weight is not None
         and module.bias_k is None
         and not module.add_zero_attn
-        and extra.get("need_weights", True) is False
-        and all(v in (None, False) for k, v in extra.items() if k != "need_weights")
+        and all(v in (None, False) for k, v in extra.items() if k not in _OF_WEIGHTS)
         and all(_is_first_item(user) or not user.users for user in node.users)
     )
+
+
+_OF_WEIGHTS = ("need_weights", "average_attn_weights")
 
 
 def _is_first_item(node: fx.Node) -> bool:

@@ -25,6 +25,9 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> None:
         _spell_out_stack(graph, node)
     elif node.target is F.linear:
         _spell_out_linear(graph, node)
+    elif node.target is F.glu:
+        given = {**dict(zip(("input", "dim"), node.args, strict=False)), **node.kwargs}
+        spell_out_glu(graph, node, given["input"], given.get("dim", -1))
     elif node.op == "call_method" and node.target in _BY_EXAMPLE and not node.kwargs:
         with graph.inserting_before(node):
             shape = graph.call_function(getattr, (node.args[1], "shape"))
@@ -36,6 +39,17 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> None:
         node.op = "call_function"
         largest = node.target in (torch.max, "max")
         node.target = torch.maximum if largest else torch.minimum
+
+
+def spell_out_glu(graph: fx.Graph, node: fx.Node, x: Any, dim: Any) -> None:
+    """Take a gated linear unit apart: one half times the sigmoid of the other."""
+    with graph.inserting_before(node):
+        halves = graph.call_function(torch.chunk, (x, 2, dim))
+        one, gate = (graph.call_function(operator.getitem, (halves, at)) for at in range(2))
+        opened = graph.call_function(torch.sigmoid, (gate,))
+        result = graph.call_function(torch.mul, (one, opened))
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
 
 
 def _spell_out_linear(graph: fx.Graph, node: fx.Node) -> None:
