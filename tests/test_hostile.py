@@ -458,6 +458,17 @@ def test_convolutions_that_only_pad_are_known_by_what_they_do():
     assert pruned.get_submodule("3").out_channels == 4
 
 
+def test_convolutions_that_compute_their_weight_are_looked_into():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Standardized(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    pruned = prifu.prune(half_off(net), torch.randn(2, 3, 12, 12))
+    assert not prifu.report(pruned).notes
+    before, after = prifu.report(pruned).macs
+    assert after < 0.4 * before
+
+
 class Words(nn.Module):
     """Takes indices as floats."""
 

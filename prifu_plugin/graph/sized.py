@@ -149,7 +149,13 @@ class SizedTracer(ModelTracer):
         """Whether the graph keeps this module as one call."""
         if module_qualified_name in self._leaves:
             return True
-        return super().is_leaf_module(m, module_qualified_name) and not computes_weight(m)
+        if not super().is_leaf_module(m, module_qualified_name):
+            return False
+        before, self.computing = self.computing, True  # what tries a layer is not traced
+        try:
+            return not computes_weight(m)
+        finally:
+            self.computing = before
 
     def call_module(
         self,
