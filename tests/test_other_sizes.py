@@ -187,3 +187,31 @@ def test_a_model_without_parameters_is_cut():
     x = torch.randn(2, 3, 8, 8)
     edge, cloud = prifu.split(net, "0", x)
     assert torch.equal(cloud(edge(x)), net(x))
+
+
+class Shifted(nn.Module):
+    """Shifts some channels by a frame, writing into a copy, on clips (N, frames, C, H, W)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.b = nn.Linear(8, 3)
+
+    def forward(self, x):
+        n, frames = x.shape[:2]
+        if frames < 2:
+            raise ValueError("too short")
+        y = torch.relu(self.norm(self.a(x.flatten(0, 1)))).unflatten(0, (n, frames))
+        moved = y.clone()
+        moved[:, 1:, :2] = y[:, :-1, :2]
+        return self.b(moved.mean((1, 3, 4)))
+
+
+def test_clips_of_other_image_sizes_are_taken():
+    torch.manual_seed(0)
+    model = prifu.wrap(Shifted()).eval()
+    prifu.filters(model)["norm"].weight.data[1::2] = 0.0
+    small = prifu.prune(model, torch.randn(2, 4, 3, 12, 12))
+    for shape in ((1, 4, 3, 9, 9), (3, 4, 3, 20, 15)):
+        x = torch.randn(shape)
+        assert difference(model(x), small(x)) < 1e-6

@@ -152,7 +152,7 @@ class Inputs:
         """
         found = {self.shapes}
         odd = (_odd((1, 1)), _odd((1, 0)), _odd((0, 1)))
-        for change in (*odd, _skewed, _grown, _by_patches, _longer, _doubled):
+        for change in (*odd, _skewed, _grown, _framed, _by_patches, _longer, _doubled):
             shapes = tuple(change(shape) for shape in self.shapes)
             if shapes not in found:
                 found.add(shapes)
@@ -241,6 +241,13 @@ def _grown(shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) == 3:
         return shape[0], shape[1] + 3, shape[2]
     return *shape[:2], *(size + 32 for size in shape[2:])
+
+
+def _framed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Make the images of clips (N, frames, C, H, W) larger, whose third size is no length."""
+    if len(shape) != 5:
+        return shape
+    return *shape[:3], *(size + 32 for size in shape[3:])
 
 
 def _by_patches(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -51,9 +51,11 @@ def prune(
     it is a copy of the model whose largest parts that can be are such modules; the report names
     them, and such a result has no plan. It is compared with the filtered model on fresh inputs, in
     fp64 and in the model's own precision, at other batch sizes and, for one image input that the
-    model takes at another resolution, there too. What a forward does only at sizes that were not
-    compared is not certified; where torch.fx cannot follow a forward because it decides on sizes,
-    the sizes of the example decide, and the result refuses inputs for which they would not.
+    model takes at another resolution, there too. Inputs are drawn, numbers Gaussian or in the
+    range that was shown, integers in it: what must make sense together (boxes of regions) will
+    not. What a forward does only at sizes that were not compared is not certified; where torch.fx
+    cannot follow a forward because it decides on sizes, the sizes of the example decide, and the
+    result refuses inputs for which they would not.
     `prifu_plugin.report(pruned)` returns the certificate and the fate of every channel,
     `prifu_plugin.plan(pruned)` the plan from which `rebuild` makes the model again.
 
