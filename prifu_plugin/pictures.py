@@ -58,7 +58,7 @@ def plot_inputs(
     axes = axes or new_figure(4, 3).subplots()
     places = list(range(len(found.inputs)))
     axes.bar(places, found.inputs.tolist(), color="#2e6f95")
-    axes.set_xticks(places, list(names or map(str, places)))
+    axes.set_xticks(places, list(names or map(str, places)), rotation=30 if names else 0)
     axes.set(ylabel="AvgRI on the loss", title="Input channels")
     return axes.figure, axes
 

@@ -2,7 +2,7 @@
 
 python examples/paper/all.py [--scale cpu|paper] [--smoke] [--cached]
 
-Resumable: a run that is stored is not made again. Hours on two cores at the scale "cpu"; with
+Resumable: a run that is stored is not made again. A day of one core at the scale "cpu"; with
 --cached, tables and pictures of stored runs in seconds.
 """
 

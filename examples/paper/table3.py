@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def bubbles(scale, found: list[Line], private: tuple[str, ...]) -> str:
-    """Draw accuracy on two private attributes; the bubble's size is the task's (Fig. 9b)."""
+    """Draw what attackers read of two attributes, with floors; the larger, the better the task."""
     axes = new_figure(5, 4).subplots()
     for place, line in enumerate(found):
         x, y = (100 * line.cells[name].accuracy.value for name in private[:2])
@@ -77,8 +77,12 @@ def bubbles(scale, found: list[Line], private: tuple[str, ...]) -> str:
             alpha=0.6,
             color=COLOURS[place // 2],
             hatch="//" if place % 2 else None,
+            label=f"{line.label}, task {100 * line.task.value:.0f}",
         )
-        axes.annotate(line.label, (x, y), fontsize=7)
+    for draw, name in zip((axes.axvline, axes.axhline), private, strict=False):
+        floor = max(line.cells[name].floor for line in found)
+        draw(100 * floor, color="#999999", lw=0.7, ls=":")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1), markerscale=0.3)
     axes.set(xlabel=f"attack on {private[0]}, %", ylabel=f"attack on {private[1]}, %")
     return picture(scale, axes.figure, "fig9", "Attack accuracy by backbone")
 
