@@ -222,8 +222,7 @@ def test_what_is_above_the_floor_has_an_interval_over_images_and_seeds():
     one, two = tables.above_floor(cells(0.7, 0.7)), tables.above_floor(cells(0.5, 0.9))
     assert two.high - two.low > 1.5 * (one.high - one.low)  # seeds that differ widen it
     same = tables.above_floor(much, much)
-    assert same.value == 0
-    assert same.low < 0 < same.high
+    assert same.low == same.value == same.high == 0  # of the same seeds and images
 
 
 def test_seeds_that_did_not_learn_are_left_out_and_named():
