@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import prifu_plugin as prifu
@@ -162,6 +163,18 @@ def test_ensembles_under_vmap():
         params, buffers = torch.func.stack_module_state(models)
         run = torch.func.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (x,)))
         assert torch.allclose(run(params, buffers), expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_tangents_go_on_without_gradients():
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    weight = prifu.filters(model)["1"].weight
+    with torch.no_grad():
+        model(x)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(weight.detach().clone(), torch.ones_like(weight))
+            out = torch.func.functional_call(model, {"1.prifu.weight": dual}, (x,))
+            assert forward_ad.unpack_dual(out).tangent.abs().sum() > 0
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore:Converting a tensor")

@@ -130,6 +130,27 @@ def test_pruning_leaves_nothing_in_torch_fx():
     fx.symbolic_trace(nn.Linear(1, 1))
 
 
+class Typed(Base):
+    """Makes whole numbers, truths and numbers of no given type, beside whole numbers."""
+
+    def forward(self, x, ids):
+        n, length = ids.size(0), ids.size(1)
+        whole = torch.full((n, length), 2)
+        truth = torch.full((n, length), True)
+        zeros = torch.zeros(n, length, dtype=None)
+        return self.b(self.features(x)), whole // 3, ~truth, zeros
+
+
+def test_what_is_made_keeps_its_type():
+    model = prifu.wrap(Typed()).eval()
+    prifu.filters(model)["norm"].weight.data[::2] = 0.0
+    given = torch.randn(2, 5, 8), torch.randint(0, 9, (2, 5))
+    small = prifu.prune(model, given)
+    for a, b in zip(model(*given), small(*given), strict=True):
+        assert a.dtype == b.dtype
+        assert difference(a, b) < 1e-6
+
+
 def test_makers_without_a_tensor_to_ask_or_of_other_kinds_stay():
     graph = fx.Graph()
     x, n = graph.placeholder("x"), graph.placeholder("n")

@@ -334,7 +334,17 @@ GATES = {
     "module": lambda: nn.GLU(1),
     "function": lambda: Called(lambda x: F.glu(x, 1)),
     "named": lambda: Called(lambda x: F.glu(input=x, dim=-2)),
+    "module, named": lambda: Named(nn.GLU(1)),
 }
+
+
+class Named(nn.Module):
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x):
+        return self.gate(input=x)
 
 
 class Called(nn.Module):
@@ -389,6 +399,50 @@ def test_attention_whose_weights_nobody_reads_is_taken_apart(how):
     x = torch.randn(3, 7, 16)
     assert difference(model(x), small(x)) < 1e-6
     assert prifu.report(small).macs[1] < prifu.report(small).macs[0]
-    kept = Attending(lambda attend, h: attend(h, h, h)[1])  # whose weights are all that is read
-    kept = prifu.wrap(kept).eval()
-    assert difference(kept(x), prifu.prune(kept, x)(x)) < 1e-6
+
+
+@pytest.mark.parametrize("read", [
+    lambda attend, h: attend(h, h, h)[1],
+    lambda attend, h: attend(h, h, h),
+], ids=["weights alone", "both, as one"])  # fmt: skip
+def test_attention_whose_weights_are_read_stays(read):
+    model, x = prifu.wrap(Attending(read)).eval(), torch.randn(3, 7, 16)
+    prifu.filters(model)["norm"].weight.data[:8] = 0.0
+    assert difference(model(x), prifu.prune(model, x)(x)) < 1e-6
+
+
+class Typed(nn.Module):
+    """Returns a map in a type of its own, some of whose channels are constant."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.a, self.norm, self.dtype = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), dtype
+
+    def forward(self, x):
+        return self.norm(self.a(x)).to(self.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_outputs_keep_their_type(dtype):
+    torch.manual_seed(0)
+    model, x = prifu.wrap(Typed(dtype), bias=True).eval(), torch.randn(3, 3, 9, 9)
+    unit = prifu.filters(model)["norm"]
+    unit.weight.data[::2] = 0.0
+    nn.init.normal_(unit.bias)
+    small = prifu.prune(model, x)
+    assert small(x).dtype == dtype
+    assert difference(model(x), small(x)) < (1e-2 if dtype.itemsize == 2 else 1e-6)
+    assert small.get_submodule("a").out_channels == 4
+
+
+def test_outputs_keep_their_type_under_autocast():
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 9, 9)
+    stages = prifu.wrap(Stages(), bias=True).eval()
+    for one in prifu.filters(stages).values():
+        one.weight.data[::2] = 0.0
+        nn.init.normal_(one.bias)
+    small = prifu.prune(stages, torch.zeros(2, 3, 16, 16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for a, b in zip(pytree.tree_leaves(stages(x)), pytree.tree_leaves(small(x)), strict=True):
+            assert a.dtype == b.dtype

@@ -769,3 +769,25 @@ def test_a_model_with_a_train_of_its_own_is_wrapped():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     net.train = lambda mode=True: net
     assert list(prifu.filters(prifu.wrap(net))) == ["1"]
+
+
+class Exchanging(nn.Module):
+    """Exchanges two things it stores, so that only their places in its memory tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.one, self.other = "a", "b"
+
+    def forward(self, x):
+        kept = self.__dict__.pop("one")
+        self.other, self.one = kept, self.other
+        return self.norm(x)
+
+
+def test_what_is_exchanged_is_put_back():
+    model = Exchanging().eval()
+    with undisturbed(model):
+        model(torch.randn(2, 4))
+        assert (model.one, model.other) == ("b", "a")
+    assert (model.one, model.other) == ("a", "b")

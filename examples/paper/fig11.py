@@ -64,8 +64,8 @@ def main() -> None:
         f"task's answer {found.task_mean.psnr:.1f} dB.",
         "",
         "One seed, one upload of each image, and a decoder for squared error alone: PSNRs are not "
-        "those of the tables, which take the best of several. At the early cut VIB is at chance "
-        "at the task, and our form there costs more than 1.5 points of it.",
+        "those of the tables, which take the best of several. What each method leaves of the task "
+        "is in the comparison's tables.",
         "",
     ]
     write(scale, __file__, "Fig. 11: reconstructions", text)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.norms import NormSpec
@@ -87,6 +88,7 @@ def _is_followed() -> bool:
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, jvp
         or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx
+        or forward_ad._current_level >= 0  # which goes on without gradients
     )
 
 

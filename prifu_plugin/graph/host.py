@@ -122,8 +122,8 @@ def run_with(host: nn.Module, parameters: dict[str, Tensor], *args: Any, **kwarg
 
 def _keep(host: nn.Module, before: dict[str, Any], members: dict[str, Any]) -> None:
     """Do to a host what a forward did to the twin it ran on, such as counting its calls."""
-    same = all(map(operator.is_, before.values(), members.values()))
-    if same and before.keys() == members.keys():
+    same = list(before) == list(members)
+    if same and all(map(operator.is_, before.values(), members.values())):
         return
     for name in before.keys() | members.keys():
         if name not in members:

@@ -108,8 +108,7 @@ _HOLDING = (dict, list, set, deque, Tensor)
 
 
 def _restore(now: dict[str, Any], before: dict[str, Any], keep: str | None) -> None:
-    same = all(map(operator.is_, before.values(), now.values()))
-    if same and before.keys() == now.keys():
+    if list(before) == list(now) and all(map(operator.is_, before.values(), now.values())):
         return
     for name in set(now) - set(before):
         if keep is None or not name.startswith(keep):

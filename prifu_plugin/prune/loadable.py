@@ -31,8 +31,13 @@ def make_loadable(graph: fx.Graph) -> None:
         if of is None or not node.kwargs.keys() <= {"size", "fill_value", "dtype", "device"}:
             continue
         sizes, *filled = _arguments(node)
-        kwargs = {k: v for k, v in node.kwargs.items() if k in ("dtype", "device")}
-        kwargs.setdefault("dtype", torch.get_default_dtype())
+        kwargs = {k: node.kwargs.get(k) for k in ("dtype", "device")}
+        if kwargs["dtype"] is None:
+            if any(isinstance(value, fx.Node) for value in filled):
+                continue  # whose type it would have
+            kwargs["dtype"] = torch.full((), *(filled or [0.0])).dtype
+        if kwargs["device"] is None:
+            kwargs["device"] = torch.get_default_device()
         with graph.inserting_before(node):
             made = graph.call_method(_MADE[node.target], (of, sizes, *filled), kwargs)
         made.meta.update(node.meta)

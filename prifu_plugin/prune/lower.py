@@ -43,7 +43,8 @@ def lower(
         if _is_assertion(node):
             graph.erase_node(node)
         elif node.op == "call_module" and type(gate := _called(model, node)) is nn.GLU:
-            spell_out_glu(graph, node, node.args[0], gate.dim)
+            x = node.args[0] if node.args else node.kwargs["input"]
+            spell_out_glu(graph, node, x, gate.dim)
         elif node.op == "call_module" and _is_plain_attention(model, node):
             _lower_attention(graph, node, _called(model, node))
         else:
@@ -277,7 +278,7 @@ def _is_plain_attention(model: nn.Module, node: fx.Node) -> bool:
         and module.bias_k is None
         and not module.add_zero_attn
         and all(v in (None, False) for k, v in extra.items() if k not in _OF_WEIGHTS)
-        and all(_is_first_item(user) or not user.users for user in node.users)
+        and all(_is_first_item(user) or _is_unread_item(user) for user in node.users)
     )
 
 
@@ -286,6 +287,10 @@ _OF_WEIGHTS = ("need_weights", "average_attn_weights")
 
 def _is_first_item(node: fx.Node) -> bool:
     return node.target is operator.getitem and bool(node.args[1] == 0)
+
+
+def _is_unread_item(node: fx.Node) -> bool:
+    return node.target is operator.getitem and not node.users
 
 
 def _lower_attention(graph: fx.Graph, node: fx.Node, attention: nn.Module) -> None:

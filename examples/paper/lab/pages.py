@@ -26,8 +26,10 @@ and attacks they are over defence seeds (Student's, of differences to the same s
 AvgRI) they are Student's over the seeds. With three seeds they are wide. A claim holds if all of
 its intervals lie on the side of its bound that it names, does not hold if one lies wholly on the
 other, and is not shown otherwise. There are dozens of claims, and no correction for their number:
-one in forty would hold, and one in forty fail, by chance alone. Everything is measured on small
-images and networks; the rivals on coloured digits alone."""
+one in forty would hold, and one in forty fail, by chance alone. Settings are chosen on other test
+images than they are judged on, but with the same seeds; the rival hardest to reconstruct from is
+chosen by what it is judged by. Everything is measured on small images and networks; the rivals on
+coloured digits alone."""
 
 
 def write(scale: Scale, script: str, title: str, parts: list[str], data: str = "") -> None:

@@ -207,8 +207,9 @@ def _rows(values: Tensor, cell: Cell, seeds: list[int]) -> Tensor:
 
 
 def _share(right: Tensor, floor: Tensor, plain: Tensor) -> float:
-    """Return the leak in percent."""
-    return 100 * float((right - floor).mean()) / max(float((plain - floor).mean()), 1e-9)
+    """Return the leak in percent, NaN where the plain model is at the floor."""
+    whole = float((plain - floor).mean())
+    return 100 * float((right - floor).mean()) / whole if whole > 0 else float("nan")
 
 
 def label(run: dict[str, Any]) -> str:
