@@ -151,6 +151,19 @@ def test_what_is_made_keeps_its_type():
         assert difference(a, b) < 1e-6
 
 
+def test_a_shape_that_is_computed_is_passed_on():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    shape = graph.call_function(torch.broadcast_shapes, (graph.call_method("size", (x,)), (1, 3)))
+    whole = graph.call_function(torch.zeros, (shape,))
+    line = graph.call_function(torch.ones, (graph.call_method("size", (x, 0)),))
+    graph.output((whole, line))
+    make_loadable(graph)
+    whole, line = fx.GraphModule(nn.Module(), graph)(torch.zeros(2, 1))
+    assert (whole.shape, line.shape) == ((2, 3), (2,))
+    assert "torch.zeros" not in graph.python_code("self").src
+
+
 def test_makers_without_a_tensor_to_ask_or_of_other_kinds_stay():
     graph = fx.Graph()
     x, n = graph.placeholder("x"), graph.placeholder("n")

@@ -71,8 +71,7 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
         return sizes, args[0] if args else node.kwargs["fill_value"]
     if not args:
         return (node.kwargs["size"],)
-    listed = len(args) == 1 and isinstance(args[0], tuple | list)
-    return (args[0] if listed else tuple(args),)
+    return (args[0] if len(args) == 1 else tuple(args),)  # one size, or a shape
 
 
 def _tensor_asked(node: fx.Node) -> fx.Node | None:
