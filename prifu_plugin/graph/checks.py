@@ -66,9 +66,7 @@ def check_alone(model: nn.Module) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     parts = set(model.modules())
-    for other in gc.get_objects():
-        if not issubclass(type(other), nn.parallel.DistributedDataParallel):
-            continue
+    for other in _instances(_subclasses(nn.parallel.DistributedDataParallel)):
         if other.module in parts or any(module is model for module in other.module.modules()):
             raise OrderError(
                 f"{type(model).__name__} is inside DDP already, which would not average the "
@@ -78,17 +76,12 @@ def check_alone(model: nn.Module) -> None:
 
 def warn_of_wrappers(model: nn.Module) -> None:
     """Warn of averages, DDP or compiled forms of a model that were made before it is wrapped."""
-    for other in gc.get_objects():
-        name = type(other).__name__
-        if not issubclass(type(other), nn.Module):
-            continue
-        if not _is_wrapper(other):
-            continue
+    for other in _instances({cls for cls in _subclasses(nn.Module) if _wraps(cls)}):
         modules = other.__dict__.get("_modules", {})
         inner = modules.get("module", modules.get("_orig_mod"))
         if isinstance(inner, nn.Module) and (inner is model or _is_copy(inner, model)):
             warnings.warn(
-                f"A {name} of this {type(model).__name__} was made before wrap: it has no filters, "
+                f"A {type(other).__name__} of this {type(model).__name__} was made before wrap: it has no filters, "
                 "and an average would pair weights with the wrong ones. Make it again, from the "
                 "wrapped model.",
                 PrifuWarning,
@@ -99,8 +92,27 @@ def warn_of_wrappers(model: nn.Module) -> None:
 
 def _is_wrapper(module: Any) -> bool:
     """Whether a module is one that stands around another: a child named so is none."""
-    names = [cls.__name__ for cls in type(module).__mro__]
+    return _wraps(type(module))
+
+
+def _wraps(cls: type) -> bool:
+    names = [base.__name__ for base in cls.__mro__]
     return any(name in _WRAPPERS or name.startswith("ModelEma") for name in names)
+
+
+def _instances(classes: set[type]) -> list[Any]:
+    """Return what exists of classes: an object refers to its own, and scanning for that is C."""
+    return [one for one in gc.get_referrers(*classes) if type(one) in classes]
+
+
+def _subclasses(cls: type) -> set[type]:
+    """Return a class and all that inherit from it."""
+    found, left = {cls}, [cls]
+    while left:
+        new = set(type.__subclasses__(left.pop())) - found
+        found |= new
+        left += new
+    return found
 
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "OptimizedModule")
