@@ -113,18 +113,23 @@ def _before_step(
     _REMEMBERED[optimizer] = remembered
     _RUNNING.append((weakref.ref(optimizer), set()))
     shield(optimizer, filters)
-    given = tuple(_undone_on_error(a, optimizer) if callable(a) else a for a in args[1:])
-    named = {k: _undone_on_error(v, optimizer) if callable(v) else v for k, v in kwargs.items()}
+    units = [unit for unit, _ in owned]
+    given = tuple(_guarded(a, optimizer, units) if callable(a) else a for a in args[1:])
+    named = {k: _guarded(v, optimizer, units) if callable(v) else v for k, v in kwargs.items()}
     return (*args[:1], *given), named
 
 
-def _undone_on_error(closure: Callable[..., Any], optimizer: Optimizer) -> Callable[..., Any]:
-    """Return a closure that, when it raises, leaves the optimizer as before the step."""
+def _guarded(
+    closure: Callable[..., Any], optimizer: Optimizer, filters: list[PriFU]
+) -> Callable[..., Any]:
+    """Return a closure whose gradients are looked at; an error leaves the optimizer as it was."""
 
     @functools.wraps(closure)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
-            return closure(*args, **kwargs)
+            loss = closure(*args, **kwargs)
+            _check_finite(optimizer, filters)
+            return loss
         except BaseException:
             restore(optimizer)
             _end_of_step(optimizer)
@@ -271,7 +276,7 @@ def _check_finite(optimizer: Optimizer, filters: list[PriFU]) -> None:
         if is_sharded(weight):  # each process looks at its own part, which may be empty
             peak = own_part(weight).sum() * 0 + (unit.filtered == 0).any()
         else:
-            peak = weight.amax()
+            peak = weight.amax() + weight.amin() * 0
         peaks.append(peak + (own_part(grad).sum() * 0 if grad is not None else 0))
     for unit, peak in zip(filters, summed(weights, peaks), strict=True):
         by_device.setdefault(peak.device, []).append((unit, peak))

@@ -84,6 +84,7 @@ class PriFU(nn.Module):
         self.image_dim = image_dim
         self.path = ""
         self.dose = 0.0
+        self.stepped_alpha = 0.0  # at the last step, or that of a checkpoint
         self.holds_scale = False
         self.frees_scale = True
         self.origin: weakref.ref[nn.Parameter] | None = None
@@ -217,6 +218,7 @@ class PriFU(nn.Module):
                 f"reads up to {STATE_FORMAT:g}. Upgrade it."
             )
         self.alpha, self.gain, self.dose = settings[:3]
+        self.stepped_alpha = self.alpha
         if settings[3:]:  # since format 2
             if self.holds_scale and not settings[3]:
                 self.lets_go = self.frees_scale  # `keep_fixed` frees the norm's scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -16,11 +16,10 @@ from prifu_plugin.filter import WRAPPED, PriFU
 
 
 class _Steps:
-    """Who has stepped a filter, who did before, how often, and at which alpha."""
+    """Who has stepped a filter, who did before, and how often."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.alpha = 0.0
         self.last: weakref.ref[Optimizer] | None = None
         self.earlier: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -45,17 +44,9 @@ def note_step(optimizer: Optimizer, units: Sequence[PriFU], *, inside: bool) -> 
     """
     if inside:
         return
+    _warn_of_lowered(units)
     for unit in units:
         steps = _STEPS.setdefault(unit, _Steps())
-        if unit.alpha < steps.alpha and bool(unit.filtered.any()):
-            warnings.warn(
-                f"alpha of the filter at '{unit.path}' was lowered from {steps.alpha:g} to "
-                f"{unit.alpha:g}: channels filtered before stay closed. Zero its `filtered` and "
-                "give W new values there to let them learn again.",
-                PrifuWarning,
-                stacklevel=3,
-            )
-        steps.alpha = unit.alpha
         last = steps.last() if steps.last is not None else None
         if last is optimizer:
             continue
@@ -67,6 +58,27 @@ def note_step(optimizer: Optimizer, units: Sequence[PriFU], *, inside: bool) -> 
         if last is not None:
             steps.earlier.add(last)
         steps.last = weakref.ref(optimizer)
+
+
+def _warn_of_lowered(units: Sequence[PriFU]) -> None:
+    """Warn, once for each filter, of an alpha below that of earlier steps or of a checkpoint."""
+    lowered = [unit for unit in units if unit.alpha < unit.stepped_alpha]
+    lowered = [u for u in lowered if u not in _LOWERED and bool(u.filtered.any())]
+    _LOWERED.update(lowered)
+    if lowered:
+        first, more = lowered[0], len(lowered) - 1
+        warnings.warn(
+            f"alpha of the filter at '{first.path}'{f' and of {more} others' if more else ''} was "
+            f"lowered from {first.stepped_alpha:g} to {first.alpha:g}: channels filtered before "
+            "stay closed. Zero its `filtered` and give W new values there to let them learn again.",
+            PrifuWarning,
+            stacklevel=4,
+        )
+    for unit in units:
+        unit.stepped_alpha = unit.alpha
+
+
+_LOWERED: weakref.WeakSet[PriFU] = weakref.WeakSet()
 
 
 def count_step(unit: PriFU) -> None:
@@ -110,7 +122,7 @@ def check_ownership(
     if not orphans:
         return
     if makes_gradients or _has_gradients(optimizer):
-        orphans = _trained_beside(optimizer, orphans)
+        orphans = _trained_beside(optimizer, orphans, makes_gradients)
     if not orphans:
         return
     held = _held_by_others(optimizer)
@@ -128,21 +140,28 @@ def check_ownership(
         )
 
 
-def _trained_beside(optimizer: Optimizer, units: list[PriFU]) -> list[PriFU]:
+def _trained_beside(optimizer: Optimizer, units: list[PriFU], makes_gradients: bool) -> list[PriFU]:
     """Return the filters of models that an optimizer has parameters of; others are remembered."""
     params = {id(p) for group in optimizer.param_groups for p in group["params"]}
     size, strangers = _STRANGERS.get(optimizer, (-1, weakref.WeakSet()))
     if size != len(params):
         strangers = weakref.WeakSet()
     units = [unit for unit in units if unit not in strangers]
-    if not units:
-        return []
-    idle = _is_idle(optimizer)
-    found = [unit for unit in units if _trains_beside(unit, params, idle)]
-    others = {unit for unit in units if unit.origin is None or id(unit.origin()) not in params}
-    strangers.update(others - set(found))
+    found_originals = {unit: _original(unit, params) for unit in units}
+    originals = {unit: one for unit, one in found_originals.items() if one is not None}
+    # What a closure will make of them is not known yet.
+    idle = set() if makes_gradients else _idle(optimizer, list(originals.values()))
+    left_alone = {unit for unit, original in originals.items() if id(original) in idle}
+    found = [unit for unit in units if unit in left_alone or _is_in_one_model(unit, params)]
+    strangers.update(set(units) - set(originals) - set(found))
     _STRANGERS[optimizer] = len(params), strangers
     return found
+
+
+def _original(unit: PriFU, params: set[int]) -> nn.Parameter | None:
+    """Return the parameter of the model that a filter's model is a copy of, if it is of these."""
+    original = unit.origin() if unit.origin is not None else None
+    return original if original is not None and id(original) in params else None
 
 
 def _has_gradients(optimizer: Optimizer) -> bool:
@@ -150,37 +169,38 @@ def _has_gradients(optimizer: Optimizer) -> bool:
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
-def _is_idle(optimizer: Optimizer) -> bool:
-    """Whether an optimizer steps with no gradients, zeros, or those it has stepped with before.
+def _idle(optimizer: Optimizer, parameters: list[nn.Parameter]) -> set[int]:
+    """Return the ids of parameters without a gradient, with zeros, or with that of the last step.
 
-    One that trains the plain model for its own sake gets new ones.
+    Those of a plain model that is trained for its own sake get new ones.
     """
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    first = next((grad for grad in grads if grad is not None), None)
-    if first is None:
-        return True
-    known, version = _GRADIENTS.get(optimizer, (None, -1))
-    version_now: int = first._version
-    stale = known is not None and known() is first and version_now == version
-    _GRADIENTS[optimizer] = weakref.ref(first), version_now
-    return stale or not any(bool(grad.any()) for grad in grads if grad is not None)
+    known = _GRADIENTS.setdefault(optimizer, {})
+    idle, fresh = set(), []
+    for parameter in parameters:
+        grad = parameter.grad
+        before, version = known.get(id(parameter), (lambda: None, -1))
+        if grad is None or (before() is grad and grad._version == version):
+            idle.add(id(parameter))
+        else:
+            known[id(parameter)] = weakref.ref(grad), grad._version
+            fresh.append(parameter)
+    if fresh:
+        told = torch.stack([p.grad.any().cpu() for p in fresh if p.grad is not None]).tolist()
+        idle |= {id(parameter) for parameter, any_ in zip(fresh, told, strict=True) if not any_}
+    return idle
 
 
-_GRADIENTS: weakref.WeakKeyDictionary[Optimizer, tuple[weakref.ref[torch.Tensor], int]] = (
-    weakref.WeakKeyDictionary()
-)
-"""The first gradient that an optimizer last stepped with, and its version."""
+_Gradient = tuple[Callable[[], torch.Tensor | None], int]
+_GRADIENTS: weakref.WeakKeyDictionary[Optimizer, dict[int, _Gradient]] = weakref.WeakKeyDictionary()
+"""The gradients that an optimizer last stepped with, by the parameter, and their versions."""
 
 _STRANGERS: weakref.WeakKeyDictionary[Optimizer, tuple[int, weakref.WeakSet[PriFU]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def _trains_beside(unit: PriFU, params: set[int], idle: bool) -> bool:
-    """Whether any of these is a parameter of the filter's model, or of the one it was made from."""
-    origin = unit.origin() if unit.origin is not None else None
-    if idle and origin is not None and id(origin) in params:
-        return True
+def _is_in_one_model(unit: PriFU, params: set[int]) -> bool:
+    """Whether any of these is a parameter of the filter's own model."""
     return any(
         _holds(model, unit) and any(id(p) in params for p in model.parameters())
         for model in list(WRAPPED)

@@ -71,7 +71,7 @@ BODIES = {
 @pytest.mark.parametrize("between", [nn.Tanh, nn.Identity, nn.Sigmoid])
 @pytest.mark.parametrize("bias", [False, True])
 def test_calls_share_one_exact_slice(body, between, bias):
-    for seed in range(4):
+    for seed in range(2):
         torch.manual_seed(seed)
         model = prifu.wrap(Recurrent(BODIES[body](), between()), bias=bias)
         spoil(model, seed)

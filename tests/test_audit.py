@@ -455,6 +455,7 @@ def test_an_edge_that_begins_in_place_changes_no_images():
     assert not report.upload.stochastic
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_noisy_cut_is_reported():
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()

@@ -82,6 +82,7 @@ def test_a_hidden_leak_among_many_values(scale):
     assert (found.scores.argmax(1) == parts(bit)[2]).double().mean() > 0.9, found.validation
 
 
+@pytest.mark.slow
 def test_where_nothing_is_nothing_is_read():
     rights = [accuracy("none", seed=seed)[0] for seed in range(3)]
     assert abs(sum(rights) / 3 - 0.5) < 0.05
@@ -119,6 +120,7 @@ class Knowing(nn.Module):
         return self.head(self.enter(z.clamp_(-9, 9))[:, :5].sign().prod(1, keepdim=True))
 
 
+@pytest.mark.slow
 def test_what_the_tasks_tail_has_learnt_serves_the_attacker():
     z, _ = planted("none")
     bit = (z[:, :5].sign().prod(1) > 0).long()
@@ -149,6 +151,7 @@ def test_constant_uploads_leave_the_prior():
     assert (found.scores.argmax(1) == 0).all()
 
 
+@pytest.mark.slow
 def test_the_attack_is_reproducible():
     first, second = accuracy("xor", "quick")[1], accuracy("xor", "quick")[1]
     assert torch.equal(first.scores, second.scores)
@@ -177,6 +180,7 @@ def test_constant_uploads_are_reconstructed_as_the_mean_image():
     assert found.best.psnr == pytest.approx(found.mean_image.psnr)
 
 
+@pytest.mark.slow
 def test_the_controls_repeat_whatever_won():
     torch.manual_seed(0)
     z = torch.randn(120, 2, 8, 8)
@@ -255,6 +259,7 @@ def test_a_leak_in_the_first_token_is_read():
     assert float((read.scores.argmax(1) == s[750:]).double().mean()) > 0.85
 
 
+@pytest.mark.slow
 def test_bits_of_an_attacker_that_is_right_but_too_sure():
     z, s = planted("linear")
     found = infer(prepare(*parts(z), "standard"), parts(s), 2)
@@ -282,6 +287,7 @@ def test_constant_channels_do_not_blind_a_decoder():
     assert found.best.psnr > found.mean_image.psnr + 6
 
 
+@pytest.mark.slow
 def test_decoders_keep_their_best_moment_and_least_squares_needs_no_training(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(260, 1, 1, 1, generator=generator).expand(-1, 1, 16, 16)

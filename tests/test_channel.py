@@ -343,7 +343,12 @@ def test_half_uploads_are_projected():
 
 
 @pytest.mark.parametrize(
-    ("count", "jitter", "least"), [(3, 1e-7, 1.0), (512, 5e-4, 0.6), (200_000, 1e-7, 1.0)]
+    ("count", "jitter", "least"),
+    [
+        (3, 1e-7, 1.0),
+        (512, 5e-4, 0.6),
+        pytest.param(200_000, 1e-7, 1.0, marks=pytest.mark.slow),
+    ],
 )
 def test_rounding_draws_no_other_noise(count, jitter, least):
     generator = torch.Generator().manual_seed(0)

@@ -218,6 +218,39 @@ def test_non_finite_weights_are_an_error():
         optimizer.step()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_refused_at_once(value):
+    net = make()
+    loss_of(net).backward()
+    weight(net).data[3] = value
+    with pytest.raises(FilterError, match="channel 3"):
+        torch.optim.SGD(net.parameters(), lr=RATE).step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.LBFGS])
+def test_gradients_of_a_closure_that_are_not_finite_ruin_nothing(kind):
+    net = make()
+    optimizer = kind(net.parameters(), lr=RATE)
+    before = copy.deepcopy(list(net.parameters()))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(net, scale=float("nan"))
+        loss.backward()
+        return loss
+
+    with pytest.raises(FilterError, match="nothing was changed"):
+        optimizer.step(closure)
+    assert all(map(torch.equal, before, net.parameters()))
+    assert len(optimizer.param_groups) == 1
+    loss_of(net).backward()
+    if kind is torch.optim.SGD:
+        optimizer.zero_grad()
+        loss_of(net).backward()
+        optimizer.step()
+        assert prifu.filters(net)["1"].dose == pytest.approx(RATE * BETA)
+
+
 def test_a_scheduler_sees_the_groups_it_knows():
     net = make()
     optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.1)

@@ -53,6 +53,7 @@ def test_no_threshold_is_chosen_at_chance_without_a_word():
         prifu.fit_alpha(model, data, max_drop=0.5)
 
 
+@pytest.mark.slow
 def test_an_audit_marks_a_model_at_chance():
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(600, 4, generator=generator)

@@ -34,7 +34,7 @@ def copies(model):
     [
         ("test_resnet", 0.3),
         pytest.param("mobilenetv2_035", 0.1, marks=pytest.mark.slow),
-        ("test_vit", 0.1),
+        pytest.param("test_vit", 0.1, marks=pytest.mark.slow),
         pytest.param("resnet18", 0.5, marks=pytest.mark.slow),
         pytest.param("convnext_atto", 0.1, marks=pytest.mark.slow),
         pytest.param("efficientnet_b0", 0.1, marks=pytest.mark.slow),

@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 import prifu_plugin as prifu
-from prifu_plugin.errors import ConfigError, OrderError, PrifuWarning
+from prifu_plugin.errors import ConfigError, FilterError, OrderError, PrifuWarning
 from prifu_plugin.graph import watch
 
 
@@ -158,6 +158,46 @@ def test_training_for_long_without_stepping_the_filters_is_said(by, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train()
+
+
+def test_a_weight_that_is_not_finite_while_a_scaler_skips_all_steps_is_said(monkeypatch):
+    monkeypatch.setattr(watch, "PASSES", 5)
+    model = network()
+    next(iter(prifu.filters(model).values())).weight.data[0] = float("nan")
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.01), torch.amp.GradScaler("cpu")
+
+    def train():
+        for _ in range(6):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.randn(16, 4)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    with pytest.raises(FilterError, match="not finite at channel 0"):
+        train()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_filters_that_were_all_frozen_before_they_did_anything_are_named(later, monkeypatch):
+    monkeypatch.setattr(watch, "PASSES", 5)
+    model = network()
+
+    def train(steps):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(16, 4)).square().mean().backward()
+            optimizer.step()
+
+    if later:
+        train(4)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("bias" in name)
+    if later:
+        train(12)
+        return
+    with pytest.warns(PrifuWarning, match="all of its filters are frozen"):
+        train(12)
 
 
 @pytest.mark.parametrize("how", ["freeze", "reparameterize"])

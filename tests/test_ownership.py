@@ -111,6 +111,27 @@ def test_an_alpha_lowered_in_mid_run_is_named():
 # What a checkpoint holds.
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_alpha_lowered_below_that_of_a_checkpoint_is_named(copied):
+    trained = network()
+    train(trained, torch.optim.SGD(trained.parameters(), lr=RATE))
+    model = copy.deepcopy(trained) if copied else network()
+    model.load_state_dict(trained.state_dict())
+    unit_of(model).alpha = 0.1
+    with pytest.warns(PrifuWarning, match="lowered from 0.5 to 0.1"):
+        train(model, torch.optim.SGD(model.parameters(), lr=RATE), 1)
+
+
+def test_an_alpha_that_falls_for_long_is_named_once():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    train(model, optimizer)
+    schedule = prifu.FilterSchedule(model, 20, alpha=(0.5, 0.0))
+    with pytest.warns(PrifuWarning, match="lowered from") as said:
+        train(model, optimizer, 20, schedule.step)
+    assert len(said) == 1
+
+
 def test_alpha_gain_and_dose_are_in_a_checkpoint():
     model = network()
     train(model, torch.optim.SGD(model.parameters(), lr=RATE))
@@ -201,6 +222,48 @@ def test_an_optimizer_on_the_head_alone_built_before_wrap():
     model = prifu.wrap(net, inplace=True)
     with pytest.raises(OrderError, match="no optimizer"):
         train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_optimizer_built_before_a_part_was_wrapped_is_an_error(compiled):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), nn.Linear(8, 2))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    net[0] = prifu.wrap(net[0])  # a copy: the optimizer has what it was made from, and the head
+    with pytest.raises(OrderError, match="built before wrap"):
+        train(torch.compile(net, backend="eager") if compiled else net, optimizer, 3)
+
+
+def test_a_plain_model_that_is_partly_frozen_may_be_trained_beside_its_wrapped_copy():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    wrapped = prifu.wrap(plain)
+    plain[1].requires_grad_(False)
+    mine, own = (torch.optim.SGD(m.parameters(), lr=RATE) for m in (wrapped, plain))
+    for step in range(4):
+        for model, optimizer in ((wrapped, mine), (plain, own)):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+        for optimizer in (own, mine):
+            optimizer.step()
+    assert unit_of(wrapped).dose > 0
+
+
+def test_a_plain_model_may_be_trained_by_closures_beside_its_wrapped_copy():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    wrapped = prifu.wrap(plain)
+    loss_of(wrapped).backward()  # gradients that nobody has stepped with yet
+    optimizer = torch.optim.LBFGS(plain.parameters(), max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(plain)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
 
 
 def test_models_side_by_side_do_not_mind_each_other():

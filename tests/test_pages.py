@@ -65,6 +65,7 @@ def test_training():
     assert prifu.filters(page["model"])
 
 
+@pytest.mark.slow
 def test_audit(monkeypatch):
     monkeypatch.setattr(prifu, "audit", quick(prifu.audit))
     first, second = blocks("docs/audit.md")

@@ -106,7 +106,7 @@ EXACT = {
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name, dead):
     body, width = EXACT[name] if isinstance(EXACT[name], tuple) else (EXACT[name], 8)
-    for seed, bias in ((0, False), (1, True)):
+    for seed, bias in ((0, False), (1, True))[len(dead) % 2 :]:  # some closed: in one way only
         torch.manual_seed(seed)
         model = prifu.wrap(Odd(body, width), bias=bias).double().eval()
         for path, unit in prifu.filters(model).items():

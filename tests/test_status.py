@@ -1,3 +1,6 @@
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -24,6 +27,11 @@ def data(count=256):
 
 
 def trained():
+    return copy.deepcopy(trained_once())
+
+
+@functools.cache
+def trained_once():
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(60):

@@ -17,7 +17,11 @@ BETA, RATE = 0.05, 0.1
 def network(**settings):
     torch.manual_seed(0)
     layers = nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2)
-    return prifu.wrap(nn.Sequential(*layers), beta=BETA, **settings)
+    return prifu.wrap(nn.Sequential(*layers), **{"beta": BETA, **settings})
+
+
+CLOSING = {"alpha": 0.9, "beta": 1.0}
+"""With these, channels close within a few steps."""
 
 
 def loss_of(model, seed, rows=slice(None)):
@@ -72,17 +76,39 @@ def test_clipping_by_value():
 def test_gradient_checkpointing():
     def train(checkpointing):
         torch.manual_seed(0)
-        model = prifu.wrap(timm.create_model("test_vit", num_classes=2), beta=BETA)
+        model = prifu.wrap(timm.create_model("test_vit", num_classes=2), alpha=0.99, beta=BETA)
         model.set_grad_checkpointing(checkpointing)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        for step in range(2):
+        for step in range(3):
             x = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(step))
             optimizer.zero_grad()
             model(x).square().mean().backward()
             optimizer.step()
+        assert any(unit.filtered.any() for unit in prifu.filters(model).values())
         return model
 
     same_weights(train(True), train(False), 1e-5)
+
+
+def test_a_rate_for_w_alone_is_another_init():
+    """With SGD, k times the rate for W and beta / k for the same dose: what init / sqrt(k) does."""
+
+    def scales(init, share):
+        model = network(init=init, beta=0.4 / share, alpha=0.7)
+        others = [p for name, p in model.named_parameters() if not name.endswith("prifu.weight")]
+        own = {"params": [unit_of(model).weight], "lr": RATE * share}
+        optimizer = torch.optim.SGD([{"params": others}, own], lr=RATE)
+        for step in range(30):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+        assert unit_of(model).dose == pytest.approx(30 * RATE * 0.4)
+        return unit_of(model).scale().detach()
+
+    slow, gentle = scales(0.1, 0.04), scales(0.5, 1.0)
+    torch.testing.assert_close(slow, gentle, rtol=1e-3, atol=1e-5)
+    assert 0 < (slow == 0).sum() < 8
+    assert not torch.allclose(scales(0.1, 1.0), gentle, rtol=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -160,7 +186,9 @@ def test_a_compiled_step():
     same_weights(model, plain, 1e-5)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.SGD, pytest.param(torch.optim.AdamW, marks=pytest.mark.slow)]
+)
 def test_a_whole_step_compiled(kind):
     gc.collect()  # the compiler counts on filters in memory to stay while it looks at them
     model, plain = network(alpha=0.9), ordinary(network(alpha=0.9), 4, lambda p: kind(p, lr=RATE))
@@ -182,9 +210,9 @@ def test_a_whole_step_compiled(kind):
 
 
 def test_checkpoint_and_resume_are_bit_equal():
-    whole = network()
+    whole = network(**CLOSING)
     make = torch.optim.AdamW(whole.parameters(), lr=0.01)
-    parts = network()
+    parts = network(**CLOSING)
     optimizer = torch.optim.AdamW(parts.parameters(), lr=0.01)
     for step in range(10):
         for model, one in ((whole, make), (parts, optimizer)):
@@ -193,7 +221,8 @@ def test_checkpoint_and_resume_are_bit_equal():
             one.step()
         if step == 4:
             state = copy.deepcopy((parts.state_dict(), optimizer.state_dict()))
-            parts = network()
+            assert 0 < unit_of(parts).closed.sum() < 8
+            parts = network(**CLOSING)
             optimizer = torch.optim.AdamW(parts.parameters(), lr=0.01)
             parts.load_state_dict(state[0])
             optimizer.load_state_dict(state[1])
@@ -237,7 +266,7 @@ def test_a_norm_that_is_called_twice_is_decayed_once():
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("clipped", [False, True])
 def test_fused_under_a_scaler_that_skips(kind, clipped):
-    model, plain = network(), network()
+    model, plain = network(**CLOSING), network(**CLOSING)
     reference = kind(plain.parameters(), lr=0.01)
     optimizer = kind(model.parameters(), lr=0.01, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -260,7 +289,9 @@ def test_fused_under_a_scaler_that_skips(kind, clipped):
             scaler.step(own)
             scaler.update()
     torch.testing.assert_close(unit_of(model).weight, unit_of(plain).weight, rtol=1e-4, atol=1e-6)
-    assert unit_of(model).dose == pytest.approx(5 * 0.01 * BETA)
+    assert unit_of(model).dose == pytest.approx(5 * 0.01)
+    assert 0 < unit_of(model).closed.sum() < 8
+    assert torch.equal(unit_of(model).filtered, unit_of(plain).filtered)
 
 
 def test_channels_last_trains_alike():

@@ -305,12 +305,18 @@ def test_autocast_and_channels_last(case, dtype):
     torch.testing.assert_close(out.float(), wrapped(x), rtol=0.2, atol=0.2)
 
 
-def test_compile_and_export(case):
+@pytest.mark.slow
+def test_compile(case):
+    _, wrapped, x = case
+    close_first(wrapped)
+    compiled = torch.compile(copy.deepcopy(wrapped), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), wrapped(x))
+
+
+def test_export(case):
     _, wrapped, x = case
     close_first(wrapped)
     expected = wrapped(x)
-    compiled = torch.compile(copy.deepcopy(wrapped), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected)
     exported = torch.export.export(wrapped, (x,)).module()
     torch.testing.assert_close(exported(x), expected)
 

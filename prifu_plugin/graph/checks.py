@@ -81,9 +81,9 @@ def warn_of_wrappers(model: nn.Module) -> None:
         inner = modules.get("module", modules.get("_orig_mod"))
         if isinstance(inner, nn.Module) and (inner is model or _is_copy(inner, model)):
             warnings.warn(
-                f"A {type(other).__name__} of this {type(model).__name__} was made before wrap: it has no filters, "
-                "and an average would pair weights with the wrong ones. Make it again, from the "
-                "wrapped model.",
+                f"A {type(other).__name__} of this {type(model).__name__} was made before wrap: it "
+                "has no filters, and an average would pair weights with the wrong ones. Make it "
+                "again, from the wrapped model.",
                 PrifuWarning,
                 stacklevel=3,
             )
@@ -109,7 +109,7 @@ def _subclasses(cls: type) -> set[type]:
     """Return a class and all that inherit from it."""
     found, left = {cls}, [cls]
     while left:
-        new = set(type.__subclasses__(left.pop())) - found
+        new: set[type] = set(type.__subclasses__(left.pop())) - found
         found |= new
         left += new
     return found

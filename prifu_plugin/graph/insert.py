@@ -114,7 +114,7 @@ def wrap(
     original = model
     if not inplace:
         model = copied(model)
-    _apply(model, state, origin=next(original.parameters(), None))
+    _apply(model, state, origin=next((p for p in original.parameters() if p.requires_grad), None))
     return model
 
 

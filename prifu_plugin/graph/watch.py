@@ -60,15 +60,30 @@ def check_filters_train(model: nn.Module, state: Any) -> None:
     """Warn if a model is trained for long and no optimizer steps its filters.
 
     Hand-written steps, and those of a copy of W, are not seen by the hook.
+
+    Raises:
+        FilterError: if a W is not finite, so that a scaler skips all steps.
     """
     if not model.training or not torch.is_grad_enabled():
         return
     state.passes += 1
     if state.passes < PASSES:
         return
-    units = [m for m in model.modules() if isinstance(m, PriFU) and m.weight.requires_grad]
+    every = [module for module in model.modules() if isinstance(module, PriFU)]
+    units = [unit for unit in every if unit.weight.requires_grad]
     before, state.steps, state.passes = state.steps, sum(map(steps_of, units)), 0
+    if every and not units and not any(unit.dose for unit in every):
+        warnings.warn(
+            f"{PASSES} training passes of {type(model).__name__}, and all of its filters are "
+            "frozen, none of which has been trained before: none will close. Set requires_grad of "
+            f"their W (first: '{every[0].path}.prifu.weight') before you build the optimizer, or "
+            "prifu_plugin.unwrap the model.",
+            PrifuWarning,
+            stacklevel=2,
+        )
     if units and state.steps == before:
+        for unit in units:
+            unit.check_finite()
         warnings.warn(
             f"{PASSES} training passes of {type(model).__name__}, and no optimizer has stepped its "
             f"filters (first: '{units[0].path}'): none will close. Build one of torch.optim's "
