@@ -26,7 +26,7 @@ docs: $(VENV)/stamp
 
 # Whole architectures: every model of the contract, with and without bias.
 zoo: $(VENV)/stamp
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m zoo
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "zoo and not long"
 
 # Hundreds of random networks, training that takes a while, the paper's scripts on little data.
 slow: $(VENV)/stamp

@@ -37,7 +37,7 @@ def copies(model):
         pytest.param("test_vit", 0.1, marks=pytest.mark.slow),
         pytest.param("resnet18", 0.5, marks=pytest.mark.slow),
         pytest.param("convnext_atto", 0.1, marks=pytest.mark.slow),
-        pytest.param("efficientnet_b0", 0.1, marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", 0.1, marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
 def test_every_way_is_exact_and_dear_copies_are_saved(name, share):

@@ -61,9 +61,17 @@ def test_small_models(name, bias):
     check(name, bias)
 
 
+def cases():
+    """Return every model without and with biases; with them, one of each family before others."""
+    for name in zoo.ALL:
+        if name not in zoo.SMALL:
+            yield name, False
+            later = () if name in zoo.WITH_BIAS else pytest.mark.long
+            yield pytest.param(name, True, marks=later)
+
+
 @pytest.mark.zoo
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", [name for name in zoo.ALL if name not in zoo.SMALL])
+@pytest.mark.parametrize(("name", "bias"), list(cases()))
 def test_models(name, bias):
     check(name, bias)
 

@@ -22,6 +22,10 @@ TOKENS = [
     "mixer_s32_224", "test_vit", "tv_vit_b_16",
 ]  # fmt: skip
 ALL = CNNS + GROUPED + DEPTHWISE + TOKENS
+WITH_BIAS = [
+    "resnet18", "resnetv2_50", "tv_googlenet", "regnety_002", "mobilenetv2_100", "efficientnet_b0",
+    "convnext_atto", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224",
+]  # fmt: skip
 SMALL = ["test_resnet", "test_efficientnet", "test_vit", "tv_shufflenet_v2_x0_5"]
 
 

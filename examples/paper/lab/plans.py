@@ -129,7 +129,6 @@ def finetuning(scale: Scale) -> list[Run]:
         # Gentle steps of W, and a factor or noise that changes over the first half of training.
         ("PriFU", {**kept, "init": 0.3, "gain_to": 1.0}),
         ("PriFU", {**kept, "init": 0.5, **upload, "ramped": True}),
-        ("PriFU", {**kept, "init": 0.5, "gain_to": 1.0}),
         # Gentle steps with a warm-up before filtering, a scale that stays, and twice the dose.
         ("PriFU", {**kept, "init": 0.3, "alpha_from": 0.0}),
         ("PriFU", {**still, "init": 0.3}),
