@@ -127,3 +127,97 @@ def test_savings_survive_the_second_run():
         unit.weight.data[:4] = 0.0
     pruned = prifu.prune(model, torch.zeros(2, 3, 12, 12))
     assert pruned.get_submodule("t").in_channels == 4
+
+
+# What a movement does follows from sizes, and at both sizes that prune runs it does nothing.
+
+REMAINDERS = {
+    "crop by padding": lambda x, h, w: F.pad(x, (0, -w % 4, 0, -h % 4)),
+    "crop": lambda x, h, w: x[:, :, : h // 4 * 4, : w // 4 * 4],
+    "repeat": lambda x, h, w: x.repeat(1, 1, 1 + h % 4, 1),
+    "tile": lambda x, h, w: x.tile((1, 1, 1 + h % 4, 1)),
+    "roll channels": lambda x, h, w: x.roll(w % 4, 1),
+    "roll channels by images": lambda x, h, w: x.roll(x.shape[0] // 4, 1),
+    "roll": lambda x, h, w: x.roll(w % 4, 3),
+    "turn": lambda x, h, w: torch.rot90(x, h % 4, (2, 3)),
+    "triangle": lambda x, h, w: torch.tril(x, w - 90 * (h % 4)),
+    "stride": lambda x, h, w: x[:, :, :: 1 + h % 4],
+    "reflect": lambda x, h, w: F.pad(x, (0, -w % 4, 0, -h % 4), mode="reflect"),
+    "replicate": lambda x, h, w: F.pad(x, (0, -w % 4, 0, -h % 4), mode="replicate"),
+    "add": lambda x, h, w: x + h % 4,
+    "multiply": lambda x, h, w: x * (1 + h % 4),
+    "what halving lost": lambda x, h, w: (
+        x + F.pad(F.interpolate(F.max_pool2d(x, 2), scale_factor=2), (0, w % 2, 0, h % 2))
+    ),
+    "pad twice": lambda x, h, w: F.pad(F.pad(x, (0, -w % 4, 0, -h % 4)).relu(), (0, 1)),
+}
+
+
+class Patches(nn.Module):
+    """Patches of 4 pixels: 16 and 24 of them are multiples of 4, as many other numbers are not."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8)
+        self.out = nn.Conv2d(8, 3, 3, padding=1)
+        self.body = body
+
+    def forward(self, x):
+        x = self.norm(self.patch(x))
+        return self.out(self.body(x, *x.shape[-2:]))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", REMAINDERS)
+def test_remainders_that_both_sizes_lack(name, bias):
+    torch.manual_seed(0)
+    model = prifu.wrap(Patches(REMAINDERS[name]), bias=bias).double().eval()
+    for unit in prifu.filters(model).values():
+        unit.weight.data[::2] = 0.0
+        if bias:
+            unit.bias.data.normal_()
+    pruned = prifu.prune(model, torch.zeros(2, 3, 64, 64))
+    for shape in ((1, 3, 84, 84), (7, 3, 72, 76), (2, 3, 64, 88), (3, 3, 92, 100)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert difference(model(x), pruned(x)) <= 1e-11, shape
+    if "channels" not in name and name != "add":
+        assert pruned.get_submodule("patch").out_channels == 4
+
+
+def test_what_follows_from_channels_alone_is_no_remainder():
+    torch.manual_seed(0)
+    halves = Patches(
+        lambda x, h, w: torch.cat((x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]), 1)
+    )
+    shuffled = Patches(
+        lambda x, h, w: (
+            x.view(x.shape[0], 2, x.shape[1] // 2, h, w).transpose(1, 2).reshape(x.shape)
+        )
+    )
+    for net in (halves, shuffled):
+        model = prifu.wrap(net).eval()
+        prifu.filters(model)["norm"].weight.data[:4] = 0.0
+        pruned = prifu.prune(model, torch.zeros(2, 3, 64, 64))
+        assert pruned.get_submodule("patch").out_channels == 4
+        assert pruned.get_submodule("out").in_channels == 4
+
+
+def test_sequences_padded_to_a_multiple():
+    class Sequence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.norm = nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8)
+            self.out = nn.Conv1d(8, 2, 3, padding=1)
+
+        def forward(self, x):
+            x = self.norm(self.enter(x))
+            return self.out(F.pad(x, (0, -x.shape[-1] % 16)))
+
+    torch.manual_seed(0)
+    model = prifu.wrap(Sequence(), bias=True).double().eval()
+    unit = prifu.filters(model)["norm"]
+    unit.weight.data[:4], unit.bias.data[:] = 0.0, 1.0
+    pruned = prifu.prune(model, torch.zeros(2, 3, 64))
+    for length in (64, 100, 17):
+        x = torch.randn(2, 3, length, dtype=torch.float64)
+        assert difference(model(x), pruned(x)) <= 1e-11, length

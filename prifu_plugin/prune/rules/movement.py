@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class MovementRule(Rule):
         """Move the constants."""
         fact = analysis.fact(self.source)
         flat = torch.cat([torch.zeros(1).double(), fact.const.expand(fact.shape).flatten()])
-        facts = tuple(summarize(flat[m.labels], tuple(m.labels.shape), m.axes) for m in self.moved)
+        facts = tuple(_moved_fact(flat, moved) for moved in self.moved)
         return facts if seen(self.node).several else facts[0]
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
@@ -87,6 +88,14 @@ class MovementRule(Rule):
             return
         if planner.analysis.keep[self.node].any():
             _plan_chain(planner, self.node)
+
+
+def _moved_fact(flat: Tensor, moved: Moved) -> Fact:
+    """Return the fact of a result; where zeros may surround it, constants but 0 are none."""
+    fact = summarize(flat[moved.labels], tuple(moved.labels.shape), moved.axes)
+    if not moved.padded:
+        return fact
+    return replace(fact, const=torch.where(fact.const == 0, fact.const, torch.nan))
 
 
 class ItemRule(MovementRule):
@@ -173,13 +182,20 @@ def _plan_chain(planner: Planner, end: fx.Node) -> None:
         return
     if (
         planner.exists(start)
-        and not fixed_crop(analysis, chain)
+        and not _may_do_more(analysis, chain)
         and _relabel(planner, start, chain)
     ):
         return
     for node in chain:
         if not planner.exists(node):
             _step(planner, node)
+
+
+def _may_do_more(analysis: Analysis, chain: list[fx.Node]) -> bool:
+    """Whether a chain may do at other sizes what it did not at those that were run."""
+    rules = [analysis.rules[node] for node in chain]
+    loose = any(m.loose for rule in rules if isinstance(rule, MovementRule) for m in rule.moved)
+    return loose or fixed_crop(analysis, chain)
 
 
 def _keep_whole(planner: Planner, node: fx.Node) -> None:

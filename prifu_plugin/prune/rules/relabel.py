@@ -14,6 +14,7 @@ from prifu_plugin.filter import along
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.nodes import mapped
 from prifu_plugin.prune.rules.base import Analysis, run, run_with_gradients
+from prifu_plugin.prune.rules.loose import changed, loose_numbers
 from prifu_plugin.prune.rules.passing import is_movement_by_name, passes_everything
 from prifu_plugin.prune.seen import seen
 
@@ -29,12 +30,17 @@ class Moved:
         mixed: channels vary along a dimension that they share with the batch or with space; they
             are no channels of this result.
         other: labels in the run at other sizes, if there was one.
+        loose: they follow from sizes, so that others may be moved elsewhere at sizes that no run
+            has seen, though not to other channels.
+        padded: at some sizes there are, or may be, zeros around them, at others not.
     """
 
     labels: Tensor
     axes: tuple[int, ...]
     mixed: bool
     other: Tensor | None
+    loose: bool = False
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,12 +97,13 @@ def _key(
     """Return all that a movement depends on, or None if that cannot be told."""
     if node.op == "call_module":
         return None
+    loose = loose_numbers(analysis, node)
     leaves: list[Any] = []
 
     def replace(n: fx.Node) -> Any:
         if n is source:
             return "%source"
-        return analysis.values[n], seen(n).other_shape, seen(n).other_example
+        return analysis.values[n], seen(n).other_shape, seen(n).other_example, n in loose
 
     args = mapped((node.args, node.kwargs), replace)
     fx.node.map_aggregate(args, leaves.append)
@@ -118,15 +125,39 @@ def _moved(
         if labels is None:
             return ()
         runs.append(labels)
-    if len({len(labels) for labels in runs}) != 1:
+    others = _changed(analysis, node, source, begin[0])
+    if len({len(labels) for labels in (*runs, *others)}) != 1:
         return ()
     found = []
     for place in range(len(runs[0])):
-        moved = _combined([labels[place] for labels in runs], fact, begin)
+        changes = [labels[place].to(runs[0][place].dtype) for labels in others]
+        moved = _combined([labels[place] for labels in runs], fact, begin, changes)
         if moved is None:
             return ()
         found.append(moved)
     return tuple(found)
+
+
+def _changed(
+    analysis: Analysis, node: fx.Node, source: fx.Node, start: Start
+) -> list[list[Tensor]]:
+    """Return the labels with other numbers in the place of those that follow from sizes.
+
+    None where the operation takes no others: those of the input decide about them.
+    """
+    found = []
+    for instead in changed(analysis, loose_numbers(analysis, node)):
+
+        def replace(n: fx.Node, instead: dict[fx.Node, Any] = instead) -> Any:
+            return start.labels if n is source else instead.get(n, analysis.values[n])
+
+        try:
+            moved = _tensors(run(analysis, node, replace))
+        except Exception:  # noqa: BLE001 - such a number cannot occur
+            continue
+        if moved and all(map(torch.Tensor.numel, moved)):
+            found.append(moved)
+    return found
 
 
 def _count(shape: tuple[int, ...]) -> Tensor:
@@ -161,30 +192,47 @@ def _labels(
     return [m.int() if size < 2**31 - 1 else m.long() for m in moved]
 
 
-def _combined(runs: list[Tensor], fact: Fact, begin: tuple[Start, ...]) -> Moved | None:
-    """Find the channel dimensions of a result; None if the runs disagree about them."""
-    ranks = {labels.ndim for labels in runs}
-    if len(ranks) != 1:
+def _combined(
+    runs: list[Tensor], fact: Fact, begin: tuple[Start, ...], changes: list[Tensor]
+) -> Moved | None:
+    """Find the channel dimensions of a result; None if the runs disagree about them.
+
+    Args:
+        runs: labels of the result, in each run.
+        fact: of what they are labels of.
+        begin: those, in each run.
+        changes: labels of the result in the first run, with other numbers from sizes.
+    """
+    every = [*runs, *changes]
+    shapes = [*(start.shape for start in begin), *[begin[0].shape] * len(changes)]
+    if len({labels.ndim for labels in every}) != 1:
         return None
     channels = [
-        [_channel(labels, start.shape, axis) for axis in fact.axes]
-        for labels, start in zip(runs, begin, strict=True)
+        [_channel(labels, shape, axis) for axis in fact.axes]
+        for labels, shape in zip(every, shapes, strict=True)
     ]
     varying = {
         dim
-        for indices, labels in zip(channels, runs, strict=True)
+        for indices, labels in zip(channels, every, strict=True)
         for index in indices
         for dim in _axes(index, labels == 0)
     }
-    axes = tuple(d for d in sorted(varying) if len({labels.shape[d] for labels in runs}) == 1)
-    relations = [
-        _relation(labels, indices, [start.shape[axis] for axis in fact.axes], axes)
-        for labels, indices, start in zip(runs, channels, begin, strict=True)
+    axes = tuple(d for d in sorted(varying) if len({labels.shape[d] for labels in every}) == 1)
+    mixed = len(axes) < len(varying)
+    if mixed and changes:
+        return None
+    related = [
+        _relation(labels, indices, [shape[axis] for axis in fact.axes], axes)
+        for labels, indices, shape in zip(every, channels, shapes, strict=True)
     ]
-    if any(not torch.equal(relation, relations[0]) for relation in relations):
+    zero = math.prod(begin[0].shape[axis] for axis in fact.axes)
+    values = [pairs[pairs % (zero + 1) != zero] for pairs in related]
+    padded = any(not torch.equal(pairs, related[0]) for pairs in related)
+    padded |= bool(changes) and all(torch.equal(labels, runs[0]) for labels in changes)
+    if any(not torch.equal(pairs, values[0]) for pairs in values) or (padded and mixed):
         return None
     other = runs[1] if len(runs) > 1 else None
-    return Moved(runs[0], axes, len(axes) < len(varying), other)
+    return Moved(runs[0], axes, mixed, other, bool(changes), padded)
 
 
 _TABLES = [torch.zeros(1, dtype=torch.float64)]
