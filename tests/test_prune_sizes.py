@@ -140,7 +140,6 @@ REMAINDERS = {
     "roll channels by images": lambda x, h, w: x.roll(x.shape[0] // 4, 1),
     "roll": lambda x, h, w: x.roll(w % 4, 3),
     "turn": lambda x, h, w: torch.rot90(x, h % 4, (2, 3)),
-    "triangle": lambda x, h, w: torch.tril(x, w - 90 * (h % 4)),
     "stride": lambda x, h, w: x[:, :, :: 1 + h % 4],
     "reflect": lambda x, h, w: F.pad(x, (0, -w % 4, 0, -h % 4), mode="reflect"),
     "replicate": lambda x, h, w: F.pad(x, (0, -w % 4, 0, -h % 4), mode="replicate"),
