@@ -572,3 +572,17 @@ def test_a_hook_that_changes_what_a_layer_returns_is_named():
     net.body.register_forward_hook(lambda module, args, output: output * 2)
     with pytest.raises(VerificationError, match="Take the forward hook of 'body' off"):
         prifu.prune(half_off(net), torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_scripted_part_with_parameters_stays_one_call(trained):
+    torch.manual_seed(0)
+    part = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()).requires_grad_(trained)
+    scripted = torch.jit.script(part)
+    model = prifu.wrap(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), scripted)).eval()
+    prifu.filters(model)["1"].weight.data[:4] = 0.0
+    pruned = prifu.prune(model, torch.zeros(2, 3, 8, 8))
+    x = torch.randn(3, 3, 9, 7)
+    torch.testing.assert_close(pruned(x), model(x))
+    assert all(p.requires_grad is trained for p in pruned.get_submodule("2").parameters())

@@ -37,7 +37,7 @@ class Captured:
     Attributes:
         root: the module.
         graph: on it.
-        computed: parameter -> its value in fp64, for those that a forward computed.
+        computed: parameter or constant -> its value in fp64, for those that a forward computed.
     """
 
     root: nn.Module

@@ -60,8 +60,13 @@ def copied(model: nn.Module) -> nn.Module:
     def copy_computed(self: Tensor, memo: dict[int, Any]) -> Any:
         return original(self if self.is_leaf else self.detach(), memo)
 
-    with PATCHING, mock.patch.object(Tensor, "__deepcopy__", copy_computed):
-        return copy.deepcopy(model)
+    with PATCHING, mock.patch.object(Tensor, "__deepcopy__", copy_computed), torch.no_grad():
+        copy_of = copy.deepcopy(model)
+    # Scripted modules copy their parameters by an operation, which has a gradient or is none.
+    for old, new in zip(model.parameters(), copy_of.parameters(), strict=True):
+        if new.requires_grad is not old.requires_grad:
+            new.requires_grad_(old.requires_grad)
+    return copy_of
 
 
 def wrap_state(model: nn.Module) -> WrapState:

@@ -52,7 +52,7 @@ def make_layers(captured: Captured) -> bool:
         path = f"{owner}.{name}" if owner else name
         for part in ("weight", "bias"):
             if given.get(part) is not None:
-                captured.computed[f"{path}.{part}"] = _in_fp64(root, given[part])
+                captured.computed[f"{path}.{part}"] = _in_fp64(captured, given[part])
         with graph.inserting_before(node):
             called = graph.call_module(path, (given["input"],))
         node.replace_all_uses_with(called)
@@ -135,7 +135,7 @@ def _parameter(value: fx.Node) -> nn.Parameter:
     return nn.Parameter(recorded.detach().clone(), any(_is_trained(n) for n in made_of))
 
 
-def _in_fp64(root: nn.Module, value: fx.Node) -> Any:
+def _in_fp64(captured: Captured, value: fx.Node) -> Any:
     """Compute a tensor anew in fp64: what was recorded has the model's own precision."""
     if not seen(value).is_static:
         return seen(value).example
@@ -143,14 +143,14 @@ def _in_fp64(root: nn.Module, value: fx.Node) -> Any:
     if not isinstance(recorded, Tensor) or not recorded.is_floating_point():
         return recorded
     if value.op == "get_attr":
-        return recorded.detach().double()
-    args = fx.node.map_arg((value.args, value.kwargs), lambda n: _in_fp64(root, n))
+        return captured.computed.get(str(value.target), recorded.detach().double())
+    args = fx.node.map_arg((value.args, value.kwargs), lambda n: _in_fp64(captured, n))
     with torch.no_grad():
         if value.op == "call_method":
             target, *rest = args[0]
             return getattr(target, str(value.target))(*rest, **args[1])
-        module = root.get_submodule(str(value.target)) if value.op == "call_module" else None
-        if module is not None:
+        if value.op == "call_module":
+            module = captured.root.get_submodule(str(value.target))
             return copy.deepcopy(module).double()(*args[0], **args[1])
         assert callable(value.target)
         return value.target(*args[0], **args[1])

@@ -15,6 +15,7 @@ from prifu_plugin.filter import PriFU, along
 from prifu_plugin.graph.folding import folded_parameters, folds
 from prifu_plugin.graph.host import detach, filter_of, is_host
 from prifu_plugin.graph.norms import norm_spec
+from prifu_plugin.graph.state import copied
 from prifu_plugin.names import CHILD
 from prifu_plugin.prune.layout import FILL
 from prifu_plugin.prune.plan import SliceLinear
@@ -122,7 +123,7 @@ def pure_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         module: with or without filters inside.
         dtype: that it computes in; that of its own numbers by default.
     """
-    twin: Any = copy.deepcopy(module)
+    twin: Any = copied(module)
     if getattr(twin, "inplace", False):
         twin.inplace = False
     dtype = like_of(module).dtype if dtype is None else dtype

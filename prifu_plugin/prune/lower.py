@@ -18,6 +18,7 @@ from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import Captured, capture
 from prifu_plugin.graph.guards import drop_dtype_guards, is_guard
 from prifu_plugin.graph.sized import capture_sized
+from prifu_plugin.prune.constants import made_in_fp64
 from prifu_plugin.prune.spell_out import spell_out, spell_out_glu
 
 
@@ -37,7 +38,12 @@ def lower(
     Raises:
         CaptureError: if the model cannot be traced.
     """
-    captured = capture(model, given) if examples is None else capture_sized(model, examples)
+
+    def trace(model: nn.Module) -> Captured:
+        return capture(model, given) if examples is None else capture_sized(model, examples)
+
+    captured = trace(model)
+    captured.computed.update(made_in_fp64(captured, trace))
     graph = captured.graph
     for node in list(graph.nodes):
         if _is_assertion(node):

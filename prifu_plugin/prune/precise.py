@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prifu_plugin.graph.capture import Captured
+from prifu_plugin.graph.capture import CONSTANT, Captured
 from prifu_plugin.graph.insert import filters
+from prifu_plugin.graph.state import copied
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = {"float": "double", "half": "double", "bfloat16": "double"}
@@ -30,13 +31,16 @@ def precise(captured: Captured) -> Captured:
     """
     root = in_fp64(captured.root)
     for name, value in captured.computed.items():
-        root.get_parameter(name).data = value
+        if name.startswith(CONSTANT):
+            setattr(root, name, value)
+        else:
+            root.get_parameter(name).data = value
     return Captured(root, _promoted(captured.graph))
 
 
 def in_fp64(model: nn.Module) -> nn.Module:
     """Copy a model with filters to fp64, with the masks it has."""
-    root = copy.deepcopy(model).double()
+    root = copied(model).double()
     for module in root.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, Tensor) and value.is_floating_point():
