@@ -218,3 +218,46 @@ def test_a_kernel_that_spans_places_with_facts_of_their_own(bias):
     assert pruned.get_submodule("first").out_channels == 4
     if not bias:
         assert pruned.get_submodule("last").in_channels == 4
+
+
+class Normalizing(nn.Module):
+    """Batch norms as functions, with parts of its own."""
+
+    def __init__(self, layer, affine, half=False):
+        super().__init__()
+        self.enter, self.out = layer(6, 8, 1), layer(8, 2, 1)
+        self.mean, self.spread = nn.Buffer(torch.randn(8)), nn.Buffer(torch.rand(8) + 0.5)
+        self.scale = nn.Parameter(torch.rand(8) + 0.5) if affine else None
+        self.shift = nn.Parameter(torch.randn(8)) if affine and not half else None
+
+    def forward(self, x):
+        x = F.batch_norm(
+            self.enter(x), self.mean, self.spread, self.scale, self.shift, self.training, 0.2, 1e-3
+        )
+        return self.out(x.relu())
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_functional_batch_norms_are_sliced(layer, affine):
+    torch.manual_seed(0)
+    model = prifu.wrap(Normalizing(layer, affine)).eval()
+    next(iter(prifu.filters(model).values())).weight.data[:4] = 0.0
+    size = [5, 4, 3][: {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[layer]]
+    pruned = prifu.prune(model, torch.zeros(2, 6, *size))
+    assert pruned.get_submodule("enter").out_channels == 4
+    assert pruned.get_submodule("out").in_channels == 4
+    x = torch.randn(3, 6, *size)
+    torch.testing.assert_close(pruned(x), model(x))
+    again = prifu.rebuild(Normalizing(layer, affine), prifu.plan(pruned), pruned.state_dict())
+    assert torch.equal(again(x), pruned(x))
+
+
+def test_a_functional_batch_norm_with_a_scale_alone_stays():
+    torch.manual_seed(0)
+    model = prifu.wrap(Normalizing(nn.Conv1d, True, half=True)).eval()
+    next(iter(prifu.filters(model).values())).weight.data[:4] = 0.0
+    pruned = prifu.prune(model, torch.zeros(2, 6, 5))
+    assert pruned.get_submodule("enter").out_channels == 8
+    x = torch.randn(3, 6, 5)
+    torch.testing.assert_close(pruned(x), model(x))

@@ -44,12 +44,7 @@ def make_layers(captured: Captured) -> bool:
         given = _settings(node) if node.target in _LAYERS and not _is_flat(node) else None
         if given is None:
             continue
-        owner = next(reversed(node.meta.get("nn_module_stack") or [""]))
-        home, name = root.get_submodule(owner), "layer"
-        while hasattr(home, name):
-            name += "_"
-        home.add_module(name, _layer(node, given))
-        path = f"{owner}.{name}" if owner else name
+        path = put_beside(root, node, _layer(node, given))
         for part in ("weight", "bias"):
             if given.get(part) is not None:
                 captured.computed[f"{path}.{part}"] = _in_fp64(captured, given[part])
@@ -59,6 +54,16 @@ def make_layers(captured: Captured) -> bool:
         graph.erase_node(node)
         found = True
     return found
+
+
+def put_beside(root: nn.Module, node: fx.Node, layer: nn.Module) -> str:
+    """Add a layer to the module whose forward makes a call; return its path."""
+    owner = next(reversed(node.meta.get("nn_module_stack") or [""]))
+    home, name = root.get_submodule(owner), "layer"
+    while hasattr(home, name):
+        name += "_"
+    home.add_module(name, layer)
+    return f"{owner}.{name}" if owner else name
 
 
 def _is_flat(node: fx.Node) -> bool:
@@ -74,7 +79,7 @@ def _settings(node: fx.Node) -> dict[str, Any] | None:
     if any(isinstance(value, fx.Node) for value in torch.utils._pytree.tree_leaves(numbers)):
         return None
     tensors = [given.get("weight"), given.get("bias")]
-    if not all(value is None or _can_be_taken_over(value, node) for value in tensors):
+    if not all(value is None or can_be_taken_over(value, node) for value in tensors):
         return None
     return given
 
@@ -86,7 +91,8 @@ def _numbers(node: fx.Node) -> tuple[str, ...]:
     return _NUMBERS_OF_TRANSPOSED if _LAYERS[node.target] in TRANSPOSED else _NUMBERS
 
 
-def _can_be_taken_over(value: Any, reader: fx.Node) -> bool:
+def can_be_taken_over(value: Any, reader: fx.Node) -> bool:
+    """Whether a layer may hold a tensor: it follows from parameters that nothing else reads."""
     if not isinstance(value, fx.Node) or not seen(value).is_static:
         return False
     made_of = {value}

@@ -12,6 +12,7 @@ from prifu_plugin.graph.guards import fix_sizes, is_refusal
 from prifu_plugin.graph.sized import looks_into
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.functional_layers import make_layers
+from prifu_plugin.prune.functional_norms import make_norms
 from prifu_plugin.prune.inputs import Inputs, takes
 from prifu_plugin.prune.lower import drop_unused, lower
 from prifu_plugin.prune.spell_out import spell_out_shapes
@@ -100,7 +101,7 @@ def _record(captured: Captured, runs: Runs) -> Captured:
     record_examples(captured.root, captured.graph, *examples)
     if spell_out_shapes(captured.graph):
         record_examples(captured.root, captured.graph, *examples)
-    if make_layers(captured):
+    if make_layers(captured) | make_norms(captured):
         drop_unused(captured.graph)
         record_examples(captured.root, captured.graph, *examples)
     return captured
