@@ -176,7 +176,7 @@ def _idle(optimizer: Optimizer, parameters: list[nn.Parameter]) -> set[int]:
     """
     known = _GRADIENTS.setdefault(optimizer, {})
     idle, fresh = set(), []
-    for parameter in parameters:
+    for parameter in {id(p): p for p in parameters}.values():  # filters of one model share theirs
         grad = parameter.grad
         before, version = known.get(id(parameter), (lambda: None, -1))
         if grad is None or (before() is grad and grad._version == version):

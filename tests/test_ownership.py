@@ -407,6 +407,15 @@ def test_an_average_of_a_model_with_the_same_stem_is_none_of_ours():
     assert average is not None
 
 
+def test_the_plain_model_may_be_trained_beside_a_copy_with_several_filters():
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+    plain = nn.Sequential(*layers)
+    wrapped = prifu.wrap(plain)
+    loss_of(wrapped).backward()  # gradients that nobody steps with
+    train(plain, torch.optim.SGD(plain.parameters(), lr=RATE), steps=3)
+
+
 def test_the_plain_model_may_be_trained_beside_its_wrapped_copy():
     plain = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
     wrapped = prifu.wrap(plain)
