@@ -15,6 +15,7 @@ from prifu_plugin.prune.functional_layers import make_layers
 from prifu_plugin.prune.functional_norms import make_norms
 from prifu_plugin.prune.inputs import Inputs, takes
 from prifu_plugin.prune.lower import drop_unused, lower
+from prifu_plugin.prune.products import spell_out_products
 from prifu_plugin.prune.spell_out import spell_out_shapes
 
 Runs = tuple[Inputs, ...]
@@ -99,7 +100,7 @@ def _lets_pass(captured: Captured, inputs: Inputs) -> bool:
 def _record(captured: Captured, runs: Runs) -> Captured:
     examples = [run.draw(captured.root, 0) for run in runs]
     record_examples(captured.root, captured.graph, *examples)
-    if spell_out_shapes(captured.graph):
+    if spell_out_shapes(captured.graph) | spell_out_products(captured.graph):
         record_examples(captured.root, captured.graph, *examples)
     if make_layers(captured) | make_norms(captured):
         drop_unused(captured.graph)

@@ -11,6 +11,12 @@ from torch import fx
 
 from prifu_plugin.prune.seen import seen, was_seen
 
+_EXTREMES = {
+    **dict.fromkeys((torch.max, "max"), (torch.maximum, torch.amax)),
+    **dict.fromkeys((torch.min, "min"), (torch.minimum, torch.amin)),
+}
+"""What is called -> what it is of two tensors, and along a dimension."""
+
 _BY_EXAMPLE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
 
 
@@ -35,10 +41,8 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> None:
         node.args = (node.args[0], shape)
     if node.op == "call_method" and node.target == "view" and not _is_of_type(node):
         node.target = "reshape"
-    elif node.target in (torch.max, torch.min, "max", "min") and _is_of_two(node):
-        node.op = "call_function"
-        largest = node.target in (torch.max, "max")
-        node.target = torch.maximum if largest else torch.minimum
+    elif node.target in _EXTREMES:
+        _spell_out_extreme(graph, node)
 
 
 def spell_out_glu(graph: fx.Graph, node: fx.Node, x: Any, dim: Any) -> None:
@@ -68,6 +72,31 @@ def _spell_out_linear(graph: fx.Graph, node: fx.Node) -> None:
 
 def _is_of_type(node: fx.Node) -> bool:
     return bool(node.kwargs) or any(isinstance(size, torch.dtype) for size in node.args[1:])
+
+
+def _spell_out_extreme(graph: fx.Graph, node: fx.Node) -> None:
+    """Name the larger of two tensors as such, and the largest values along a dimension."""
+    of_two, along = _EXTREMES[node.target]
+    if _is_of_two(node):
+        node.op, node.target = "call_function", of_two
+        return
+    names = ("input", "dim", "keepdim")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if not isinstance(given.get("dim"), int) or not all(map(_takes_values, node.users)):
+        return
+    with graph.inserting_before(node):
+        arguments = (given["input"], given["dim"], given.get("keepdim", False))
+        values = graph.call_function(along, arguments)
+    for user in list(node.users):
+        user.replace_all_uses_with(values)
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _takes_values(user: fx.Node) -> bool:
+    """Whether a reader of (values, indices) takes the values alone."""
+    asked = {operator.getitem: 0, getattr: "values"}
+    return user.target in asked and bool(user.args[1] == asked[user.target])
 
 
 def _is_of_two(node: fx.Node) -> bool:

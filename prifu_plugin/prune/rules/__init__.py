@@ -18,6 +18,7 @@ from prifu_plugin.prune.rules.movement import movement_rule
 from prifu_plugin.prune.rules.norm import norm_rule
 from prifu_plugin.prune.rules.opaque import InputRule, OpaqueRule, ScalarRule, StaticRule
 from prifu_plugin.prune.rules.pointwise import pointwise_rule
+from prifu_plugin.prune.rules.tagged import tagged_rule
 from prifu_plugin.prune.seen import seen
 
 _LAYERS = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
@@ -51,8 +52,9 @@ def find_rule(analysis: Analysis, node: fx.Node) -> Rule:
         if found is not None:
             return found
     # Padding by 0 is a movement, which knows more of constants.
-    moved = movement_rule(analysis, node) or padding_rule(analysis, node)
-    return moved or OpaqueRule(node, _describe(analysis, node))
+    found = movement_rule(analysis, node) or padding_rule(analysis, node)
+    found = found or tagged_rule(analysis, node)
+    return found or OpaqueRule(node, _describe(analysis, node))
 
 
 def analyse(root: torch.nn.Module, graph: fx.Graph) -> Analysis:

@@ -101,7 +101,7 @@ class PointwiseRule(Rule):
         """Run the operation on the constants; a product with a known 0 is 0."""
         shape = seen(self.node).shape
         facts = {n: analysis.fact(n) for n in tensor_inputs(self.node, analysis.values)}
-        known = {n: _right(fact.known, len(shape)) for n, fact in facts.items()}
+        known = {n: as_seen(n, _right(fact.known, len(shape))) for n, fact in facts.items()}
         out = run(analysis, self.node, lambda n: known[n] if n in known else analysis.values[n])
         live = torch.zeros([1] * len(shape), dtype=torch.bool)
         for fact in facts.values() if self.node.target not in FILLS else ():
@@ -259,6 +259,13 @@ def pointwise_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
         floating = torch.is_floating_point(seen(node).example)
         return PointwiseRule(node) if same and floating else None
     return None
+
+
+def as_seen(node: fx.Node, known: Tensor) -> Tensor:
+    """Return the constants of a node as its operation takes them: a mask as one of booleans."""
+    example = seen(node).example
+    kept = not isinstance(example, Tensor) or example.is_floating_point() or example.is_complex()
+    return known if kept else known.to(example.dtype)
 
 
 def _size(fact: Fact) -> int:
