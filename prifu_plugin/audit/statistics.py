@@ -164,23 +164,21 @@ def mean_interval(
         >>> print(mean_interval(right))
         0.800 [0.720, 0.880]
     """
-    return _interval(float(values.double().mean()), _means(values, seed, groups, resamples))
+    means = _means(values.unsqueeze(1), seed, groups, resamples)
+    return _interval(float(values.double().mean()), means[:, 0])
 
 
 def _means(values: Tensor, seed: int, groups: Tensor | None, resamples: int = RESAMPLES) -> Tensor:
-    """Return the mean of each resample, (resamples,): those that `bootstrap` draws."""
-    values = values.double()
-    sizes = torch.ones_like(values)
+    """Return the means (resamples, K) of values (N, K): of the resamples `bootstrap` draws."""
+    sums = torch.cat([values, torch.ones_like(values[:, :1])], 1).double()
     if groups is not None:
         place = groups.unique(return_inverse=True)[1]
-        sums = torch.zeros(int(place.max()) + 1, dtype=torch.float64)
-        values, sizes = sums.index_add(0, place, values), sums.index_add(0, place, sizes)
-    if len(values) < FEWEST:
-        return torch.empty(0, dtype=torch.float64)
-    sums = torch.stack([values, sizes], 1)
-    parts = (drawn.double() @ sums for drawn in _drawn(len(values), seed, resamples).split(100))
+        sums = sums.new_zeros(int(place.max()) + 1, sums.shape[1]).index_add(0, place, sums)
+    if len(sums) < FEWEST:
+        return torch.empty(0, values.shape[1], dtype=torch.float64)
+    parts = (drawn.double() @ sums for drawn in _drawn(len(sums), seed, resamples).split(100))
     totals = torch.cat(list(parts))
-    return totals[:, 0] / totals[:, 1]
+    return totals[:, :-1] / totals[:, -1:]
 
 
 @functools.lru_cache(maxsize=2)
@@ -237,13 +235,13 @@ def leak(
         None where the undefended model is not clearly above the floor: there is nothing to share.
         Nor is that clear of fewer than `FEWEST` items, or groups.
     """
-    above = plain - floor
-    known = mean_interval(above, seed, groups=groups)
+    gained, above = attacked - floor, plain - floor
+    drawn_gain, drawn_above = _means(torch.stack([gained, above], 1), seed, groups).unbind(1)
+    known = _interval(float(above.double().mean()), drawn_above)
     if not known.low > 0:
         return None
-    gained = attacked - floor
     # Where a resample has nothing to share, the interval must become wide, not vanish.
-    draws = _means(gained, seed, groups) / _means(above, seed, groups).clamp_min(1e-9)
+    draws = drawn_gain / drawn_above.clamp_min(1e-9)
     return _interval(float(gained.mean()) / max(known.value, 1e-9), draws)
 
 

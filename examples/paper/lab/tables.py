@@ -1,5 +1,6 @@
 """From results to lines of a table: means over seeds, leaks, intervals over test images."""
 
+import functools
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -90,9 +91,11 @@ class Line:
 
     def mean_leak(self, names: tuple[str, ...], images: slice = slice(None)) -> float:
         """Return the mean leak over attributes, percent, on some of the test images."""
-        known = [self.cells[name].outcomes for name in names]
-        shares = [_share(*(one[:, images] for one in outcomes)) for outcomes in known if outcomes]
-        return statistics.mean(shares) if len(shares) == len(names) else float("nan")
+        cells = [self.cells[name] for name in names]
+        if not all(cell.outcomes for cell in cells):
+            return float("nan")
+        above = [_above_floor(cell, list(cell.seeds))[..., images] for cell in cells]
+        return statistics.mean(float(_share(one.mean((-2, -1)))) for one in above)
 
 
 def of_whole_seeds(results: list[Result]) -> list[Result]:
@@ -182,18 +185,20 @@ def difference_of_leaks(
     if not all(mine.outcomes and theirs.outcomes for mine, theirs in pairs):
         return Interval(float("nan"), float("nan"), float("nan"))
     seeds = _shared([cell for pair in pairs for cell in pair])
-    judged = [
-        [[_rows(one, cell, seeds)[:, images] for one in cell.outcomes or ()] for cell in pair]
-        for pair in pairs
-    ]
+    # What is above the floor of an attack and of the plain model, of both methods: (K, 2, 2, S, N).
+    above = torch.stack([
+        torch.stack([_above_floor(cell, seeds)[..., images] for cell in pair]) for pair in pairs
+    ])
+
+    @functools.cache
+    def of_seeds(chosen: tuple[int, ...]) -> Tensor:
+        return above[..., list(chosen), :].mean(-2)
 
     def more(chosen: Tensor, drawn: Tensor) -> float:
-        shares = [
-            [_share(*(rows[chosen][:, drawn] for rows in cell)) for cell in pair] for pair in judged
-        ]
-        return statistics.mean(mine - theirs for mine, theirs in shares)
+        shares = _share(of_seeds(tuple(chosen.tolist()))[..., drawn].mean(-1))
+        return float((shares[:, 0] - shares[:, 1]).mean())
 
-    return over_seeds_and_images(more, len(seeds), judged[0][0][0].shape[1])
+    return over_seeds_and_images(more, len(seeds), above.shape[-1])
 
 
 def _shared(cells: list[Cell]) -> list[int]:
@@ -206,10 +211,20 @@ def _rows(values: Tensor, cell: Cell, seeds: list[int]) -> Tensor:
     return values[[cell.seeds.index(seed) for seed in seeds]]
 
 
-def _share(right: Tensor, floor: Tensor, plain: Tensor) -> float:
-    """Return the leak in percent, NaN where the plain model is at the floor."""
-    whole = float((plain - floor).mean())
-    return 100 * float((right - floor).mean()) / whole if whole > 0 else float("nan")
+def _above_floor(cell: Cell, seeds: list[int]) -> Tensor:
+    """Return how much more often than the floor a method's attacker is right, and a plain one's.
+
+    Shaped (2, S, N): for each seed and test image.
+    """
+    assert cell.outcomes
+    right, floor, plain = (_rows(one, cell, seeds) for one in cell.outcomes)
+    return torch.stack([right - floor, plain - floor])
+
+
+def _share(above: Tensor) -> Tensor:
+    """Return leaks in percent of two means (..., 2), NaN if the plain model is at the floor."""
+    gained, whole = above.unbind(-1)
+    return torch.where(whole > 0, 100 * gained / whole, torch.nan)
 
 
 def label(run: dict[str, Any]) -> str:
