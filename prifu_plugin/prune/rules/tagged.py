@@ -29,11 +29,11 @@ def tagged_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     example = seen(node).example
     facts = {n: analysis.values.get(n) for n in node.all_input_nodes}
     tensors = {n: fact for n, fact in facts.items() if isinstance(fact, Fact)}
+    if node.op == "call_module":  # a leaf, which somebody may have asked to keep its inputs whole
+        return None
     if not tensors or not isinstance(example, torch.Tensor) or not example.is_floating_point():
         return None
     if max(len(fact.shape) for fact in tensors.values()) != len(seen(node).shape):
-        return None
-    if node.op == "call_module" and _has_state(analysis, node):
         return None
     given = {n: as_seen(n, f.known.expand(f.shape)) for n, f in tensors.items()}
     marked = _Marked()
@@ -43,12 +43,6 @@ def tagged_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     except Exception:  # noqa: BLE001 - then nothing is known of it
         return None
     return PointwiseRule(node) if marked.holds else None
-
-
-def _has_state(analysis: Analysis, node: fx.Node) -> bool:
-    """Whether a module holds more than single numbers, which may differ from channel to channel."""
-    module = analysis.module(node)
-    return any(t.numel() > 1 for t in (*module.parameters(), *module.buffers()))
 
 
 class _Marked(TorchDispatchMode):
