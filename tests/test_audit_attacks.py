@@ -54,7 +54,9 @@ def accuracy(kind, suite="standard", seed=0):
     return float((found.scores.argmax(1) == parts(bit)[2]).double().mean()), found
 
 
-@pytest.mark.parametrize("kind", ["linear", "small", "hidden", "xor", "monotone"])
+@pytest.mark.parametrize(
+    "kind", ["linear", "small", "hidden", "xor", pytest.param("monotone", marks=pytest.mark.slow)]
+)
 def test_a_planted_leak_is_read(kind):
     right, found = accuracy(kind)
     assert right > 0.9, (found.winner, found.validation)
@@ -64,6 +66,7 @@ def test_a_planted_leak_is_read(kind):
         assert min(weak.values()) < 0.7  # what a naive attacker would have reported
 
 
+@pytest.mark.slow
 def test_the_full_suite_trains_every_attacker_on_every_preparation():
     z, bit = planted("none")
     found = infer(prepare(*parts(z), "full"), parts(bit), 2)
@@ -225,7 +228,14 @@ def test_the_search_inverts_an_edge_that_scales_directions_down(channel):
     assert found.search.ssim > floor.ssim + 0.1
 
 
-@pytest.mark.parametrize("loss", ["squared error", "absolute error", "structure"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "structure",
+        pytest.param("squared error", marks=pytest.mark.slow),
+        pytest.param("absolute error", marks=pytest.mark.slow),
+    ],
+)
 def test_every_decoder_learns_and_retrieves(loss):
     images = pictures(500)
     z, answers = images.flatten(1), torch.zeros(500, dtype=torch.long)

@@ -74,24 +74,27 @@ def pruned(cls, x):
     return model, prifu.prune(model, x)
 
 
-@pytest.mark.parametrize("cls", [States, Causal, Filled, Named])
-def test_what_is_saved_whole_is_loaded_where_this_package_is_not(cls, tmp_path):
-    x = torch.randn(2, 5, 8)
-    model, small = pruned(cls, x)
-    assert not any("torch.load" in why for _, why in prifu.report(small).notes)
-    longer = torch.randn(3, 7, 8)
-    assert difference(model(longer), small(longer)) < 1e-6
-    torch.save(small, tmp_path / "small.pt")
-    torch.save((longer, small(longer)), tmp_path / "expected.pt")
+def test_what_is_saved_whole_is_loaded_where_this_package_is_not(tmp_path):
+    for cls in (States, Causal, Filled, Named):
+        model, small = pruned(cls, torch.randn(2, 5, 8))
+        assert not any("torch.load" in why for _, why in prifu.report(small).notes)
+        longer = torch.randn(3, 7, 8)
+        assert difference(model(longer), small(longer)) < 1e-6
+        torch.save(small, tmp_path / f"{cls.__name__}.pt")
+        torch.save((longer, small(longer)), tmp_path / f"{cls.__name__}.expected")
     code = (
-        "import sys; sys.modules['prifu_plugin'] = None\n"
+        "import pathlib, sys; sys.modules['prifu_plugin'] = None\n"
         "import torch\n"
-        f"model = torch.load({str(tmp_path / 'small.pt')!r}, weights_only=False)\n"
-        f"x, y = torch.load({str(tmp_path / 'expected.pt')!r})\n"
-        "assert torch.equal(model(x), y)\n"
+        f"files = list(pathlib.Path({str(tmp_path)!r}).glob('*.pt'))\n"
+        "for file in files:\n"
+        "    model = torch.load(file, weights_only=False)\n"
+        "    x, y = torch.load(file.with_suffix('.expected'))\n"
+        "    assert torch.equal(model(x), y), file\n"
+        "print(len(files))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
+    assert done.stdout == "4\n"
 
 
 def test_what_could_not_be_loaded_is_named():

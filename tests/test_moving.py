@@ -34,8 +34,8 @@ def copies(model):
     [
         ("test_resnet", 0.3),
         pytest.param("mobilenetv2_035", 0.1, marks=pytest.mark.slow),
-        pytest.param("test_vit", 0.1, marks=pytest.mark.slow),
-        pytest.param("resnet18", 0.5, marks=pytest.mark.slow),
+        pytest.param("test_vit", 0.1, marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param("resnet18", 0.5, marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param("convnext_atto", 0.1, marks=pytest.mark.slow),
         pytest.param("efficientnet_b0", 0.1, marks=[pytest.mark.slow, pytest.mark.long]),
     ],

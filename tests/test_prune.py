@@ -235,7 +235,7 @@ def test_the_input_shape_is_remembered_or_asked_for():
     assert prifu.report(prifu.prune(small)).checks[0].shapes == ((1, 3, 160, 160),)
 
 
-@pytest.mark.parametrize("chans", [1, 3, 6])
+@pytest.mark.parametrize("chans", [1, 6])
 def test_the_input_shape_of_timm_models(chans):
     model = prifu.wrap(timm.create_model("test_vit", num_classes=2, in_chans=chans))
     assert prifu.report(prifu.prune(model)).checks[0].shapes == ((1, chans, 160, 160),)

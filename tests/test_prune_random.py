@@ -46,17 +46,17 @@ def test_random_networks(seed, size, bias, share, round_to, move_cost):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bias", [pytest.param(False, marks=pytest.mark.long), True])
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(**{name: case for name, case in CASES.items() if name != "bias"})
 def test_many_random_networks(bias, seed, size, share, round_to, move_cost):
     check(seed, size, bias, share, round_to, move_cost)
 
 
-LATER = [pytest.param(block, marks=pytest.mark.long) for block in range(2, 12)]
+LATER = [pytest.param(block, marks=pytest.mark.long) for block in range(1, 12)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [*range(2), *LATER])
+@pytest.mark.parametrize("block", [0, *LATER])
 def test_six_hundred_seeds(block):
     for seed in range(3000 + 50 * block, 3050 + 50 * block):
         share, round_to = [0.1, 0.5, 0.9][seed % 3], [1, 1, 4][seed // 3 % 3]

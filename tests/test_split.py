@@ -21,7 +21,9 @@ CUTS = [
     ("test_vit", 160, "blocks.2"),
     ("test_vit", 160, "pos_drop"),
     ("convnext_atto", 64, "stages.1"),
-    pytest.param("densenet121", 64, "features.denseblock2", marks=pytest.mark.slow),
+    pytest.param(
+        "densenet121", 64, "features.denseblock2", marks=[pytest.mark.slow, pytest.mark.long]
+    ),
     pytest.param("swin_tiny_patch4_window7_224", 224, "layers.1", marks=pytest.mark.slow),
 ]
 

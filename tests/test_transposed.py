@@ -54,7 +54,7 @@ def exact(dims, groups, per, kernel, stride, dilation, padded, bias):
 
 
 test_some_settings = settings(max_examples=8, deadline=None)(SETTINGS(exact))
-test_many_settings = pytest.mark.slow(settings(max_examples=30, deadline=None)(SETTINGS(exact)))
+test_many_settings = pytest.mark.slow(settings(max_examples=15, deadline=None)(SETTINGS(exact)))
 
 
 @pytest.mark.parametrize("groups", [1, 8], ids=["dense", "depthwise"])
