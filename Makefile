@@ -37,7 +37,7 @@ long: $(VENV)/stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m long
 
 export: $(VENV)/stamp
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m export
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "export and not long"
 
 # Other people's training loops.
 loops: $(VENV)/stamp

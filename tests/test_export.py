@@ -9,10 +9,11 @@ import zoo
 import prifu_plugin as prifu
 
 pytestmark = pytest.mark.export
+LATER = {"densenet121": pytest.mark.long}  # two minutes
 NAMES = ["resnet18", "mobilenetv2_100", "densenet121", "convnext_atto", "vit_tiny_patch16_224"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LATER.get(n, ())) for n in NAMES])
 def test_onnx_export_and_compile(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     size = zoo.image_size(name)

@@ -64,10 +64,9 @@ def test_small_models(name, bias):
 def cases():
     """Return every model without and with biases; with them, one of each family before others."""
     for name in zoo.ALL:
-        if name not in zoo.SMALL:
-            yield name, False
-            later = () if name in zoo.WITH_BIAS else pytest.mark.long
-            yield pytest.param(name, True, marks=later)
+        for bias in (False, True) if name not in zoo.SMALL else ():
+            later = (name, bias) in zoo.LATER or (bias and name not in zoo.WITH_BIAS)
+            yield pytest.param(name, bias, marks=pytest.mark.long if later else ())
 
 
 @pytest.mark.zoo

@@ -26,6 +26,11 @@ WITH_BIAS = [
     "resnet18", "resnetv2_50", "tv_googlenet", "regnety_002", "mobilenetv2_100", "efficientnet_b0",
     "convnext_atto", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224",
 ]  # fmt: skip
+LATER = [
+    ("vgg16_bn", False), ("swin_tiny_patch4_window7_224", False), ("tv_densenet121", False),
+    ("tv_vit_b_16", False), ("seresnet50", False), ("resnext50_32x4d", False),
+]  # fmt: skip
+"""Half a minute and more each, and like others in this list."""
 SMALL = ["test_resnet", "test_efficientnet", "test_vit", "tv_shufflenet_v2_x0_5"]
 
 
