@@ -212,6 +212,7 @@ def run_one(name, short=False):
     pruned = prifu.prune(wrapped, x)
     row["seconds_prune"] = round(time.perf_counter() - start, 2)
     report = prifu.report(pruned)
+    row["way"] = report.way
     more = tuple(torch.cat([t, torch.randn_like(t[:1])]) for t in x)
     with torch.no_grad():
         row["difference"] = gap(wrapped(*more), pruned(*more))
@@ -219,6 +220,8 @@ def run_one(name, short=False):
     row["fp64"] = max(exact, default=None)  # none where the model casts inside
     row["macs"], row["parameters_pruned"] = list(report.macs), report.parameters[1]
     row["kept"] = sorted({reason for _, reason in report.notes})
+    there = sum(fate.channels - fate.removed for fate in report.layers)
+    row["constant"] = round(sum(fate.constant for fate in report.layers) / max(there, 1), 3)
     row["saved"], row["possible"] = report.saved, None
     if row["parameters"] < 60e6 and images and isinstance(plain, torch.Tensor):
         wrapped.double()
@@ -258,8 +261,8 @@ def untrained(wrapped, x):
     return missing
 
 
-def child(name, gigabytes=GIGABYTES, seconds=SECONDS, short=""):
-    bytes_, seconds = int(gigabytes) << 30, int(seconds)
+def child(name, gigabytes=GIGABYTES, seconds=SECONDS, short="", out=OUT):
+    bytes_, seconds = int(float(gigabytes) * 2**30), int(seconds)
     resource.setrlimit(resource.RLIMIT_DATA, (bytes_, bytes_))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     torch.set_num_threads(1)
@@ -268,26 +271,39 @@ def child(name, gigabytes=GIGABYTES, seconds=SECONDS, short=""):
     except Exception as error:
         why = " ".join(str(error).split())[:400]
         row = {"name": name, "outcome": f"failed: {type(error).__name__}", "why": why}
-    (OUT / f"{name}.json").write_text(json.dumps(row))
+    (Path(out) / f"{name}.json").write_text(json.dumps(row | {"code": code()}))
+
+
+def code():
+    """Return which commit of the package has been run, with a mark if files differ from it."""
+    ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(ask, capture_output=True, text=True).stdout.strip()
 
 
 def run(pattern=""):
+    """Run all families whose name has a pattern, those first of which least is known."""
     OUT.mkdir(parents=True, exist_ok=True)
     todo = [n for n in families() if pattern in n and not (OUT / f"{n}.json").exists()]
     known = committed()
     todo.sort(key=lambda name: 0 if name not in known else 2 if is_good(known[name]) else 1)
     for name in tqdm(todo, disable=None):
-        command = [sys.executable, "-W", "ignore", __file__, "one", name]
-        try:
-            done = subprocess.run(command, timeout=4 * SECONDS, capture_output=True, text=True)
-            why = f"killed ({done.returncode}): {done.stderr[-300:]}"
-            if done.returncode == -signal.SIGXCPU:
-                why = f"more than {SECONDS} s of a core"
-        except subprocess.TimeoutExpired:  # other work beside may have taken the cores
-            why = f"more than {4 * SECONDS} s"
-        if not (OUT / f"{name}.json").exists():
-            row = {"name": name, "outcome": "not finished", "why": why}
-            (OUT / f"{name}.json").write_text(json.dumps(row))
+        run_apart(name)
+
+
+def run_apart(name, gigabytes=GIGABYTES, seconds=SECONDS, out=OUT):
+    """Run one model in a process of its own; whatever becomes of that, there is a row."""
+    arguments = ["one", name, gigabytes, seconds, "", out]
+    command = [sys.executable, "-W", "ignore", __file__, *map(str, arguments)]
+    try:  # other work beside may take the cores
+        done = subprocess.run(command, timeout=4 * seconds, capture_output=True, text=True)
+        why = f"killed ({done.returncode}): {done.stderr[-300:]}"
+        if done.returncode == -signal.SIGXCPU:
+            why = f"more than {seconds} s of a core"
+    except subprocess.TimeoutExpired:
+        why = f"more than {4 * seconds} s"
+    file = out / f"{name}.json"
+    if not file.exists():
+        file.write_text(json.dumps({"name": name, "outcome": "not finished", "why": why}))
 
 
 def is_good(row):
@@ -303,12 +319,13 @@ def committed():
 
 
 def table():
+    """Write the table and its page from what has run, committed rows for the rest."""
     rows, known = [], committed()
     for name, members in sorted(families().items()):
         file = OUT / f"{name}.json"
         row = json.loads(file.read_text()) if file.exists() else known.get(name)
-        if row:
-            rows.append(row | {"stands_for": members})
+        row = row or {"name": name, "outcome": "not run"}
+        rows.append(row | {"stands_for": members})
     versions = {m.__name__: m.__version__ for m in (torch, timm, torchvision)}
     data = {"command": "python tests/sweep.py run", "versions": versions, "rows": rows}
     RESULTS.write_text(json.dumps(data, indent=1) + "\n")
@@ -326,13 +343,16 @@ def page(rows, versions):
         "",
         "Every family of architectures, half of its channels closed at random: wrapped, trained",
         "a step, pruned, compared. `python tests/sweep.py run`, then `table`, makes this page; a",
-        "family is run by its smallest member; rows may be of different dates.",
+        "family is run by its smallest member.",
         "for: how many architectures a row stands for, named at the end. input: one image, clip or",
         "pair. From 12 million parameters on, runs of blocks that are alike are shortened to two,",
         "to save hours. fp64: largest relative difference behind pruning.",
         "saved of possible: work saved, of the most that an independent probe finds could",
         "be; empty where it was not run, and above 1 where it finds less than there is (it takes",
         "what varies for needed).",
+        "way: whether torch.fx alone followed the forward (graph), the sizes of an example decided",
+        "(sizes), or parts were pruned inside their own Python (parts). code: the commit that was",
+        "run; rows without one are older, and have no way.",
         "A failed verification is a refusal: nothing wrong was returned. In fp32 it mostly means",
         "that the random network differs from itself by as much. Versions: "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -350,8 +370,9 @@ def page(rows, versions):
             f"that could be saved; {low} of {len(shares)} families save less than 0.95.",
             "",
         ]
-    lines += ["| model | for | input | outcome | fp64 | saved of possible | prune s | kept whole |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += ["| model | for | input | outcome | fp64 | saved of possible | way | prune s | code "
+              "| kept whole |"]  # fmt: skip
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         name = row["name"]
         if row.get("left_out"):
@@ -365,9 +386,12 @@ def page(rows, versions):
         why = "; ".join(row.get("kept", [])) or row.get("why", "")
         if not why and row.get("possible") and row["saved"] < 0.95 * row["possible"]:
             why = "not explained; the bound is from 64 images at most"
+            if row.get("constant", 0) > 0.02:
+                why = f"{100 * row['constant']:.0f} % of what is left is constant, and read in sums"
         size = ", ".join("×".join(map(str, shape[1:])) for shape in row.get("input", []))
         cells = [name, len(row["stands_for"]), size, row["outcome"], fp64, share]
-        cells += [row.get("seconds_prune", ""), why.replace("|", "/")[:160]]
+        cells += [row.get("way", ""), row.get("seconds_prune", ""), row.get("code", "")]
+        cells += [why.replace("|", "/")[:160]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "## Who stands for whom", ""]
     for row in rows:

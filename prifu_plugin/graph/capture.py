@@ -38,11 +38,13 @@ class Captured:
         root: the module.
         graph: on it.
         computed: parameter or constant -> its value in fp64, for those that a forward computed.
+        way: "graph" where torch.fx alone followed the forward, "sizes" where an example decided.
     """
 
     root: nn.Module
     graph: fx.Graph
     computed: dict[str, Tensor] = field(default_factory=dict)
+    way: str = "graph"
 
 
 class ModelTracer(fx.Tracer):

@@ -12,6 +12,7 @@ import builtins
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 from unittest import mock
@@ -87,7 +88,7 @@ def capture_sized(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
         for node in found.graph.nodes:
             if node.target in _MAKERS:  # code would register its name, which later traces look up
                 node.meta.pop("is_wrapped", None)
-        return found
+        return replace(found, way="sizes")
 
 
 @contextmanager

@@ -44,6 +44,7 @@ class Pruned:
         checks: the certificate, empty if it was not asked for.
         layers: the fate of every channel.
         notes: (node or path, what was left there and why).
+        way: how the forward was followed, as `PruneReport` says it.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Pruned:
     checks: tuple[Check, ...]
     layers: tuple[Fate, ...]
     notes: tuple[tuple[str, str], ...]
+    way: str
 
 
 def prune_graph(
@@ -98,7 +100,8 @@ def prune_graph(
             original = captured.root if original is None else original
             both = (pruned, twin)
             checks = _certify(analysis, original, captured, exact, plan, both, runs, settings.seed)
-    return Pruned(pruned, twin, plan, checks, layers, (*plan.notes, *_unloadable(pruned)))
+    notes = (*plan.notes, *_unloadable(pruned))
+    return Pruned(pruned, twin, plan, checks, layers, notes, captured.way)
 
 
 def _unloadable(pruned: fx.GraphModule) -> list[tuple[str, str]]:

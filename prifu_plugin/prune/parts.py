@@ -58,7 +58,7 @@ def prune_parts(
     checks += tuple(check for _, one in work.found for check in one.checks)
     layers = tuple(_renamed(path, fate) for path, one in work.found for fate in one.layers)
     notes = [(f"{path}.{node}", text) for path, one in work.found for node, text in one.notes]
-    return Pruned(work.result, work.exact, None, checks, layers, (*work.notes, *notes))
+    return Pruned(work.result, work.exact, None, checks, layers, (*work.notes, *notes), "parts")
 
 
 class _Work:

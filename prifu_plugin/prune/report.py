@@ -66,6 +66,8 @@ class PruneReport:
         parameters: before (filters not counted), after.
         macs: multiply-accumulates for one input, before and after.
         bytes: of parameters and buffers, before and after.
+        way: how the forward was followed: as a "graph" by torch.fx, with the "sizes" of the example
+            where it decides on those, or in "parts" inside its own Python.
 
     Example:
         >>> PruneReport((), 0, (), (), (10, 5), (100, 30), (40, 20)).saved
@@ -79,6 +81,7 @@ class PruneReport:
     parameters: tuple[int, int]
     macs: tuple[int, int]
     bytes: tuple[int, int]
+    way: str = "graph"
 
     @property
     def saved(self) -> float:
@@ -102,6 +105,7 @@ class PruneReport:
                 tuple(data["parameters"]),
                 tuple(data["macs"]),
                 tuple(data["bytes"]),
+                data.get("way", "graph"),
             )
 
     def plot(self, axes: Any = None) -> tuple[Any, Any]:

@@ -121,6 +121,7 @@ def prune(
             (size[0], count_parameters(found.model)),
             (count_macs(filtered, runs[0]), count_macs(found.model, runs[0])),
             (size[1], count_bytes(found.model)),
+            found.way,
         )
     # Plain data only: the result must not need prifu_plugin to be loaded.
     plan = found.plan.to_json() if found.plan else None
