@@ -12,6 +12,7 @@ model is built with two blocks.
 
 import collections
 import json
+import multiprocessing
 import re
 import resource
 import signal
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import probe
@@ -266,6 +268,7 @@ def child(name, gigabytes=GIGABYTES, seconds=SECONDS, short="", out=OUT):
     resource.setrlimit(resource.RLIMIT_DATA, (bytes_, bytes_))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     try:
         row = run_one(name, bool(short))
     except Exception as error:
@@ -280,30 +283,46 @@ def code():
     return subprocess.run(ask, capture_output=True, text=True).stdout.strip()
 
 
-def run(pattern=""):
-    """Run all families whose name has a pattern, those first of which least is known."""
+def run(pattern="", part="1/1"):
+    """Run all families whose name has a pattern: first what is least known, then what is quick.
+
+    Args:
+        pattern: part of a name.
+        part: "1/2" and "2/2" share the work of two cores.
+    """
     OUT.mkdir(parents=True, exist_ok=True)
     todo = [n for n in families() if pattern in n and not (OUT / f"{n}.json").exists()]
     known = committed()
-    todo.sort(key=lambda name: 0 if name not in known else 2 if is_good(known[name]) else 1)
-    for name in tqdm(todo, disable=None):
+    todo.sort(key=lambda name: urgency(known.get(name)))
+    first, step = map(int, part.split("/"))
+    for name in tqdm(todo[first - 1 :: step], disable=None):
         run_apart(name)
 
 
 def run_apart(name, gigabytes=GIGABYTES, seconds=SECONDS, out=OUT):
     """Run one model in a process of its own; whatever becomes of that, there is a row."""
-    arguments = ["one", name, gigabytes, seconds, "", out]
-    command = [sys.executable, "-W", "ignore", __file__, *map(str, arguments)]
-    try:  # other work beside may take the cores
-        done = subprocess.run(command, timeout=4 * seconds, capture_output=True, text=True)
-        why = f"killed ({done.returncode}): {done.stderr[-300:]}"
-        if done.returncode == -signal.SIGXCPU:
-            why = f"more than {seconds} s of a core"
-    except subprocess.TimeoutExpired:
+    torch.set_num_threads(1)  # threads do not outlive a fork
+    arguments = (name, gigabytes, seconds, "", out)
+    process = multiprocessing.get_context("fork").Process(target=child, args=arguments)
+    process.start()
+    process.join(4 * seconds)  # other work beside may take the cores
+    why = f"killed ({process.exitcode})"
+    if process.exitcode is None:
+        process.kill()
+        process.join()
         why = f"more than {4 * seconds} s"
+    elif process.exitcode == -signal.SIGXCPU:
+        why = f"more than {seconds} s of a core"
     file = out / f"{name}.json"
     if not file.exists():
         file.write_text(json.dumps({"name": name, "outcome": "not finished", "why": why}))
+
+
+def urgency(row):
+    """Return what a row is sorted by: none, one that is not good, and how long it takes."""
+    if row is None:
+        return 0, 0.0
+    return 2 if is_good(row) else 1, row.get("seconds_prune", 0.0)
 
 
 def is_good(row):
