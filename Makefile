@@ -56,7 +56,7 @@ others: $(VENV)/stamp
 
 # Every example as a test, on little data.
 examples: $(VENV)/stamp
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow tests/test_examples.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "slow and not long" tests/test_examples.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info out

@@ -74,6 +74,7 @@ def test_prune_time():
     assert "| test_resnet |" in table
 
 
+@pytest.mark.long
 def test_suites():
     table = run(EXAMPLES / "benchmarks" / "suites.py", "--smoke")
     assert "| plain | pooled | 0 | digit |" in table
