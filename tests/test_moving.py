@@ -10,6 +10,7 @@ from torch import nn
 
 import prifu_plugin as prifu
 from prifu_plugin.errors import ConfigError
+from prifu_plugin.prune.fastest import WAYS as OFFERED
 
 WAYS = [(1, 0.0), (1, 64.0), (16, 64.0), (1, float("inf")), (16, float("inf"))]
 
@@ -85,6 +86,19 @@ def test_fastest_returns_what_it_measured_to_be_quickest():
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(found.model(x), wrapped(x), rtol=1e-4, atol=1e-5)
     assert all(check.holds for check in prifu.report(found.model).checks)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
+def test_a_way_without_a_copy_keeps_all_channels(name):
+    size = zoo.image_size(name)
+    wrapped = filtered(name, 0.3)
+    round_to, move_cost = OFFERED[-1]
+    x = torch.zeros(1, 3, size, size)
+    pruned = prifu.prune(wrapped, x, round_to=round_to, move_cost=move_cost)
+    report = prifu.report(pruned)
+    assert report.parameters[1] >= report.parameters[0]  # biases that hold constants come on top
+    assert report.saved <= 1e-6
+    assert copies(pruned) == 0
 
 
 def test_fastest_runs_in_eval_mode_and_leaves_the_mode():

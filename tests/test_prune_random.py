@@ -14,7 +14,7 @@ CASES = {
     "size": st.integers(1, 12),
     "bias": st.booleans(),
     "share": st.sampled_from([0.1, 0.5, 0.9]),
-    "round_to": st.sampled_from([1, 1, 4]),
+    "round_to": st.sampled_from([1, 1, 4, 2**30]),
     "move_cost": st.sampled_from([0.0, 0.0, 8.0, 64.0, float("inf")]),
 }
 

@@ -17,13 +17,18 @@ from prifu_plugin.arguments import check_callable, whole_number
 from prifu_plugin.errors import ConfigError, PrifuWarning, VerificationError
 from prifu_plugin.graph.state import copied
 from prifu_plugin.prune.inputs import Inputs, suited
+from prifu_plugin.prune.planner import WHOLE
 from prifu_plugin.prune.run import prune
 
 Way = tuple[int, float]
 Build = Callable[[nn.Module], Callable[[], Any]]
 
-WAYS: tuple[Way, ...] = ((1, 0.0), (1, 64.0), (16, 64.0), (16, 256.0), (1, float("inf")))
-"""(round_to, move_cost) to try: the smallest model, those that save copies, the aligned ones."""
+WAYS: tuple[Way, ...] = (
+    *((1, 0.0), (1, 64.0), (16, 64.0), (16, 256.0), (1, float("inf"))),
+    (WHOLE, 0.0),
+)
+"""(round_to, move_cost) to try: the smallest model, those that save copies, the aligned ones; and
+that without a channel less, where few are closed and each costs a copy."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from prifu_plugin.prune.rules.base import Analysis
 
 
+WHOLE = 2**30
+"""A round_to that no width reaches: all channels stay, but for tensors that are dead as a whole."""
+
+
 class Planner:
     """The plan while it is being made.
 
@@ -273,6 +277,8 @@ def _pass_wants(analysis: Analysis, node: fx.Node) -> None:
 
 def _aligned(analysis: Analysis, node: fx.Node, keep: Tensor, round_to: int) -> Tensor:
     """Keep some dead channels of what a linear map reads, up to a multiple of round_to."""
+    if round_to >= WHOLE:
+        return torch.full_like(keep, bool(keep.any()))
     fact = analysis.fact(node)
     asked = [analysis.rules[u].aligned_dim(node) for u in node.users if u in analysis.rules]
     dims = {dim for dim in asked if dim is not None}

@@ -63,8 +63,8 @@ def prune(
         model: a wrapped model; it is not changed.
         example_inputs: a batch, (N, ...). Without it the shape of the last forward pass is
             used, or that of timm's pretrained_cfg.
-        round_to: widths become multiples of it, with dead channels that stay (8 suits GPUs); not
-            those of layers that are called several times.
+        round_to: widths become multiples of it, with dead channels that stay (8 suits GPUs; more
+            than there are keeps all); not those of layers that are called several times.
         move_cost: multiply-accumulates that moving one value is taken to cost. Where dropping
             channels needs a copy that costs more than it saves, they stay; 0 removes all that
             can go, inf what goes without a copy. `fastest` measures which is best.
