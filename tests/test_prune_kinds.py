@@ -622,3 +622,33 @@ def test_what_is_reduced_over_constant_channels(how):
     unit.bias.data.copy_(torch.tensor([1.0, 2.0, 3.0, 10.0]))
     x = torch.randn(5, 3)
     torch.testing.assert_close(prifu.prune(net, x)(x), net(x))
+
+
+class Compiled(nn.Module):
+    def __init__(self, kind=None):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.rest = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.rest.append(nn.Conv2d(8, 4, 1))
+        if kind == "before":
+            self.rest = torch.compile(self.rest, backend="eager")
+
+    def forward(self, x):
+        return self.rest(self.first(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["before", "after", "in place"])
+def test_compiled_parts_are_pruned_as_what_was_compiled(kind):
+    model = half_off(prifu.wrap(Compiled(kind)))
+    if kind == "after":
+        model.rest = torch.compile(model.rest, backend="eager")
+    elif kind == "in place":
+        model.rest.compile(backend="eager")
+    pruned = prifu.prune(model, torch.zeros(2, 3, 9, 8))
+    x = torch.randn(3, 3, 11, 12)
+    assert difference(model(x), pruned(x)) < 1e-5
+    assert prifu.report(pruned).way == "graph"
+    assert pruned.get_submodule("rest.0").out_channels < 8
+    again = prifu.rebuild(Compiled(kind), prifu.plan(pruned), pruned.state_dict())
+    assert difference(again(x), pruned(x)) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,8 +70,13 @@ def _called(model: nn.Module, node: fx.Node) -> nn.Module:
 def plain_layers(model: nn.Module) -> nn.Module:
     """Replace computed weights by their values, in place: parametrizations, old-style norms, masks.
 
-    What they compute from does not change in eval mode.
+    What they compute from does not change in eval mode. Compiled children become what they were
+    compiled from, which is what a graph is made of.
     """
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if is_compiled(child):
+                setattr(module, name, child._orig_mod)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             _drop_parametrizations(module)
@@ -82,6 +88,12 @@ def plain_layers(model: nn.Module) -> nn.Module:
             elif isinstance(hook, BasePruningMethod):
                 torch.nn.utils.prune.remove(module, hook._tensor_name)
     return model
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile(module) made a module."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # there if anything was compiled
+    return compiler is not None and isinstance(module, compiler.OptimizedModule)
 
 
 def _drop_parametrizations(module: Any) -> None:
