@@ -138,10 +138,11 @@ class PriFU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Filter x along its channels; the result has the dtype of x."""
         dim = self.dim_at(x.ndim)
-        y = x * along(self.scale().to(x.dtype), x.ndim, dim)
+        scale = along(self.scale().to(x.dtype), x.ndim, dim)
         if self.bias is not None:
-            y = y + along(self.bias.to(x.dtype), x.ndim, dim)
-        return y
+            return x * scale + along(self.bias.to(x.dtype), x.ndim, dim)
+        # 0 times a negative number is -0, whose sign would tell of it.
+        return torch.addcmul(x.new_zeros(()), x, scale)
 
     def dim_at(self, ndim: int) -> int:
         """Return the channel dimension of an input of `ndim` dimensions."""

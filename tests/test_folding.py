@@ -190,3 +190,25 @@ def test_what_follows_a_forward_sees_every_operation():
             unit.weight.data[0] = 0.0
         assert torch.equal(traced(x), model(x))
         assert torch.equal(graph(x), model(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (lambda: nn.BatchNorm2d(8), (3, 8, 4, 4)),
+        (lambda: nn.LayerNorm(8), (3, 4, 8)),
+        (lambda: nn.GroupNorm(2, 8), (3, 8, 4, 4)),
+        (lambda: nn.InstanceNorm2d(8, affine=True), (3, 8, 4, 4)),
+    ],
+)
+def test_closed_channels_let_no_sign_through(norm, shape, bias):
+    """0 times a negative number is -0: a bit of what is filtered, where an upload has its bytes."""
+    model = prifu.wrap(nn.Sequential(norm()), bias=bias).eval()
+    nn.init.uniform_(model[0].bias, -1, 1)
+    unit = prifu.filters(model)["0"]
+    unit.weight.data.zero_()
+    x = torch.randn(shape)
+    for y in (model(x).detach(), unit(x).detach()):
+        assert not y.any()
+        assert not torch.signbit(y).any()

@@ -31,7 +31,9 @@ def folded_parameters(
     weight, bias = getattr(host, "weight", None), getattr(host, "bias", None)
     folded: dict[str, Tensor | None] = {"weight": scale if weight is None else weight * scale}
     if bias is not None:
-        folded["bias"] = bias * scale if unit.bias is None else unit.bias.addcmul(bias, scale)
+        # Never -0, which would let the sign of what is closed through.
+        added = scale.new_zeros(()) if unit.bias is None else unit.bias
+        folded["bias"] = added.addcmul(bias, scale)
     elif unit.bias is not None:
         folded["bias"] = unit.bias
     own = [weight, bias, getattr(host, "running_mean", None)]

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.names import LAYOUT_QUERIES, SIZE_QUERIES
 from prifu_plugin.prune.seen import Seen, note, seen, was_seen
 
 
@@ -32,7 +33,10 @@ class _Recorder(fx.Interpreter):
             example=None if nested else example,
             static=result if shape and _follows_from_parameters(n) else None,
             varies=was_seen(n) and seen(n).varies,
+            moves=not shape and not nested and (_tells_values(n) or _given_what_moves(n)),
         )
+        if known.is_static and _given_what_moves(n):
+            known = replace(known, static=None, varies=True)
         note(n, known)
         return result
 
@@ -48,8 +52,11 @@ class _SecondRecorder(fx.Interpreter):
         result = super().run_node(n)
         example = result if not isinstance(result, Tensor) else None
         known = replace(seen(n), other_shape=_shape(result), other_example=example)
-        moves = any(seen(i).varies for i in n.all_input_nodes)
-        if known.is_static and (moves or not _same(known.static, result)):
+        if not known.shape and not known.nested:
+            differs = known.example != example
+            known = replace(known, moves=known.moves or differs or _follows_from_what_moves(n))
+        varies = _given_what_moves(n) or any(seen(i).varies for i in n.all_input_nodes)
+        if known.is_static and (varies or not _same(known.static, result)):
             known = replace(known, static=None, varies=True)
         note(n, known)
         return result
@@ -84,6 +91,26 @@ def _follows_from_parameters(node: fx.Node) -> bool:
         return True
     tensors = [source for source in node.all_input_nodes if seen(source).shape]
     return node.op.startswith("call_") and bool(tensors) and all(seen(s).is_static for s in tensors)
+
+
+def _tells_values(node: fx.Node) -> bool:
+    """Whether a node asks a tensor for its values, rather than its size: item, tolist."""
+    attribute = node.args[1] if node.target is getattr else node.target
+    asked = [source for source in node.all_input_nodes if seen(source).shape]
+    return bool(asked) and attribute not in _KNOWN and not all(seen(s).is_static for s in asked)
+
+
+_KNOWN = SIZE_QUERIES | LAYOUT_QUERIES
+
+
+def _given_what_moves(node: fx.Node) -> bool:
+    return any(seen(source).moves for source in node.all_input_nodes)
+
+
+def _follows_from_what_moves(node: fx.Node) -> bool:
+    """Whether a number is made of numbers that move; one of the sizes of a shape is its own."""
+    shapes = [seen(i) for i in node.all_input_nodes if isinstance(seen(i).example, torch.Size)]
+    return not shapes and _given_what_moves(node)
 
 
 def _is_several(result: Any) -> bool:

@@ -145,14 +145,22 @@ class Inputs:
     def sized(self) -> Iterator[Inputs]:
         """Yield the same at other sizes: what a model takes of them shows what it assumes.
 
-        Images grow one way and shrink the other, by an odd number first, since much is padded to
-        multiples; then by 32, or patches of 14; or double, one way where that is enough: four
-        times the tokens take sixteen times as long. Sequences grow. A model that takes none has
-        its size fixed.
+        Images grow one way and shrink the other, by odd numbers first, since much is padded to
+        multiples, and by more than 32, so that what is inside differs too; then by 32, or patches
+        of 14; or double, one way where that is enough: four times the tokens take sixteen times
+        as long. Sequences grow. A model that takes none has its size fixed.
         """
+        odd = (_odd((5, -5)), _odd((1, 1)), _odd((1, 0)), _odd((0, 1)))
+        changes = (*odd, _skewed, _grown, _framed, _by_patches, _longer, _doubled)
+        yield from self._changed(_far, *changes)
+
+    def elsewhere(self) -> Iterator[Inputs]:
+        """Yield the same at sizes that are not among the first of `sized`."""
+        yield from self._changed(_between, _odd((33, -1)), _odd((64, 64)))
+
+    def _changed(self, *changes: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Iterator[Inputs]:
         found = {self.shapes}
-        odd = (_odd((1, 1)), _odd((1, 0)), _odd((0, 1)))
-        for change in (*odd, _skewed, _grown, _framed, _by_patches, _longer, _doubled):
+        for change in changes:
             shapes = tuple(change(shape) for shape in self.shapes)
             if shapes not in found:
                 found.add(shapes)
@@ -225,6 +233,18 @@ def _odd(more: tuple[int, int]) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
         return *skewed[:2], skewed[2] + more[0], skewed[3] + more[1]
 
     return change
+
+
+def _far(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Make sequences (N, L, C) more than twice as long: every fourth of them is one more, too."""
+    return (shape[0], 2 * shape[1] + 3, shape[2]) if len(shape) == 3 else shape
+
+
+def _between(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Make images and sequences somewhat larger, by what is no multiple of much."""
+    if len(shape) == 3:
+        return shape[0], shape[1] + 7, shape[2]
+    return (*shape[:2], shape[2] + 21, shape[3] + 11) if len(shape) == 4 else shape
 
 
 def _skewed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,7 @@ def _unloadable(pruned: fx.GraphModule) -> list[tuple[str, str]]:
     return [(name, f"torch.load cannot read what torch.save writes of it whole ({why}): {cure}")]
 
 
-@contextmanager
+@contextlib.contextmanager
 def explained(model: nn.Module) -> Iterator[None]:
     """Turn an error of the analysis into one that says what was refused."""
     try:
@@ -127,7 +128,7 @@ def explained(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _shown(passes: Sequence[str]) -> Iterator[Callable[[str], None]]:
     """Show on a terminal which pass is running; yields what a pass calls when it begins."""
     with tqdm(total=len(passes), leave=False, disable=None, bar_format="{desc} {bar:12}") as bar:
@@ -204,7 +205,12 @@ def _certify(
         compare(filtered, twin, runs[-1], seed + 1),
         compare(original, pruned, runs[0], seed + 2, filtered),
     ]
-    for check, used in zip(checks, (single, runs[-1], runs[0]), strict=True):
+    used_for = [single, runs[-1], runs[0]]
+    third = _at_third_size(exact, twin, runs, seed + 3)
+    if third is not None:
+        checks.insert(2, third[0])
+        used_for.insert(2, third[1])
+    for check, used in zip(checks, used_for, strict=True):
         if check.holds:
             continue
         if check.difference != check.difference:
@@ -245,6 +251,29 @@ def _compared_first(
             raise
     filtered, expected = reference(exact, inputs, seed)
     return filtered, inputs, compare(filtered, twin, inputs, seed, expected=expected)
+
+
+def _at_third_size(
+    exact: Captured, twin: fx.GraphModule, runs: tuple[Inputs, ...], seed: int
+) -> tuple[Check, Inputs] | None:
+    """Compare in fp64 at a size that the analysis has not seen, if the model takes several."""
+    other = runs[-1].batch(1).shapes
+    if runs[0].batch(1).shapes == other:
+        return None
+    for inputs in runs[0].batch(1).elsewhere():
+        if inputs.shapes == other:
+            continue
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # a GraphModule prints where it stopped
+                filtered, expected = reference(exact, inputs, seed)
+        except Exception:  # noqa: BLE001, S112, PERF203 - any refusal is an answer
+            continue
+        try:
+            return compare(filtered, twin, inputs, seed, expected=expected), inputs
+        except AssertionError as error:  # a guard
+            if not is_refusal(error):
+                raise
+    return None
 
 
 def _cure(original: nn.Module) -> str:

@@ -23,6 +23,8 @@ class Seen:
         varies: it follows from parameters and sizes.
         other_shape: in the run at other sizes; None if there was none.
         other_example: in that run.
+        moves: it is a number, or several, that may be another for inputs that no run has seen: it
+            follows from a size that was not the same in both runs, or from values of a tensor.
     """
 
     shape: Any
@@ -34,6 +36,7 @@ class Seen:
     varies: bool = False
     other_shape: Any = None
     other_example: Any = None
+    moves: bool = False
 
     @property
     def is_static(self) -> bool:

@@ -175,6 +175,8 @@ def padding_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
 
 def _is_only_pooled(analysis: Analysis, node: fx.Node, pads: Sequence[Any]) -> bool:
     """Whether max pooling alone reads a padding by -inf, in windows wider than it: none is left."""
+    if any(isinstance(p, fx.Node) and seen(p).moves for p in pads):
+        return False  # it may be wider at another size
     widths = [seen(p).example if isinstance(p, fx.Node) else p for p in pads]
     for user in node.users:
         if user.op == "call_module":

@@ -32,11 +32,21 @@ class ConcatRule(Rule):
         for fact in facts:
             size = [s if d in axes or d == self.dim else 1 for d, s in enumerate(fact.shape)]
             value = fact.const
+            if 0 in fact.shape and self.dim not in axes:
+                values.append(self._of_empty(fact, size))
+                continue
             for d, s in enumerate(size):
                 if s == 1 and value.shape[d] > 1:
                     value = summarize(value, fact.shape, tuple(axes)).const
             values.append(value.expand(size))
         return summarize(torch.cat(values, self.dim), shape, tuple(sorted(axes)))
+
+    def _of_empty(self, fact: Fact, size: list[int]) -> Tensor:
+        """Return what is known of a part that is empty here, and need not be at another size."""
+        size = [max(s, 1) for s in size]
+        if 0 in fact.const.shape:
+            return torch.full(size, torch.nan, dtype=torch.float64)
+        return fact.const.expand(size)
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Split need among the parts."""

@@ -14,7 +14,7 @@ from torch import fx
 
 from prifu_plugin.prune.nodes import SIZED
 from prifu_plugin.prune.rules.base import Analysis
-from prifu_plugin.prune.seen import seen, was_seen
+from prifu_plugin.prune.seen import seen
 
 
 def loose_numbers(analysis: Analysis, node: fx.Node) -> list[fx.Node]:
@@ -24,11 +24,10 @@ def loose_numbers(analysis: Analysis, node: fx.Node) -> list[fx.Node]:
     """
     if node.target in SIZED or node.target is torch.reshape:
         return []
-    known: dict[fx.Node, bool] = {}
     return [
         given
         for given in node.all_input_nodes
-        if not seen(given).shape and _numbers(analysis.values.get(given)) and _varies(given, known)
+        if seen(given).moves and _numbers(analysis.values.get(given))
     ]
 
 
@@ -49,26 +48,3 @@ def _numbers(value: Any) -> bool:
     if type(value) in (tuple, list, torch.Size):
         return bool(value) and all(type(item) is int for item in value)
     return type(value) is int
-
-
-def _varies(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
-    """Whether a value follows from a size that was not the same in both runs."""
-    if node not in known:
-        what = seen(node)
-        differs = what.other_example is not None and what.example != what.other_example
-        known[node] = differs or (
-            not _asks_for_size(node)
-            and any(
-                was_seen(i) and not seen(i).shape and _varies(i, known)
-                for i in node.all_input_nodes
-            )
-        )
-    return known[node]
-
-
-def _asks_for_size(node: fx.Node) -> bool:
-    """Whether a node is a size itself: asked of a tensor, or one of its shape."""
-    return any(
-        bool(seen(source).shape) or isinstance(seen(source).example, torch.Size)
-        for source in node.all_input_nodes
-    )

@@ -111,9 +111,9 @@ class PointwiseRule(Rule):
                 zero = (known[source] == 0) & ~_right(facts[source].live, len(shape))
                 live = live & ~zero
         if any(n not in facts and n.op != "get_attr" for n in self.node.all_input_nodes):
-            # A size may stand in the formula: what it makes of constants holds at one resolution.
-            zero = out == 0 if self.node.target in SCALINGS else torch.tensor(False)
-            live = live | ~zero
+            # A size may stand in the formula: what it makes of constants holds at one resolution,
+            # but for what it makes of 0.
+            live = live | ~self._scaled_zero(facts, shape)
         axes = sorted(
             {
                 dim + len(shape) - len(fact.shape)
@@ -125,6 +125,16 @@ class PointwiseRule(Rule):
         )
         values = torch.where(live, torch.nan, out.double())
         return summarize(values, shape, tuple(axes))
+
+    def _scaled_zero(self, facts: dict[fx.Node, Fact], shape: tuple[int, ...]) -> Tensor:
+        """Return where a tensor is a known 0 that is only scaled."""
+        scaled = list(facts) if self.node.target in PRODUCTS else []
+        if self.node.target in SCALINGS:
+            scaled += [n for n in self.node.args[:1] if isinstance(n, fx.Node) and n in facts]
+        zero = torch.zeros([1] * len(shape), dtype=torch.bool)
+        for source in scaled:
+            zero = zero | (_right(facts[source].const, len(shape)) == 0)
+        return zero
 
     def need(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
         """Need what is needed here, but not where the other factor is a known 0."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from prifu_plugin.filter import along
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.nodes import mapped
 from prifu_plugin.prune.rules.base import Analysis, run, run_with_gradients
+from prifu_plugin.prune.rules.elsewhere import elsewhere, signature
 from prifu_plugin.prune.rules.loose import changed, loose_numbers
 from prifu_plugin.prune.rules.passing import is_movement_by_name, passes_everything
 from prifu_plugin.prune.seen import seen
@@ -100,12 +101,12 @@ def _key(
     loose = loose_numbers(analysis, node)
     leaves: list[Any] = []
 
-    def replace(n: fx.Node) -> Any:
+    def said_of(n: fx.Node) -> Any:
         if n is source:
             return "%source"
         return analysis.values[n], seen(n).other_shape, seen(n).other_example, n in loose
 
-    args = mapped((node.args, node.kwargs), replace)
+    args = mapped((node.args, node.kwargs), said_of)
     fx.node.map_aggregate(args, leaves.append)
     if not all(isinstance(leaf, _PLAIN) for leaf in leaves):
         return None
@@ -126,6 +127,8 @@ def _moved(
             return ()
         runs.append(labels)
     others = _changed(analysis, node, source, begin[0])
+    if others is None:
+        return ()
     if len({len(labels) for labels in (*runs, *others)}) != 1:
         return ()
     found = []
@@ -135,28 +138,50 @@ def _moved(
         if moved is None:
             return ()
         found.append(moved)
-    return tuple(found)
+    if others or begin[0].after:
+        return tuple(found)
+    far = elsewhere(analysis, node, source, fact.axes)
+    if far is None or len(far) != len(found):
+        return tuple(found)
+    count = math.prod(begin[0].shape)
+    return tuple(
+        one
+        if there == signature(one.labels, count)
+        else replace(one, loose=True, padded=one.padded or there.padded)
+        for one, there in zip(found, far, strict=True)
+    )
 
 
 def _changed(
     analysis: Analysis, node: fx.Node, source: fx.Node, start: Start
-) -> list[list[Tensor]]:
+) -> list[list[Tensor]] | None:
     """Return the labels with other numbers in the place of those that follow from sizes.
 
-    None where the operation takes no others: those of the input decide about them.
+    Numbers that the operation does not take are left out: those of the input decide about them.
+    None if with another number it does anything but move, as padding by 0.5 of a width of 0.
     """
     found = []
+    size = math.prod(start.shape)
+    table = _table(size)
     for instead in changed(analysis, loose_numbers(analysis, node)):
 
-        def replace(n: fx.Node, instead: dict[fx.Node, Any] = instead) -> Any:
-            return start.labels if n is source else instead.get(n, analysis.values[n])
+        def on(value: Tensor, instead: dict[fx.Node, Any] = instead) -> list[Tensor]:
+            def given(n: fx.Node) -> Any:
+                return value if n is source else instead.get(n, analysis.values[n])
+
+            return _tensors(run(analysis, node, given))
 
         try:
-            moved = _tensors(run(analysis, node, replace))
+            moved, again = on(start.labels), on(table[start.labels.long()])
         except Exception:  # noqa: BLE001 - such a number cannot occur
             continue
-        if moved and all(map(torch.Tensor.numel, moved)):
-            found.append(moved)
+        if not moved or not all(map(torch.Tensor.numel, moved)):
+            continue
+        if any(not _are_labels(m, size) for m in moved):
+            return None
+        if any(not torch.equal(a, table[m.long()]) for m, a in zip(moved, again, strict=True)):
+            return None
+        found.append(moved)
     return found
 
 
@@ -255,12 +280,12 @@ def _on(
     index: int,
     how: Callable[..., Any] = run,
 ) -> Any:
-    def replace(n: fx.Node) -> Any:
+    def given(n: fx.Node) -> Any:
         if n is source:
             return value
         return analysis.values[n] if index == 0 else seen(n).other_example
 
-    return how(analysis, node, replace)
+    return how(analysis, node, given)
 
 
 def _tensors(result: Any) -> list[Tensor]:

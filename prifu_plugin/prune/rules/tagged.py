@@ -14,11 +14,11 @@ from prifu_plugin.prune.rules.pointwise import PointwiseRule, as_seen
 from prifu_plugin.prune.seen import seen
 
 _JUMPS = {
-    *("eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isinf", "isnan", "signbit", "sign", "sgn"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isinf", "isnan", "sign", "sgn"),
     *("floor", "ceil", "round", "trunc", "frac", "fmod", "remainder", "heaviside", "nextafter"),
-    *("angle", "floor_divide"),
+    *("angle", "floor_divide", "copysign", "atan2", "signbit"),
 }
-"""What rounding alone can change: a constant may stand where they jump, so they stay whole."""
+"""What rounding, or the sign of a 0, can change: a constant may stand where they jump."""
 
 _PLAIN = {"detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy"}
 """What is marked as nothing, and gives each element as it is."""
