@@ -101,7 +101,7 @@ def test_what_could_not_be_loaded_is_named():
     model, small = pruned(Buffer, torch.randn(2, 5, 8))
     (note,) = prifu.report(small).notes
     assert "torch.load cannot read" in note[1]
-    assert "prifu_plugin.save" in note[1]
+    assert "rebuild, or export" in note[1]
     file = io.BytesIO()
     torch.save(small, file)
     file.seek(0)

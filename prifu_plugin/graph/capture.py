@@ -39,12 +39,14 @@ class Captured:
         graph: on it.
         computed: parameter or constant -> its value in fp64, for those that a forward computed.
         way: "graph" where torch.fx alone followed the forward, "sizes" where an example decided.
+        notes: (path, what the graph does otherwise than the forward in training).
     """
 
     root: nn.Module
     graph: fx.Graph
     computed: dict[str, Tensor] = field(default_factory=dict)
     way: str = "graph"
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
 
 class ModelTracer(fx.Tracer):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prifu_plugin.graph.capture import Captured
+from prifu_plugin.names import value_at
 from prifu_plugin.prune.seen import seen
 from prifu_plugin.prune.transposed import TRANSPOSED
 
@@ -22,7 +23,8 @@ _LAYERS: dict[Any, type[nn.Module]] = {
     F.conv_transpose2d: nn.ConvTranspose2d,
     F.conv_transpose3d: nn.ConvTranspose3d,
 }
-_TENSORS = ("input", "weight", "bias")
+_TAKEN = ("weight", "bias")
+_TENSORS = ("input", *_TAKEN)
 _NUMBERS = ("stride", "padding", "dilation", "groups")
 _NUMBERS_OF_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
 
@@ -42,10 +44,12 @@ def make_layers(captured: Captured) -> bool:
     found = False
     for node in list(graph.nodes):
         given = _settings(node) if node.target in _LAYERS and not _is_flat(node) else None
-        if given is None:
+        if given is None or not all(can_be_taken_over(root, given.get(p), node) for p in _TAKEN):
             continue
         path = put_beside(root, node, _layer(node, given))
-        for part in ("weight", "bias"):
+        if any(_is_changed(given[part]) for part in _TAKEN if given.get(part) is not None):
+            captured.notes.append((path, _COMPUTED))
+        for part in _TAKEN:
             if given.get(part) is not None:
                 captured.computed[f"{path}.{part}"] = _in_fp64(captured, given[part])
         with graph.inserting_before(node):
@@ -78,9 +82,6 @@ def _settings(node: fx.Node) -> dict[str, Any] | None:
     numbers = [given.get(name) for name in _numbers(node)]
     if any(isinstance(value, fx.Node) for value in torch.utils._pytree.tree_leaves(numbers)):
         return None
-    tensors = [given.get("weight"), given.get("bias")]
-    if not all(value is None or can_be_taken_over(value, node) for value in tensors):
-        return None
     return given
 
 
@@ -91,8 +92,16 @@ def _numbers(node: fx.Node) -> tuple[str, ...]:
     return _NUMBERS_OF_TRANSPOSED if _LAYERS[node.target] in TRANSPOSED else _NUMBERS
 
 
-def can_be_taken_over(value: Any, reader: fx.Node) -> bool:
-    """Whether a layer may hold a tensor: it follows from parameters that nothing else reads."""
+def can_be_taken_over(root: nn.Module, value: Any, reader: fx.Node) -> bool:
+    """Whether a layer may hold a tensor: it follows from parameters that nothing else reads.
+
+    Args:
+        root: the model, whose layers read their own parameters.
+        value: a node of the graph; None for no tensor, which is no hindrance.
+        reader: the call that becomes a layer.
+    """
+    if value is None:
+        return True
     if not isinstance(value, fx.Node) or not seen(value).is_static:
         return False
     made_of = {value}
@@ -100,8 +109,16 @@ def can_be_taken_over(value: Any, reader: fx.Node) -> bool:
     if not any(_is_trained(n) for n in made_of):
         return True
     read = {str(n.target) for n in made_of if n.op == "get_attr"}
+    if {id(value_at(root, path)) for path in read} & _of_layers(root, reader.graph):
+        return False
     others = {n for n in reader.graph.nodes if n.op == "get_attr" and str(n.target) in read}
     return all(user in made_of or user is reader for n in made_of | others for user in n.users)
+
+
+def _of_layers(root: nn.Module, graph: fx.Graph) -> set[int]:
+    """Return the ids of the parameters of all layers that a graph calls."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    return {id(p) for path in called for p in root.get_submodule(path).parameters()}
 
 
 def _collect(node: fx.Node, found: set[fx.Node]) -> None:
@@ -114,6 +131,32 @@ def _collect(node: fx.Node, found: set[fx.Node]) -> None:
 def _is_trained(value: fx.Node) -> bool:
     recorded = seen(value).static
     return value.op == "get_attr" and isinstance(recorded, Tensor) and recorded.requires_grad
+
+
+def _learns(value: fx.Node) -> bool:
+    """Whether gradients reach a parameter that a tensor is made of."""
+    if value.target in ("detach", torch.detach):
+        return False
+    return _is_trained(value) or any(map(_learns, value.all_input_nodes))
+
+
+def _is_changed(value: fx.Node) -> bool:
+    """Whether a tensor is more than a trained parameter in another shape."""
+    made_of = {value}
+    _collect(value, made_of)
+    return _learns(value) and not all(map(_moves, made_of))
+
+
+def _moves(node: fx.Node) -> bool:
+    said = node.args[1] if node.target is getattr else node.target
+    return node.op == "get_attr" or str(said) in _MOVES or not seen(node).shape
+
+
+_MOVES = {"t", "T", "permute", "reshape", "view", "transpose", "flatten", "contiguous", "squeeze"}
+_COMPUTED = (
+    "its weight is computed from parameters, of which the pruned model holds the result: training "
+    "changes that freely, without what masks or normalizes it"
+)
 
 
 def _layer(node: fx.Node, given: dict[str, Any]) -> nn.Module:
@@ -136,9 +179,7 @@ def _layer(node: fx.Node, given: dict[str, Any]) -> nn.Module:
 
 def _parameter(value: fx.Node) -> nn.Parameter:
     recorded: Tensor = seen(value).static
-    made_of = {value}
-    _collect(value, made_of)
-    return nn.Parameter(recorded.detach().clone(), any(_is_trained(n) for n in made_of))
+    return nn.Parameter(recorded.detach().clone(), _learns(value))
 
 
 def _in_fp64(captured: Captured, value: fx.Node) -> Any:

@@ -28,9 +28,10 @@ def make_norms(captured: Captured) -> bool:
     found = False
     for node in list(captured.graph.nodes):
         given = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
-        if node.target is not F.batch_norm or not _is_a_layers(node, given):
+        if node.target is not F.batch_norm or not _is_a_layers(captured.root, node, given):
             continue
         path = put_beside(captured.root, node, _layer(given))
+        captured.notes.append((path, _LAYER))
         with captured.graph.inserting_before(node):
             called = captured.graph.call_module(path, (given["input"],))
         node.replace_all_uses_with(called)
@@ -39,7 +40,13 @@ def make_norms(captured: Captured) -> bool:
     return found
 
 
-def _is_a_layers(node: fx.Node, given: dict[str, Any]) -> bool:
+_LAYER = (
+    "a function that is a BatchNorm layer in the pruned model: call eval() on that to train with "
+    "the statistics as they are"
+)
+
+
+def _is_a_layers(root: nn.Module, node: fx.Node, given: dict[str, Any]) -> bool:
     numbers = [given.get(name, 0.0) for name in ("momentum", "eps")]
     if given.get("training", False) is not False or any(isinstance(n, fx.Node) for n in numbers):
         return False
@@ -47,7 +54,7 @@ def _is_a_layers(node: fx.Node, given: dict[str, Any]) -> bool:
     parts = [given.get("running_mean"), given.get("running_var")]
     parts += [] if affine == [None, None] else affine
     read = all(isinstance(part, fx.Node) and part.op == "get_attr" for part in parts)
-    known = read and all(can_be_taken_over(part, node) for part in parts)
+    known = read and all(can_be_taken_over(root, part, node) for part in parts)
     return known and len(seen(given["input"]).shape) in _LAYERS
 
 

@@ -100,7 +100,7 @@ def _lets_pass(captured: Captured, inputs: Inputs) -> bool:
 def _record(captured: Captured, runs: Runs) -> Captured:
     examples = [run.draw(captured.root, 0) for run in runs]
     record_examples(captured.root, captured.graph, *examples)
-    if spell_out_shapes(captured.graph) | spell_out_products(captured.graph):
+    if spell_out_shapes(captured.graph) | spell_out_products(captured):
         record_examples(captured.root, captured.graph, *examples)
     if make_layers(captured) | make_norms(captured):
         drop_unused(captured.graph)

@@ -32,6 +32,7 @@ from prifu_plugin.prune.rules import Analysis, analyse
 from prifu_plugin.prune.settings import PruneSettings
 from prifu_plugin.prune.statefulness import check_stateless
 from prifu_plugin.prune.verify import Check, compare, culprit, reference
+from prifu_plugin.prune.zeroed import zeroed
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def prune_graph(
     checks: tuple[Check, ...] = ()
     with explained(filtered), _shown(passes) as begin:
         begin("capture")
-        check_stateless(filtered, runs[0])
+        stored = check_stateless(filtered, runs[0])
         captured, runs = recorded(filtered, runs)
         exact = precise(captured)
         begin("facts")
@@ -91,7 +92,7 @@ def prune_graph(
         made_of = {"inputs": runs[0].to_dict(), "graph": fingerprint(captured)}
         plan = make_plan(analysis, {**recipe, **made_of}, settings.round_to, settings.move_cost)
         plan = dataclasses.replace(plan, notes=(*plan.notes, *asleep(captured.graph)))
-        layers = fates(analysis, plan)
+        layers, at_zero = fates(analysis, plan), zeroed(analysis)
         analysis.release()
         begin("rewrite")
         pruned = rewrite(captured, plan)
@@ -101,7 +102,7 @@ def prune_graph(
             original = captured.root if original is None else original
             both = (pruned, twin)
             checks = _certify(analysis, original, captured, exact, plan, both, runs, settings.seed)
-    notes = (*plan.notes, *_unloadable(pruned))
+    notes = (*plan.notes, *stored, *captured.notes, *at_zero, *_unloadable(pruned))
     return Pruned(pruned, twin, plan, checks, layers, notes, captured.way)
 
 
@@ -109,7 +110,7 @@ def _unloadable(pruned: fx.GraphModule) -> list[tuple[str, str]]:
     why = why_not_loadable(pruned)
     if why is None:
         return []
-    cure = "keep it with prifu_plugin.save, or export it"
+    cure = "keep its plan and state dict for rebuild, or export it"
     name = type(pruned).__name__
     return [(name, f"torch.load cannot read what torch.save writes of it whole ({why}): {cure}")]
 

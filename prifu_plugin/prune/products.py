@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from prifu_plugin.graph.capture import Captured
 from prifu_plugin.prune.functional_layers import can_be_taken_over
 from prifu_plugin.prune.seen import seen, was_seen
 
@@ -36,20 +37,23 @@ class _Product:
     bias: fx.Node | None = None
 
 
-def spell_out_products(graph: fx.Graph) -> bool:
+def spell_out_products(captured: Captured) -> bool:
     """Write products with a parameter as F.linear; returns whether there were any.
 
     Those that sum over the last dimensions of the input and put those of the parameter in their
     place, whose parameter nothing else reads.
 
     Args:
-        graph: with recorded examples, which tell what is a parameter.
+        captured: with recorded examples, which tell what is a parameter.
     """
+    root, graph = captured.root, captured.graph
     found = False
     for node in list(graph.nodes):
         product = _product(node)
         summed = None if product is None else _summed(product)
-        if product is None or summed is None or not can_be_taken_over(product.weight[0], node):
+        if product is None or summed is None:
+            continue
+        if not can_be_taken_over(root, product.weight[0], node):
             continue
         with graph.inserting_before(node):
             result = _as_linear(graph, product, summed)
@@ -84,8 +88,11 @@ def _of_einsum(node: fx.Node) -> _Product | None:
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+    if not isinstance(equation, str) or len(operands) != 2:
         return None
+    if "->" not in equation:
+        once = [a for a in sorted(set(equation)) if a.isalpha() and equation.count(a) == 1]
+        equation += "->" + "..." * ("..." in equation) + "".join(once)
     shapes = [shape for shape in map(_shape, operands) if shape is not None]
     if len(shapes) != 2:
         return None
@@ -126,6 +133,10 @@ def _summed(product: _Product) -> str | None:
     """Return the letters that are summed over, None where no linear map gives the same."""
     x, weight, result = product.x[1], product.weight[1], product.result
     if any(len(set(term)) != len(term) for term in (x, weight, result)):
+        return None
+    sizes = dict(zip(x, seen(product.x[0]).shape, strict=True))
+    own = zip(weight, seen(product.weight[0]).shape, strict=True)
+    if any(sizes.get(letter, size) != size for letter, size in own):  # broadcast
         return None
     summed = "".join(letter for letter in x if letter in weight)
     stay = x.removesuffix(summed)

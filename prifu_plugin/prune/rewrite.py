@@ -22,7 +22,7 @@ from prifu_plugin.prune.kernels import (
 from prifu_plugin.prune.layout import FILL, Conform
 from prifu_plugin.prune.loadable import make_loadable
 from prifu_plugin.prune.lower import drop_unused
-from prifu_plugin.prune.members import Members, like
+from prifu_plugin.prune.members import WHOLE, Members, like
 from prifu_plugin.prune.nodes import SIZED, size_arguments
 from prifu_plugin.prune.places import PLACES, places
 from prifu_plugin.prune.plan import (
@@ -83,6 +83,7 @@ class _Rewriter:
                     self.values[node].meta.setdefault("original", node.name)
         drop_unused(self.new)
         make_loadable(self.new)
+        self.members.tie()
         module = fx.GraphModule(self.members.read(), self.new, class_name=type(self.root).__name__)
         module.meta[PLACES] = places(self.old, self.new, self.values)
         return module.eval()
@@ -306,7 +307,7 @@ class _Rewriter:
         called = any(n.op == "call_module" and n.target == owner for n in self.old.nodes)
         if not called:
             return path
-        whole = f"{owner.replace('.', '_')}_{name}_whole"
+        whole = f"{owner.replace('.', '_')}_{name}{WHOLE}"
         return "_" + whole if hasattr(self.root, whole) else whole
 
     def _called(self, node: fx.Node) -> nn.Module:

@@ -189,8 +189,7 @@ def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -
 
 def _rebuilt(model: nn.Module, plan: Plan, state_dict: dict[str, Tensor]) -> fx.GraphModule:
     fresh = copied(model).cpu().eval()
-    reference = next((v for v in state_dict.values() if v.is_floating_point()), torch.zeros(()))
-    wrapped = plain_layers(apply_recipe(fresh, plan.recipe).to(reference.dtype))
+    wrapped = plain_layers(apply_recipe(_in_type_of(fresh, state_dict), plan.recipe))
     inputs = Inputs.from_dict(plan.recipe["inputs"])
     captured, _ = recorded(wrapped, runs_of(wrapped, inputs))
     if fingerprint(captured) != plan.recipe["graph"]:
@@ -209,6 +208,16 @@ def _rebuilt(model: nn.Module, plan: Plan, state_dict: dict[str, Tensor]) -> fx.
     keep_attributes(model, pruned)
     _attach(pruned, {"plan": plan.to_json()})
     return pruned.to(device_of(model))
+
+
+def _in_type_of(fresh: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
+    """Bring a model to the type of the weights, if all that have its names are of one other."""
+    both = [(p, state_dict[n]) for n, p in fresh.named_parameters() if n in state_dict]
+    types = {(p.dtype, value.dtype) for p, value in both if value.is_floating_point()}
+    if len(types) != 1:
+        return fresh
+    own, asked = types.pop()
+    return fresh if own == asked else fresh.to(asked)
 
 
 def _check_kept(plan: Any, state_dict: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from prifu_plugin.prune.members import WHOLE
+
 
 def separated(model: nn.Module, pruned: nn.Module) -> list[tuple[str, str]]:
     """Return a note for each weight that layers of a model share and those of the result do not.
@@ -25,4 +27,9 @@ def separated(model: nn.Module, pruned: nn.Module) -> list[tuple[str, str]]:
         if len(there) > 1:
             others = ", ".join(f"'{path}'" for path in shared[1:])
             notes.append((shared[0], f"shared with {others}, and separate in the pruned model"))
-    return notes
+    names: dict[int, list[str]] = {}
+    for path, parameter in after.items():
+        names.setdefault(id(parameter), []).append(path)
+    alone = [paths[0] for paths in names.values() if len(paths) == 1]
+    why = "read by the forward too, beside its layer, and separate in the pruned model"
+    return notes + [(path, why) for path in alone if path.endswith(WHOLE)]

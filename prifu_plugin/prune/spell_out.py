@@ -82,13 +82,15 @@ def _spell_out_extreme(graph: fx.Graph, node: fx.Node) -> None:
         return
     names = ("input", "dim", "keepdim")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    if not isinstance(given.get("dim"), int) or not all(map(_takes_values, node.users)):
+    takers = [user for user in node.users if user.users]
+    if not isinstance(given.get("dim"), int | fx.Node) or not all(map(_takes_values, takers)):
         return
     with graph.inserting_before(node):
         arguments = (given["input"], given["dim"], given.get("keepdim", False))
         values = graph.call_function(along, arguments)
-    for user in list(node.users):
+    for user in takers:
         user.replace_all_uses_with(values)
+    for user in list(node.users):
         graph.erase_node(user)
     graph.erase_node(node)
 
@@ -102,7 +104,14 @@ def _takes_values(user: fx.Node) -> bool:
 def _is_of_two(node: fx.Node) -> bool:
     """Whether a maximum is that of two tensors, rather than along a dimension."""
     others = [*node.args[1:], *node.kwargs.values()]
-    return len(others) == 1 and isinstance(others[0], fx.Node) and "other" not in node.kwargs
+    one = len(others) == 1 and isinstance(others[0], fx.Node) and not node.kwargs.keys() - {"other"}
+    # A node may be a computed dimension: what is given then is taken apart.
+    return one and not any(map(_is_item, node.users))
+
+
+def _is_item(user: fx.Node) -> bool:
+    field = user.target is getattr and user.args[1] in ("values", "indices")
+    return field or (user.target is operator.getitem and type(user.args[1]) is int)
 
 
 def spell_out_shapes(graph: fx.Graph) -> bool:

@@ -12,7 +12,7 @@ from prifu_plugin.prune.layout import FILL
 from prifu_plugin.prune.plan import SliceLinear
 from prifu_plugin.prune.planner import Planner
 from prifu_plugin.prune.rules.base import Analysis
-from prifu_plugin.prune.rules.linear_facts import LinearFacts
+from prifu_plugin.prune.rules.linear_facts import LinearFacts, lines_along
 from prifu_plugin.prune.transposed import rows_of_outputs
 
 GATHER = 64
@@ -222,7 +222,7 @@ class LinearRule(LinearFacts):
         lines = []
         for rule in self._calls(analysis):
             const = analysis.fact(rule.node).const
-            lines.append(const.movedim(rule.map.dim, -1).flatten(0, -2))
+            lines.append(lines_along(const, rule.map.dim))
         stacked = torch.cat(lines)
         same = (stacked == stacked[:1]).all(0) & ~torch.isnan(stacked).any(0)
         return tuple(position for position, row in enumerate(rows) if bool(same[row]))
@@ -258,7 +258,7 @@ class LinearRule(LinearFacts):
             values[list(missing)] = self._line(fact.known)[list(missing)]
         grouped = values.unflatten(0, (linear.groups, linear.inputs))
         bias = torch.einsum("gi,goi->go", grouped, linear.weight).flatten() + linear.bias
-        out = analysis.fact(self.node).known.movedim(linear.dim, -1).flatten(0, -2)[0]
+        out = lines_along(analysis.fact(self.node).known, linear.dim)[0]
         index = torch.tensor(rows)
         at_zero = torch.zeros(len(rows), dtype=torch.bool)
         at_zero[list(zero_rows)] = True

@@ -137,15 +137,15 @@ class LinearFacts(Rule, ABC):
 
     def _line(self, summary: Tensor) -> Tensor:
         """Return a summary along the mapped dimension, the others being single or uniform."""
-        line = summary.movedim(self.map.dim, -1).flatten(0, -2)[0]
+        line = lines_along(summary, self.map.dim)[0]
         return line.expand(self.map.groups * self.map.inputs)
 
     def _line_any(self, summary: Tensor) -> Tensor:
-        return summary.movedim(self.map.dim, -1).flatten(0, -2).any(0)
+        return lines_along(summary, self.map.dim).any(0)
 
     def _uniform(self, fact: Fact, missing: Sequence[int]) -> bool:
         """Whether the missing constants are the same over all other channel dimensions."""
-        lines = fact.known.movedim(self.map.dim, -1).flatten(0, -2)
+        lines = lines_along(fact.known, self.map.dim)
         if lines.shape[-1] == 1 or not missing:
             return True
         lines = lines[:, list(missing)]
@@ -171,6 +171,11 @@ class LinearFacts(Rule, ABC):
             if indices:
                 found.append((group * linear.inputs, indices))
         return found
+
+
+def lines_along(summary: Tensor, dim: int) -> Tensor:
+    """Return a summary as lines along a dimension, (all others, C)."""
+    return summary.movedim(dim, -1).reshape(-1, summary.shape[dim])
 
 
 def _output_shape(node: fx.Node) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prifu_plugin.graph.padding import only_pads
+from prifu_plugin.names import value_at
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.rules.base import Analysis
 from prifu_plugin.prune.transposed import TRANSPOSED, rows_of_outputs
@@ -140,12 +141,22 @@ def _functional_map(analysis: Analysis, node: fx.Node) -> LinearMap | None:
     bias = rest[0] if rest else node.kwargs.get("bias")
     fact = analysis.values.get(x) if isinstance(x, fx.Node) else None
     parameters = [p for p in (weight, bias) if p is not None]
-    if not isinstance(fact, Fact) or not all(
-        isinstance(p, fx.Node) and p.op == "get_attr" and len(p.users) == 1 for p in parameters
-    ):
+    if not isinstance(fact, Fact) or not all(_is_its_own(analysis, p) for p in parameters):
         return None
     values = [analysis.fact(p).const for p in parameters if isinstance(p, fx.Node)]
+    if values[0].ndim != 2:
+        return None
     return _flat(values[0], values[1] if len(values) > 1 else None, len(fact.shape) - 1)
+
+
+def _is_its_own(analysis: Analysis, value: Any) -> bool:
+    """Whether a value is a parameter that nothing else reads, a layer neither."""
+    if not isinstance(value, fx.Node) or value.op != "get_attr" or len(value.users) != 1:
+        return False
+    parameter = value_at(analysis.root, str(value.target))
+    called = (n for n in analysis.graph.nodes if n.op == "call_module")
+    layers = {str(node.target): analysis.module(node) for node in called}
+    return not any(p is parameter for layer in layers.values() for p in layer.parameters())
 
 
 def _flat(weight: Tensor, bias: Tensor | None, dim: int) -> LinearMap:

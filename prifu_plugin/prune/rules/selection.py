@@ -21,7 +21,7 @@ def selection(labels: Tensor, shape: tuple[int, ...], dim: int) -> list[int] | N
         return None
     source = torch.arange(1, math.prod(shape) + 1).reshape(shape)
     stride = math.prod(shape[dim + 1 :])
-    line = labels.movedim(dim, 0).flatten(1)[:, 0]
+    line = labels.movedim(dim, 0).reshape(labels.shape[dim], -1)[:, 0]
     mapping = torch.where(line > 0, (line - 1) // stride % shape[dim], FILL)
     expected = source.index_select(dim, mapping.clamp_min(0))
     zero = along(mapping == FILL, len(shape), dim)
@@ -40,7 +40,7 @@ def order(
     for axis, kept in sets.items():
         if result.shape[axis] != len(kept):
             return None
-        line = result.movedim(axis, 0).flatten(1).amax(1)
+        line = result.movedim(axis, 0).reshape(result.shape[axis], -1).amax(1)
         flat = positions[line.clamp_max(len(positions) - 1)]
         index = flat // math.prod(labels.shape[axis + 1 :]) % labels.shape[axis]
         layout[axis] = tuple(index.tolist())
