@@ -10,6 +10,9 @@ from torch import nn
 CHILD = "prifu"
 """Name of a filter in the module it follows, and so the last part but one of W's key."""
 
+WHOLE = "_whole"
+"""How the name of a parameter ends that a forward reads beside its layer, which has a slice."""
+
 SIZE_QUERIES = {
     *("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "dtype", "device"),
     *("is_cuda", "requires_grad", "is_floating_point", "layout"),

@@ -53,7 +53,7 @@ class _SecondRecorder(fx.Interpreter):
         example = result if not isinstance(result, Tensor) else None
         known = replace(seen(n), other_shape=_shape(result), other_example=example)
         if not known.shape and not known.nested:
-            differs = known.example != example
+            differs = _is_plain(example) and known.example != example
             known = replace(known, moves=known.moves or differs or _follows_from_what_moves(n))
         varies = _given_what_moves(n) or any(seen(i).varies for i in n.all_input_nodes)
         if known.is_static and (varies or not _same(known.static, result)):
@@ -111,6 +111,12 @@ def _follows_from_what_moves(node: fx.Node) -> bool:
     """Whether a number is made of numbers that move; one of the sizes of a shape is its own."""
     shapes = [seen(i) for i in node.all_input_nodes if isinstance(seen(i).example, torch.Size)]
     return not shapes and _given_what_moves(node)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, or a tuple or list of some."""
+    items = value if isinstance(value, tuple | list) else (value,)
+    return all(isinstance(item, bool | int | float) for item in items)
 
 
 def _is_several(result: Any) -> bool:

@@ -151,12 +151,12 @@ class Inputs:
         as long. Sequences grow. A model that takes none has its size fixed.
         """
         odd = (_odd((5, -5)), _odd((1, 1)), _odd((1, 0)), _odd((0, 1)))
-        changes = (*odd, _skewed, _grown, _framed, _by_patches, _longer, _doubled)
+        changes = (*odd, _skewed, _grown, _framed, _by_patches, _longer, _far_signals, _doubled)
         yield from self._changed(_far, *changes)
 
     def elsewhere(self) -> Iterator[Inputs]:
         """Yield the same at sizes that are not among the first of `sized`."""
-        yield from self._changed(_between, _odd((33, -1)), _odd((64, 64)))
+        yield from self._changed(_between, _between_signals, _odd((33, -1)), _odd((64, 64)))
 
     def _changed(self, *changes: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Iterator[Inputs]:
         found = {self.shapes}
@@ -238,6 +238,15 @@ def _odd(more: tuple[int, int]) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
 def _far(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Make sequences (N, L, C) more than twice as long: every fourth of them is one more, too."""
     return (shape[0], 2 * shape[1] + 3, shape[2]) if len(shape) == 3 else shape
+
+
+def _far_signals(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Do the same to signals (N, C, L)."""
+    return (*shape[:2], 2 * shape[2] + 3) if len(shape) == 3 else shape
+
+
+def _between_signals(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:2], shape[2] + 7) if len(shape) == 3 else shape
 
 
 def _between(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -22,6 +22,11 @@ from prifu_plugin.prune.plan import SliceLinear
 from prifu_plugin.prune.transposed import TRANSPOSED, rows_of_outputs, turned
 
 
+def has_filters(module: nn.Module) -> bool:
+    """Whether a copy of a module without filters has other parameters."""
+    return any(isinstance(part, PriFU) for part in module.modules())
+
+
 def selected(value: Tensor, select: tuple[tuple[int, tuple[int, ...]], ...]) -> Tensor:
     """Slice a tensor along some dimensions."""
     for dim, indices in select:

@@ -10,9 +10,6 @@ from torch import Tensor, fx, nn
 
 from prifu_plugin.device import like_of
 
-WHOLE = "_whole"
-"""How the name of a parameter ends that the graph reads beside a layer that has a slice of it."""
-
 
 class Members:
     """Members by path, under their original paths where these are free.
@@ -63,17 +60,6 @@ class Members:
         while hasattr(self.root, path.partition(".")[0]) or self._is_taken(path, origin):
             path = "_" + path
         return path
-
-    def tie(self) -> None:
-        """Let a parameter that the graph reads be that of its layer again, if that is whole."""
-        for place, value in self.found.items():
-            path = self.origins[place][0] if isinstance(value, nn.Parameter) else None
-            if not isinstance(path, str):
-                continue
-            owner, _, name = path.rpartition(".")
-            own = getattr(self.found.get(owner), name, None)
-            if isinstance(own, nn.Parameter) and torch.equal(own, value):
-                self.found[place] = own
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,11 +9,12 @@ from torch import Tensor, fx, nn
 
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.keyed import KeyedNoise
-from prifu_plugin.names import value_at
+from prifu_plugin.names import WHOLE, value_at
 from prifu_plugin.prune.border import border_map
 from prifu_plugin.prune.kernels import (
     concat_parts,
     filter_vectors,
+    has_filters,
     pure_copy,
     selected,
     slice_linear,
@@ -22,7 +23,7 @@ from prifu_plugin.prune.kernels import (
 from prifu_plugin.prune.layout import FILL, Conform
 from prifu_plugin.prune.loadable import make_loadable
 from prifu_plugin.prune.lower import drop_unused
-from prifu_plugin.prune.members import WHOLE, Members, like
+from prifu_plugin.prune.members import Members, like
 from prifu_plugin.prune.nodes import SIZED, size_arguments
 from prifu_plugin.prune.places import PLACES, places
 from prifu_plugin.prune.plan import (
@@ -83,7 +84,7 @@ class _Rewriter:
                     self.values[node].meta.setdefault("original", node.name)
         drop_unused(self.new)
         make_loadable(self.new)
-        self.members.tie()
+        self._tie()
         module = fx.GraphModule(self.members.read(), self.new, class_name=type(self.root).__name__)
         module.meta[PLACES] = places(self.old, self.new, self.values)
         return module.eval()
@@ -309,6 +310,17 @@ class _Rewriter:
             return path
         whole = f"{owner.replace('.', '_')}_{name}{WHOLE}"
         return "_" + whole if hasattr(self.root, whole) else whole
+
+    def _tie(self) -> None:
+        """Let a parameter that the graph reads be that of its layer again, if both are whole."""
+        origins, found = self.members.origins, self.members.found
+        for place, value in found.items():
+            if not isinstance(value, nn.Parameter) or origins[place][1] != ():
+                continue
+            owner, _, name = str(origins[place][0]).rpartition(".")
+            whole = isinstance(origins.get(owner, (None, None))[1], Keep)
+            if whole and not has_filters(self.root.get_submodule(owner)):
+                found[place] = getattr(found[owner], name)
 
     def _called(self, node: fx.Node) -> nn.Module:
         return self.root.get_submodule(str(node.target))

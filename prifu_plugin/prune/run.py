@@ -50,8 +50,8 @@ def prune(
     the forward cannot be followed at all (detectors; regions under autocast or without gradients),
     it is a copy of the model whose largest parts that can be are such modules; the report names
     them, and such a result has no plan. It is compared with the filtered model on fresh inputs, in
-    fp64 and in the model's own precision, at other batch sizes and, for one image input that the
-    model takes at another resolution, there too. Inputs are drawn, numbers Gaussian or in the
+    fp64 and in the model's own precision, at other batch sizes and, where the model takes other
+    resolutions or lengths, at two of them. Inputs are drawn, numbers Gaussian or in the
     range that was shown, integers in it: what must make sense together (boxes of regions) will
     not. What a forward does only at sizes that were not compared is not certified; where torch.fx
     cannot follow a forward because it decides on sizes, the sizes of the example decide, and the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from prifu_plugin.prune.members import WHOLE
+from prifu_plugin.names import WHOLE
 
 
 def separated(model: nn.Module, pruned: nn.Module) -> list[tuple[str, str]]:
