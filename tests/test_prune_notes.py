@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_prune_odd import Front
 from torch import nn
 
 import prifu_plugin as prifu
@@ -169,16 +170,6 @@ class Mixed(nn.Module):
 
     def forward(self, x):
         return self.b(self.n(self.a(x) * self.k.to(x.dtype)))
-
-
-class Front(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16)).double()
-        self.b = nn.Linear(16, 2)
-
-    def forward(self, x):
-        return self.b(self.a(x.double()).float())
 
 
 @pytest.mark.parametrize("make", [Mixed, Front])
