@@ -109,13 +109,13 @@ def can_be_taken_over(root: nn.Module, value: Any, reader: fx.Node) -> bool:
     if not any(_is_trained(n) for n in made_of):
         return True
     read = {str(n.target) for n in made_of if n.op == "get_attr"}
-    if {id(value_at(root, path)) for path in read} & _of_layers(root, reader.graph):
+    if {id(value_at(root, path)) for path in read} & parameters_of_layers(root, reader.graph):
         return False
     others = {n for n in reader.graph.nodes if n.op == "get_attr" and str(n.target) in read}
     return all(user in made_of or user is reader for n in made_of | others for user in n.users)
 
 
-def _of_layers(root: nn.Module, graph: fx.Graph) -> set[int]:
+def parameters_of_layers(root: nn.Module, graph: fx.Graph) -> set[int]:
     """Return the ids of the parameters of all layers that a graph calls."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     return {id(p) for path in called for p in root.get_submodule(path).parameters()}

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from prifu_plugin.graph.padding import only_pads
 from prifu_plugin.names import value_at
 from prifu_plugin.prune.facts import Fact
+from prifu_plugin.prune.functional_layers import parameters_of_layers
 from prifu_plugin.prune.rules.base import Analysis
 from prifu_plugin.prune.transposed import TRANSPOSED, rows_of_outputs
 
@@ -154,9 +155,7 @@ def _is_its_own(analysis: Analysis, value: Any) -> bool:
     if not isinstance(value, fx.Node) or value.op != "get_attr" or len(value.users) != 1:
         return False
     parameter = value_at(analysis.root, str(value.target))
-    called = (n for n in analysis.graph.nodes if n.op == "call_module")
-    layers = {str(node.target): analysis.module(node) for node in called}
-    return not any(p is parameter for layer in layers.values() for p in layer.parameters())
+    return id(parameter) not in parameters_of_layers(analysis.root, analysis.graph)
 
 
 def _flat(weight: Tensor, bias: Tensor | None, dim: int) -> LinearMap:
