@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -61,12 +62,24 @@ def copied(model: nn.Module) -> nn.Module:
         return original(self if self.is_leaf else self.detach(), memo)
 
     with PATCHING, mock.patch.object(Tensor, "__deepcopy__", copy_computed), torch.no_grad():
-        copy_of = copy.deepcopy(model)
+        copy_of = copy.deepcopy(model, emptied(model))
     # Scripted modules copy their parameters by an operation, which has a gradient or is none.
     for old, new in zip(model.parameters(), copy_of.parameters(), strict=True):
         if new.requires_grad is not old.requires_grad:
             new.requires_grad_(old.requires_grad)
     return copy_of
+
+
+def emptied(model: nn.Module) -> dict[int, Any]:
+    """Return a memo for copy.deepcopy with new empty containers for those of modules.
+
+    It copies what holds nothing, a dozen tables of hooks for each module, as slowly as the rest.
+    """
+    held = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): type(value)() for value in held if type(value) in _TABLES and not value}
+
+
+_TABLES = (OrderedDict, dict, set)
 
 
 def wrap_state(model: nn.Module) -> WrapState:

@@ -15,7 +15,7 @@ from prifu_plugin.filter import PriFU, along
 from prifu_plugin.graph.folding import folded_parameters, folds
 from prifu_plugin.graph.host import detach, filter_of, is_host
 from prifu_plugin.graph.norms import norm_spec
-from prifu_plugin.graph.state import copied
+from prifu_plugin.graph.state import copied, emptied
 from prifu_plugin.names import CHILD
 from prifu_plugin.prune.layout import FILL
 from prifu_plugin.prune.plan import SliceLinear
@@ -39,12 +39,7 @@ def slice_linear(
 ) -> Any:
     """Return a copy of a linear map with the rows and columns of a kernel."""
     weight = rows_of_outputs(module)
-    per_group = len(kernel.rows) // kernel.groups
-    blocks = []
-    for group, columns in enumerate(kernel.columns):
-        rows = kernel.rows[group * per_group : (group + 1) * per_group]
-        blocks.append(_pick(_pick(weight, 0, rows), 1, columns))
-    sliced = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+    sliced = _taken(weight, kernel)
     if kernel.zero_rows:
         sliced[list(kernel.zero_rows)] = 0.0
     if delta is not None:
@@ -91,7 +86,7 @@ def slice_norm(
     Returns:
         The layer, and the filter's scale and bias for a product behind it.
     """
-    twin: Any = copy.deepcopy(module)
+    twin: Any = copy.deepcopy(module, emptied(module))
     scale = shift = None
     if is_host(module):
         unit = filter_of(module)
@@ -178,6 +173,18 @@ def concat_parts(graph: fx.Graph, parts: list[Any], dim: int) -> Any:
     return parts[0] if len(parts) == 1 else graph.call_function(torch.cat, (parts, dim))
 
 
+def _taken(weight: Tensor, kernel: SliceLinear) -> Tensor:
+    """Return the rows of a weight, and of each the columns of its group; zeros for FILL."""
+    if kernel.groups == 1:
+        return _pick(_pick(weight, 0, kernel.rows), 1, kernel.columns[0])
+    columns = torch.tensor(kernel.columns, device=weight.device)
+    columns = columns.repeat_interleave(len(kernel.rows) // kernel.groups, 0)
+    rows = torch.tensor(kernel.rows, device=weight.device)[:, None].expand_as(columns)
+    absent = (rows == FILL) | (columns == FILL)
+    taken = weight[rows.clamp_min(0), columns.clamp_min(0)]
+    return taken.masked_fill(absent.reshape(*absent.shape, *[1] * (weight.ndim - 2)), 0.0)
+
+
 def _pick(value: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
     """Select along a dimension; FILL selects zeros."""
     index = torch.tensor(indices, device=value.device)
@@ -189,8 +196,8 @@ def _pick(value: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
 
 def _shell(module: nn.Module) -> Any:
     """Copy a layer without copying its weights."""
-    memo = {id(p): p for p in module.parameters(recurse=False)}
-    twin = copy.deepcopy(module, memo)
+    weights: dict[int, Any] = {id(p): p for p in module.parameters(recurse=False)}
+    twin = copy.deepcopy(module, {**emptied(module), **weights})
     _drop_hooks(twin)
     return twin
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prifu_plugin.figures import new_figure
 from prifu_plugin.formats import FORMAT, check_format, reading
-from prifu_plugin.graph.undisturbed import run_undisturbed
+from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.names import is_of_filter
 from prifu_plugin.prune.facts import Fact, channels_of
 from prifu_plugin.prune.inputs import Inputs
@@ -194,11 +194,13 @@ def _count_macs(model: nn.Module, inputs: Inputs) -> int:
     try:
         # Fused attention is not counted; which kernel torch takes depends on the widths.
         with (
+            undisturbed(model),
+            torch.no_grad(),
             _recurrent_layers_apart(model),
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
         ):
-            run_undisturbed(model, inputs.draw(model, 0))
+            model(*inputs.draw(model, 0))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for parameter in trained:

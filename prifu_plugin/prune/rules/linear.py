@@ -69,10 +69,10 @@ class LinearRule(LinearFacts):
         zero_rows = self._constant_rows(analysis, rows)
         constant = {rows[position] for position in zero_rows}
         groups = sorted({row // per_out for row in rows})
-        group_rows = [[r for r in rows if r // per_out == g] for g in groups]
+        group_rows = _by_group(rows, groups, per_out)
         as_map = self.adds_border(analysis)
-        members = [[r for r in m if r not in constant] for m in group_rows]
-        columns, borders = self._group_inputs(fact, groups, members, set(have), as_map)
+        varying = [row for row in rows if row not in constant]
+        columns, borders = self._group_inputs(fact, groups, varying, have, as_map)
         width = max(1, *(len(c) for c in columns))
         height = max(len(r) for r in group_rows)
         self._note_padding(planner, columns, width, group_rows, height)
@@ -134,27 +134,34 @@ class LinearRule(LinearFacts):
         self,
         fact: Fact,
         groups: Sequence[int],
-        members: Sequence[Sequence[int]],
+        rows: Sequence[int],
         have: set[int],
         as_map: bool,
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Return for each group the inputs it reads, and the constants its border shows."""
-        linear, per_in = self.map, self.map.inputs
-        known = self._line(fact.known).tolist()
+        known: list[float] = self._line(fact.known).tolist()
         columns: list[list[int]] = []
         borders: list[list[int]] = []
-        for g, rows in zip(groups, members, strict=True):
-            used = linear.connected[g, [r - g * linear.outputs for r in rows]].any(0)
-            local = [i for i in range(per_in) if used[i] and g * per_in + i in have]
-            missing = [i for i in range(per_in) if used[i] and g * per_in + i not in have]
-            border = self._border(fact, [g * per_in + i for i in missing])
-            border = [i - g * per_in for i in border]
-            if border and not as_map and not any(known[g * per_in + i] for i in local):
-                local.append(max(border, key=lambda i: abs(known[g * per_in + i])))
+        for g, used in zip(groups, self._read_by(rows, groups), strict=True):
+            first = g * self.map.inputs
+            local = [i for i in used if first + i in have]
+            border = [i for i in used if first + i not in have and known[first + i] != 0]
+            border = border if self.map.padded else []
+            if border and not as_map and not any(known[first + i] for i in local):
+                local.append(max(border, key=lambda i: abs(known[first + i])))
                 border.remove(local[-1])
             columns.append(local)
             borders.append(border)
         return columns, borders
+
+    def _read_by(self, rows: Sequence[int], groups: Sequence[int]) -> list[list[int]]:
+        """Return for each group the inputs within it that some of its rows are connected to."""
+        linear = self.map
+        asked = torch.zeros(linear.groups * linear.outputs, dtype=torch.bool)
+        asked[list(rows)] = True
+        asked = asked.unflatten(0, (linear.groups, linear.outputs))
+        used = (linear.connected & asked[:, :, None]).any(1)[list(groups)]
+        return [[i for i, reads in enumerate(line) if reads] for line in used.tolist()]
 
     def _name(self, analysis: Analysis) -> str:
         """Return the name of the first call of the layer, after which its constants are named."""
@@ -211,8 +218,8 @@ class LinearRule(LinearFacts):
         """
         if not planner.exists(self.source):
             return columns
-        keep = self._line_any(planner.analysis.keep[self.source])
-        fewer = tuple(c for c in columns if bool(keep[c if len(keep) > 1 else 0]))
+        keep: list[bool] = self._line_any(planner.analysis.keep[self.source]).tolist()
+        fewer = tuple(c for c in columns if keep[c if len(keep) > 1 else 0])
         saved = (len(columns) - len(fewer)) * self.map.outputs
         dear = max(GATHER, planner.analysis.move_cost) * len(fewer)
         return fewer if fewer and saved > dear else columns
@@ -224,8 +231,8 @@ class LinearRule(LinearFacts):
             const = analysis.fact(rule.node).const
             lines.append(lines_along(const, rule.map.dim))
         stacked = torch.cat(lines)
-        same = (stacked == stacked[:1]).all(0) & ~torch.isnan(stacked).any(0)
-        return tuple(position for position, row in enumerate(rows) if bool(same[row]))
+        same: list[bool] = (stacked == stacked[0]).all(0).tolist()  # which live ones are not: NaN
+        return tuple(position for position, row in enumerate(rows) if same[row])
 
     def _border_map(
         self,
@@ -296,6 +303,14 @@ def _rows_of(
     height = len(rows) // groups
     places = [p for p in range(group * height, (group + 1) * height) if rows[p] != FILL]
     return places, weight[[rows[p] for p in places]][:, list(inputs)]
+
+
+def _by_group(rows: Sequence[int], groups: Sequence[int], per_group: int) -> list[list[int]]:
+    """Return the rows of each group, in their order."""
+    found: dict[int, list[int]] = {group: [] for group in groups}
+    for row in rows:
+        found[row // per_group].append(row)
+    return [found[group] for group in groups]
 
 
 def _absent(groups: list[int], columns: list[list[int]], per_group: int) -> list[int]:

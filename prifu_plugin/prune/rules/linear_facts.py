@@ -165,12 +165,10 @@ class LinearFacts(Rule, ABC):
         computed = computed.unflatten(0, (linear.groups, linear.outputs))
         seen = torch.einsum("go,goi->gi", computed.double(), linear.connected.double()) > 0
         visible = self._line(fact.known).unflatten(0, (linear.groups, linear.inputs)) != 0
-        found = []
-        for group, line in enumerate(seen & visible):
-            indices = line.nonzero().flatten().tolist()
-            if indices:
-                found.append((group * linear.inputs, indices))
-        return found
+        found: dict[int, list[int]] = {}
+        for group, index in (seen & visible).nonzero().tolist():
+            found.setdefault(group * linear.inputs, []).append(index)
+        return list(found.items())
 
 
 def lines_along(summary: Tensor, dim: int) -> Tensor:
