@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import probe
 import pytest
 import sweep
+import torch
+from torch import nn
 
 ROW = {"name": "a", "stands_for": ["a", "b"], "outcome": "exact", "input": [[2, 3, 8, 8]]}
 CASES = [
@@ -57,6 +60,25 @@ def test_what_fails_is_a_row(name, outcome, why, rows):
     assert row["name"] == name
     assert row["outcome"].startswith(outcome or ("failed: ", "not finished"))
     assert why in row["why"]
+
+
+def test_detectors_are_given_targets():
+    model = sweep.build("tv_ssdlite320_mobilenet_v3_large").train()
+    losses = model(*sweep.lesson(model, (torch.zeros(2, 3, 96, 96),)))
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_the_probe_tells_what_rests_from_what_is_constant():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Flatten()).double()
+    net[0].bias.data.fill_(-1e6)
+    net[0].weight.data[:2] = 0.0
+    assert probe.least_share(net, (3, 4, 4)) == 0
+    assert probe.least_share(net, (3, 4, 4), awake=True) == 0.5
+
+
+def test_a_row_says_what_rests():
+    row = {**ROW, "saved": 0.5, "possible": 0.6, "awake": 0.51}
+    assert "0.980 if no activation were at rest" in sweep.page([row], {"torch": "0"})
 
 
 def test_the_page_has_a_row_for_each_family():
