@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from prifu_plugin.filter import along
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.nodes import mapped
 from prifu_plugin.prune.rules.base import Analysis, run, run_with_gradients
 from prifu_plugin.prune.rules.elsewhere import elsewhere, signature
 from prifu_plugin.prune.rules.loose import changed, loose_numbers
+from prifu_plugin.prune.rules.origins import axes_of, channel_of, relation_of
 from prifu_plugin.prune.rules.passing import is_movement_by_name, passes_everything
 from prifu_plugin.prune.seen import seen
 
@@ -233,21 +233,21 @@ def _combined(
     if len({labels.ndim for labels in every}) != 1:
         return None
     channels = [
-        [_channel(labels, shape, axis) for axis in fact.axes]
+        [channel_of(labels, shape, axis) for axis in fact.axes]
         for labels, shape in zip(every, shapes, strict=True)
     ]
     varying = {
         dim
         for indices, labels in zip(channels, every, strict=True)
         for index in indices
-        for dim in _axes(index, labels == 0)
+        for dim in axes_of(index, labels == 0)
     }
     axes = tuple(d for d in sorted(varying) if len({labels.shape[d] for labels in every}) == 1)
     mixed = len(axes) < len(varying)
     if mixed and changes:
         return None
     related = [
-        _relation(labels, indices, [shape[axis] for axis in fact.axes], axes)
+        relation_of(labels, indices, [shape[axis] for axis in fact.axes], axes)
         for labels, indices, shape in zip(every, channels, shapes, strict=True)
     ]
     zero = math.prod(begin[0].shape[axis] for axis in fact.axes)
@@ -298,57 +298,3 @@ def _tensors(result: Any) -> list[Tensor]:
 def _are_labels(values: Tensor, size: int) -> bool:
     whole = torch.isfinite(values) & (values == values.round()) & (values >= 0) & (values <= size)
     return values.ndim > 0 and values.numel() > 0 and bool(whole.all())
-
-
-def _axes(index: Tensor, padded: Tensor) -> set[int]:
-    """Find the dimensions of the result along which a channel index of the source varies.
-
-    Zeros that were padded have no channel: how many there are depends on the size of the input.
-    """
-    index = index.int()  # of 64 bits, the least along a dimension takes ten times as long
-    lowest = index.masked_fill(padded, torch.iinfo(index.dtype).max)
-    highest = index.masked_fill(padded, -1)
-    return {
-        dim
-        for dim in range(index.ndim)
-        if index.shape[dim] > 1 and bool((highest.amax(dim) > lowest.amin(dim)).any())
-    }
-
-
-def _channel(labels: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
-    """Return the index along a dimension of the source that each label has."""
-    return (labels - 1).clamp_min(0) // math.prod(shape[axis + 1 :]) % shape[axis]
-
-
-def _relation(
-    labels: Tensor, indices: list[Tensor], sizes: list[int], axes: tuple[int, ...]
-) -> Tensor:
-    """Return which channels of the source each channel of the result reads, as sorted pairs.
-
-    All that the analysis concludes of a movement follows from it.
-    """
-    origin = torch.zeros_like(labels, dtype=torch.int64)
-    for index, size in zip(indices, sizes, strict=True):
-        origin = origin * size + index
-    count = math.prod(sizes)
-    origin = torch.where(labels == 0, count, origin)
-    place = torch.zeros([1] * labels.ndim, dtype=torch.int64)
-    for axis in axes:
-        line = torch.arange(labels.shape[axis])
-        shaped = along(line, labels.ndim, axis)
-        place = place * labels.shape[axis] + shaped
-    return _sorted_values(place * (count + 1) + origin, (count + 1) * _product(labels, axes))
-
-
-def _product(labels: Tensor, axes: tuple[int, ...]) -> int:
-    return math.prod(labels.shape[axis] for axis in axes)
-
-
-def _sorted_values(numbers: Tensor, end: int) -> Tensor:
-    """Return the different values of integers below an end; without sorting where that is dear."""
-    if end > 4 * numbers.numel():
-        values: Tensor = torch.unique(numbers)
-        return values
-    seen = torch.zeros(end, dtype=torch.bool)
-    seen[numbers.flatten()] = True
-    return seen.nonzero().flatten()
