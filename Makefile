@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test coverage lint docs zoo slow long export loops device others examples clean
+.PHONY: demo test coverage lint docs zoo slow long slower export loops device others examples clean
 demo: $(VENV)/stamp
 	$(RUN) examples/quickstart.py
 
@@ -35,6 +35,11 @@ slow: $(VENV)/stamp
 # More of the same, before a release.
 long: $(VENV)/stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m long
+
+# Zoo, slow, export and examples in one run, which collects and imports once.
+slower: $(VENV)/stamp
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal \
+		-m "(zoo or slow or export) and not (long or loops or others)"
 
 export: $(VENV)/stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "export and not long"

@@ -127,7 +127,9 @@ WIDE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] * (n == "disco")) for n in WIDE]
+)  # which is judged by what is named, too
 def test_images_are_harder_to_reconstruct_and_the_task_stays(name, plain):
     images, task, private = planted(seed=1)
     named = name == "pan"

@@ -224,7 +224,7 @@ def main(kind, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero", marks=pytest.mark.long)])
 def test_masks_agree_and_equal_one_process(kind, tmp_path):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     subprocess.run([sys.executable, *command, kind, str(tmp_path)], check=True, timeout=300)

@@ -37,7 +37,7 @@ def copies(model):
         pytest.param("mobilenetv2_035", 0.1, marks=pytest.mark.slow),
         pytest.param("test_vit", 0.1, marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param("resnet18", 0.5, marks=[pytest.mark.slow, pytest.mark.long]),
-        pytest.param("convnext_atto", 0.1, marks=pytest.mark.slow),
+        pytest.param("convnext_atto", 0.1, marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param("efficientnet_b0", 0.1, marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )

@@ -46,7 +46,9 @@ def run(names, *arguments):
 
 
 @slow
-@pytest.mark.parametrize("names", ["table1 fig4 fig11", "fig6 fig7"])
+@pytest.mark.parametrize(
+    "names", ["table1 fig4 fig11", pytest.param("fig6 fig7", marks=pytest.mark.long)]
+)
 def test_figures_that_train_run(names, tmp_path):
     said = run(names, "--smoke", "--out", tmp_path)
     for name in names.split():
