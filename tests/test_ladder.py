@@ -159,6 +159,7 @@ STEPS = {
     "shared": (lambda: Inner(SHARED[0]), lambda m, x: m(x)),
     "no gradient": (Block, lambda m, x: x + m(x).detach()),
     "plain": (Block, lambda m, x: F.relu(m(x))),
+    "made": (Block, lambda m, x: m(x) + torch.ones(1, 1, 1).expand(x.shape[0], -1, -1, 1)),
     "pool": (Block, lambda m, x: F.interpolate(F.avg_pool2d(m(x), 2), x.shape[2:])),
 }
 SHARED = [None]
@@ -241,6 +242,12 @@ CASES = {
 def test_each_step(name):
     for seed, ends in enumerate(("tensor", "tuple", "dict")):
         assert exact_or_refused([name, "plain"], ends, seed % 2 == 0, seed) == "exact"
+
+
+def test_a_tensor_that_the_forward_makes_is_expanded_to_sizes():
+    model = closed_at_random(prifu.wrap(Odd(["made"], "tensor")), 0)
+    pruned = prifu.prune(model, torch.zeros(2, 3, 8, 8))
+    assert prifu.report(pruned).way == "graph"
 
 
 @settings(max_examples=10, deadline=None)

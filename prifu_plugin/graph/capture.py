@@ -251,6 +251,17 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     return _APPLY.__get__(None, cls)(*args, **kwargs)
 
 
+_EXPAND = Tensor.expand
+
+
+def _expand(self: Tensor, *sizes: Any, **named: Any) -> Any:
+    """Record how a tensor that the forward makes is expanded: expand itself takes no proxies."""
+    followed = next((size for size in sizes if isinstance(size, fx.Proxy)), None)
+    if followed is None:
+        return _EXPAND(self, *sizes, **named)
+    return followed.tracer.create_proxy("call_method", "expand", (self, *sizes), named)
+
+
 _CHECKPOINTS = [f"_checkpoint_without_reentrant_generator{end}" for end in ("", "_impl")]
 
 
@@ -272,6 +283,7 @@ def _traceable_torch() -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(patched(transformer, "_get_seq_len", lambda *_: None))
+            stack.enter_context(patched(Tensor, "expand", _expand))
             for name in _CHECKPOINTS:
                 stack.enter_context(patched(checkpoint, name, _once))
             apply = classmethod(_apply)
