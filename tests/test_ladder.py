@@ -3,6 +3,7 @@
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -261,3 +262,25 @@ def test_some_forwards(names, ends, bias, seed):
 @given(**CASES)
 def test_many_forwards(names, ends, bias, seed):
     exact_or_refused(names, ends, bias, seed)
+
+
+class ByProduct(nn.Module):
+    """Counts places with numpy, which asks a shape for a method that it does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = Block(), nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        y = self.block(x)
+        return self.head(y.sum((2, 3))) / np.prod(y.shape[2:])
+
+
+def test_a_graph_that_was_traced_but_does_not_run_is_made_of_sizes():
+    model = closed_at_random(prifu.wrap(ByProduct()), 0)
+    pruned = prifu.prune(model, torch.zeros(2, WIDTH, 8, 8))
+    assert prifu.report(pruned).way == "sizes"
+    x = torch.randn(5, WIDTH, 8, 8)
+    torch.testing.assert_close(pruned(x), model(x))
+    with pytest.raises(AssertionError, match="other input sizes"):
+        pruned(torch.randn(2, WIDTH, 9, 8))

@@ -81,8 +81,11 @@ class SizedProxy(fx.Proxy):
     def __getattr__(self, k: str) -> Any:
         if k.startswith("__"):
             raise AttributeError(k)
-        if k in ("type", "index") and isinstance(self.value, torch.device):
-            return getattr(self.value, k)  # a context such as autocast takes no proxy
+        value = self.value
+        if k in ("type", "index") and isinstance(value, torch.device):
+            return getattr(value, k)  # a context such as autocast takes no proxy
+        if isinstance(value, bool | int | float | tuple) and not hasattr(value, k):
+            raise AttributeError(f"'{type(value).__name__}' object has no attribute '{k}'")
         return _SizedAttribute(self, k)
 
     def __iter__(self) -> Iterator[Any]:

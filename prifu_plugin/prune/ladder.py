@@ -39,11 +39,15 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
         CaptureError: if neither way leads to a graph, or it takes other inputs.
     """
     plain, failed = _attempt(model, runs, sized=False)
+    broken: Exception | None = None
     if plain is not None and not _is_closed_somewhere(plain):
         _check_inputs(plain, runs)
         if len(runs) == 1:  # what is concluded of one size holds there
             fix_sizes(plain.graph, runs[0].shapes, batch=True)
-        return _record(plain, runs), runs
+        try:
+            return _record(plain, runs), runs
+        except Exception as error:  # noqa: BLE001 - traced, but asks for what sizes do not have
+            plain, broken = None, error
     sized, later = _attempt(model, runs, sized=True)
     for captured, chosen in _in_turn(model, plain, sized, runs):
         _check_inputs(captured, chosen)
@@ -59,7 +63,7 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
             f"{type(model).__name__} decides differently for each batch size, as a loop over the "
             "images of a batch does: prune cannot follow. Compute the batch as one tensor."
         )
-    raise later or failed or CaptureError(f"{type(model).__name__} cannot be followed.")
+    raise broken or later or failed or CaptureError(f"{type(model).__name__} cannot be followed.")
 
 
 def _attempt(
