@@ -40,6 +40,8 @@ def test_rows_and_columns_of_groups(case):
     else:
         layer = nn.Linear(per_in, per_out)
     sliced = slice_linear(layer, kernel, None, None)
+    assert sliced.weight.data_ptr() != layer.weight.data_ptr()  # also of what is whole
+    assert sliced.bias.data_ptr() != layer.bias.data_ptr()
     height = len(kernel.rows) // kernel.groups
     for at, row in enumerate(kernel.rows):
         for place, column in enumerate(kernel.columns[at // height]):

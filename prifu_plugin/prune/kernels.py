@@ -52,7 +52,7 @@ def slice_linear(
         trained = (module.weight if module.bias is None else module.bias).requires_grad
         twin.bias = nn.Parameter(bias.to(weight), trained)
     elif module.bias is not None:
-        sliced_bias = _pick(module.bias.detach(), 0, kernel.rows)
+        sliced_bias = _pick(module.bias.detach(), 0, kernel.rows).clone()
         twin.bias = nn.Parameter(sliced_bias, module.bias.requires_grad)
     width = len(kernel.columns[0]) * kernel.groups
     if isinstance(module, nn.Linear):
@@ -176,7 +176,8 @@ def concat_parts(graph: fx.Graph, parts: list[Any], dim: int) -> Any:
 def _taken(weight: Tensor, kernel: SliceLinear) -> Tensor:
     """Return the rows of a weight, and of each the columns of its group; zeros for FILL."""
     if kernel.groups == 1:
-        return _pick(_pick(weight, 0, kernel.rows), 1, kernel.columns[0])
+        taken = _pick(_pick(weight, 0, kernel.rows), 1, kernel.columns[0])
+        return taken.clone(memory_format=torch.contiguous_format) if taken is weight else taken
     columns = torch.tensor(kernel.columns, device=weight.device)
     columns = columns.repeat_interleave(len(kernel.rows) // kernel.groups, 0)
     rows = torch.tensor(kernel.rows, device=weight.device)[:, None].expand_as(columns)
@@ -186,7 +187,9 @@ def _taken(weight: Tensor, kernel: SliceLinear) -> Tensor:
 
 
 def _pick(value: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
-    """Select along a dimension; FILL selects zeros."""
+    """Select along a dimension; FILL selects zeros. What is whole is returned itself."""
+    if indices == tuple(range(value.shape[dim])):
+        return value
     index = torch.tensor(indices, device=value.device)
     picked = value.index_select(dim, index.clamp_min(0))
     if FILL in indices:
