@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prifu_plugin.config import FilterConfig
-from prifu_plugin.filter import PriFU, along
+from prifu_plugin.filter import PriFU, along, read_state
 from prifu_plugin.keyed import check_key, keyed_gaussian
 
 CUT_FORMAT = 1.0
@@ -85,8 +85,12 @@ class CutFilter(nn.Module):
         return torch.tensor([CUT_FORMAT, float(self.restores), self.noise], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over form and noise from a checkpoint, as filters do with alpha and gain."""
-        _, restores, self.noise = state.tolist()[:3]
+        """Take over form and noise from a checkpoint, as filters do with alpha and gain.
+
+        Raises:
+            FilterError: if a later version wrote it, or it is none.
+        """
+        restores, self.noise = read_state(state, CUT_FORMAT, (2,))
         self.restores = bool(restores)
 
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:

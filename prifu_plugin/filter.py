@@ -26,6 +26,35 @@ STATE_FORMAT = 2.0
 """Version of what a checkpoint holds of a filter besides its tensors."""
 
 
+def read_state(state: Any, known: float, lengths: tuple[int, ...]) -> list[float]:
+    """Return the numbers that a checkpoint holds of a filter, behind their format.
+
+    Args:
+        state: what `get_extra_state` gave.
+        known: the latest format that this version reads.
+        lengths: how many numbers there may be.
+
+    Raises:
+        FilterError: if a later version wrote it, or it is none.
+
+    Example:
+        >>> read_state(torch.tensor([1.0, 0.5]), 2.0, (1,))
+        [0.5]
+    """
+    numbers = state.tolist() if isinstance(state, Tensor) and state.ndim == 1 else []
+    if numbers and numbers[0] > known:
+        raise FilterError(
+            f"The checkpoint's filters have format {numbers[0]:g}; this version of prifu_plugin "
+            f"reads up to {known:g}. Upgrade it."
+        )
+    if len(numbers) - 1 not in lengths or not all(map(math.isfinite, numbers)):
+        raise FilterError(
+            f"The checkpoint is damaged: {state} is not what a filter writes of its settings. "
+            "Load another checkpoint, or leave its '_extra_state' entries out."
+        )
+    return [float(number) for number in numbers[1:]]
+
+
 class PriFU(nn.Module):
     """Weigh each channel and zero the light ones.
 
@@ -210,14 +239,9 @@ class PriFU(nn.Module):
         """Take over alpha, gain, dose and who holds the norm's scale from a checkpoint.
 
         Raises:
-            FilterError: if a later version wrote it.
+            FilterError: if a later version wrote it, or it is none.
         """
-        version, *settings = state.tolist()
-        if version > STATE_FORMAT:
-            raise FilterError(
-                f"The checkpoint's filters have format {version:g}; this version of prifu_plugin "
-                f"reads up to {STATE_FORMAT:g}. Upgrade it."
-            )
+        settings = read_state(state, STATE_FORMAT, (3, 5))
         self.alpha, self.gain, self.dose = settings[:3]
         self.stepped_alpha = self.alpha
         if settings[3:]:  # since format 2

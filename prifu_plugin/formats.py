@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from prifu_plugin.errors import ConfigError
+from prifu_plugin.errors import ConfigError, PrifuError
 
 FORMAT = 1
 """Written into plans and reports; larger where an older reader would read something wrong."""
@@ -47,6 +47,8 @@ def reading(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except PrifuError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         said = f"{type(error).__name__} {error}"
         raise ConfigError(f"The {what} is damaged: {said}. Write it again.") from error
@@ -59,6 +61,8 @@ def check_format(data: Mapping[str, Any], what: str) -> None:
         >>> check_format({"format": 1}, "plan")
     """
     found = data.get("format", 1)
+    if not isinstance(found, int | float):
+        raise ConfigError(f"The {what} is damaged: its format is {found!r}. Write it again.")
     if found > FORMAT:
         raise ConfigError(
             f"The {what} has format {found}; this version of prifu_plugin reads up to {FORMAT}. "

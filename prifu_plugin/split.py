@@ -35,6 +35,7 @@ from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.names import value_at
 from prifu_plugin.prune.inputs import Inputs, suited
 from prifu_plugin.prune.quiet import DrawingAlike, Quiet
+from prifu_plugin.prune.run import plan_of
 from prifu_plugin.prune.seen import seen
 from prifu_plugin.prune.verify import TOLERANCES, difference
 
@@ -182,16 +183,22 @@ def split(
         for module in shell.modules():
             if isinstance(module, fx.GraphModule) or type(module) is nn.Module:
                 module.training = model.training
-    halves = Split(parts[0], parts[1], node.name, _filtered_dim(model, node))
+    halves = Split(parts[0], parts[1], node.name, _filtered_dim(model, node, at))
     _check(model, halves, inputs)
     return halves
 
 
-def _filtered_dim(model: nn.Module, node: fx.Node) -> int | None:
-    """Return the channel dimension of the filter whose output a node is, None if it is not."""
+def _filtered_dim(model: nn.Module, node: fx.Node, at: str) -> int | None:
+    """Return the channel dimension of the filter at the cut, None if there is, or was, none."""
     module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
     unit = module if module is None or not is_host(module) else filter_of(module)
-    return unit.dim if isinstance(unit, CutFilter) else None
+    if isinstance(unit, CutFilter):
+        return unit.dim
+    try:
+        recipe = plan_of(model).recipe
+    except ConfigError:  # it was not pruned
+        return None
+    return int(recipe["cut_dim"]) if recipe["cut"] == at else None
 
 
 def cut_points(model: nn.Module, example_inputs: Any = None) -> list[str]:

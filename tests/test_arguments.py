@@ -124,6 +124,27 @@ def damaged(plan):
     return json.dumps(data)
 
 
+def changed(plan, **to):
+    return json.dumps(json.loads(plan.to_json()) | to)
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        {"format": "1"},
+        {"format": None},
+        {"recipe": None},
+        {"recipe": {}},
+        {"recipe": {"config": {"zzz": 1}, "paths": [], "cut": None}},
+        {"recipe": {"config": {}, "paths": 3, "cut": None}},
+        {"nodes": []},
+    ],
+)
+def test_plans_that_are_damaged(pruned, to):
+    with pytest.raises(ConfigError, match="plan is damaged"):
+        prifu.rebuild(network(), changed(prifu.plan(pruned), **to), pruned.state_dict())
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

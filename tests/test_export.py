@@ -47,3 +47,26 @@ def test_a_filtered_model_exports_before_it_is_pruned(tmp_path):
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     expected = wrapped(x).detach()
     assert (torch.from_numpy(found) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_sessions_repeat_their_noise_unless_they_are_seeded(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x, path = torch.randn(1, 3, 32, 32), tmp_path / "edge.onnx"
+    settings = {"cut": "global_pool", "noise": 0.3, "example_inputs": x}
+    wrapped = prifu.wrap(zoo.build("test_resnet"), **settings).eval()
+    edge, _ = prifu.split(prifu.prune(wrapped, x), "global_pool", x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own libraries
+        torch.onnx.export(torch.export.export(edge, (x,)), (x,), path, verbose=False)
+
+    def first_upload():
+        session = onnxruntime.InferenceSession(path)
+        (sent,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        return torch.from_numpy(sent)
+
+    assert torch.equal(first_upload(), first_upload())  # as docs/deploy.md warns
+    seeded = []
+    for seed in (1, 2):
+        onnxruntime.set_seed(seed)
+        seeded.append(first_upload())
+    assert not torch.equal(*seeded)

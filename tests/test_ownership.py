@@ -167,6 +167,23 @@ def test_checkpoints_of_other_versions():
         assert (unit.alpha, unit.gain, unit.dose) == before
 
 
+def test_a_filter_state_that_is_none_is_refused():
+    model = network()
+    for said in (torch.zeros(0), torch.tensor([2.0, 0.1]), torch.tensor(2.0)):
+        with pytest.raises(FilterError, match="damaged"):
+            model.load_state_dict({**model.state_dict(), "1.prifu._extra_state": said})
+
+
+def test_the_filter_on_the_upload_refuses_a_later_version():
+    layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+    x = torch.zeros(2, 3, 4, 4)
+    model = prifu.wrap(nn.Sequential(*layers), cut="2", noise=0.3, example_inputs=x)
+    for said, why in (([9.0, 1.0, 0.1], "format 9"), ([1.0, 1.0], "damaged"), ([], "damaged")):
+        state = {**model.state_dict(), "2.prifu._extra_state": torch.tensor(said)}
+        with pytest.raises(FilterError, match=why):
+            model.load_state_dict(state)
+
+
 def test_averages_follow_a_schedule():
     model = network()
     average = ModelEmaV3(model, decay=0.5)

@@ -499,3 +499,24 @@ def test_a_model_of_fixed_size_is_cut_without_a_word(capsys):
     pruned = prifu.prune(prifu.wrap(Net()).eval(), x)
     prifu.split(pruned, "norm", x)
     assert capsys.readouterr().err == ""
+
+
+class Last(nn.Module):
+    """Gives what has its channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 1), nn.LayerNorm(8), nn.Linear(8, 2)
+        self.end = nn.Identity()
+
+    def forward(self, x):
+        return self.head(self.end(self.norm(self.conv(x).permute(0, 2, 3, 1))).mean((1, 2)))
+
+
+def test_the_channels_of_a_pruned_models_upload_are_where_the_filter_was():
+    x = torch.randn(2, 3, 5, 5)
+    wrapped = prifu.wrap(Last(), cut="end", cut_dim=-1, example_inputs=x).eval()
+    wrapped.end.prifu.prifu.weight.data[:3] = 0.0
+    for model in (wrapped, prifu.prune(wrapped, x)):
+        payload = prifu.split(model, "end", x).payload(x)
+        assert int(payload.varying.sum()) == 5

@@ -797,3 +797,33 @@ def test_what_is_exchanged_is_put_back():
         model(torch.randn(2, 4))
         assert (model.one, model.other) == ("b", "a")
     assert (model.one, model.other) == ("a", "b")
+
+
+def test_norms_of_scripted_parts_are_named():
+    inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    with pytest.warns(FutureWarning, match="deprecated"):
+        scripted = torch.jit.trace(inner, torch.zeros(1, 4, 2, 2))
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), scripted)
+    with pytest.warns(PrifuWarning, match=r"'2\.1' \(BatchNorm2d\): it is scripted"):
+        wrapped = prifu.wrap(net)
+    assert list(prifu.filters(wrapped)) == ["1"]
+
+
+class RootMeanSquare(nn.Module):
+    """The same function as torch names it, beside torch.nn.functional's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.outer(torch.rms_norm(self.inner(x), [6]))
+
+
+def test_torchs_own_rms_norm_is_found_and_pruned():
+    wrapped = prifu.wrap(RootMeanSquare())
+    ((path, unit),) = prifu.filters(wrapped).items()
+    assert path == "rms_norm"
+    unit.weight.data[:2] = 0.0
+    pruned = prifu.prune(wrapped, torch.zeros(4, 3))
+    assert pruned.outer.in_features == 4

@@ -115,6 +115,18 @@ _REGISTRY: dict[str, NormSpec] = {
     for name, spec in names.items()
 }
 
+
+def dim_of_name(name: str) -> int | None:
+    """Return the channel dimension of a class by its bare name, as scripted modules keep it.
+
+    Example:
+        >>> dim_of_name("LayerNorm"), dim_of_name("Conv2d")
+        (-1, None)
+    """
+    specs = (spec for key, spec in _REGISTRY.items() if key.rpartition(".")[2] == name)
+    return next((spec.dim for spec in specs), None)
+
+
 FUNCTIONAL_DIMS: dict[Callable[..., Any] | str, int] = {
     F.batch_norm: 1,
     F.instance_norm: 1,
@@ -125,6 +137,7 @@ FUNCTIONAL_DIMS: dict[Callable[..., Any] | str, int] = {
     torch.instance_norm: 1,
     torch.group_norm: 1,
     torch.layer_norm: -1,
+    torch.rms_norm: -1,
 }
 """Functional normalizations and their channel dimensions."""
 

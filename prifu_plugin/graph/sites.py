@@ -7,6 +7,7 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from prifu_plugin.arguments import check_model, strings
@@ -20,7 +21,7 @@ from prifu_plugin.graph.functional import (
     names_functional,
 )
 from prifu_plugin.graph.host import is_host
-from prifu_plugin.graph.norms import base_class, norm_spec, num_channels
+from prifu_plugin.graph.norms import base_class, dim_of_name, norm_spec, num_channels
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.names import CHILD
 
@@ -73,7 +74,25 @@ def sites(model: nn.Module) -> list[Site]:
         for path, module in norm_modules(model)
     ]
     owners = sorted(_functional_owners(model, graphs))
+    found += _scripted(model)
     return found + [site for path in owners for site in _functional_sites(model, path)]
+
+
+def _scripted(model: nn.Module) -> Iterator[Site]:
+    """Yield the normalization layers in scripted or traced parts, which take no filter."""
+    why = "it is scripted: wrap the Python model, then script the pruned one"
+    for path, module in model.named_modules():
+        name = getattr(module, "original_name", "")
+        if isinstance(module, torch.jit.ScriptModule) and (dim := dim_of_name(name)) is not None:
+            yield Site(
+                path=path,
+                type=name,
+                channels=None,
+                dim=dim,
+                reached="slot",
+                filtered=False,
+                refused=why,
+            )
 
 
 def norm_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

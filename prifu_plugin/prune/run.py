@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from prifu_plugin.arguments import check_model, number, whole_number
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import CaptureError, ConfigError, NoSiteError, VerificationError
+from prifu_plugin.formats import reading
 from prifu_plugin.graph.insert import apply_recipe, filters
 from prifu_plugin.graph.sites import norm_modules
 from prifu_plugin.graph.state import META, copied, wrap_state
@@ -189,15 +190,17 @@ def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -
 
 def _rebuilt(model: nn.Module, plan: Plan, state_dict: dict[str, Tensor]) -> fx.GraphModule:
     fresh = copied(model).cpu().eval()
-    wrapped = plain_layers(apply_recipe(_in_type_of(fresh, state_dict), plan.recipe))
-    inputs = Inputs.from_dict(plan.recipe["inputs"])
+    with reading("plan"):
+        wrapped = plain_layers(apply_recipe(_in_type_of(fresh, state_dict), plan.recipe))
+        inputs, graph = Inputs.from_dict(plan.recipe["inputs"]), plan.recipe["graph"]
     captured, _ = recorded(wrapped, runs_of(wrapped, inputs))
-    if fingerprint(captured) != plan.recipe["graph"]:
+    if fingerprint(captured) != graph:
         raise NoSiteError(
             f"This {type(model).__name__} computes another graph than the one the plan was made "
             "for. Build the model that was wrapped, with the same arguments and versions."
         )
-    pruned = rewrite(captured, plan)
+    with reading("plan"):
+        pruned = rewrite(captured, plan)
     try:
         pruned.load_state_dict(state_dict)
     except RuntimeError as error:
