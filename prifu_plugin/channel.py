@@ -86,10 +86,9 @@ class Channel(nn.Module):
             fp32, whatever the dtype of what was sent.
 
         Raises:
-            ConfigError: if the bytes are not of that shape.
+            ConfigError: if the bytes are not of that shape, or are none.
         """
-        if isinstance(shape, int):
-            raise ConfigError(f"shape={shape} is a number: pass that of the batch, (N, ...).")
+        _check_received(wire, shape)
         last = self.steps[-1] if len(self.steps) else None
         if isinstance(last, Quantizer):
             return last.values(last.unpack(wire, shape))
@@ -111,6 +110,14 @@ def _check_sendable(z: Any) -> None:
         raise ConfigError(
             "An upload is NaN or infinite as fp32: nothing is sent. Look at its input."
         )
+
+
+def _check_received(wire: Any, shape: Any) -> None:
+    if not isinstance(wire, bytes | bytearray | memoryview):
+        raise ConfigError(f"What arrived is a {type(wire).__name__}: pass the bytes of encode.")
+    listed = isinstance(shape, tuple | list)
+    if not listed or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ConfigError(f"shape={shape!r}: pass that of the batch, whole numbers (N, ...).")
 
 
 class Quantizer(nn.Module):
@@ -158,8 +165,8 @@ class Quantizer(nn.Module):
         return self
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return the quantized values, shape and dtype of z."""
-        z = z.float() if z.dtype == torch.bool else z
+        """Return the quantized values, shape and dtype of z; fp32 for whole numbers."""
+        z = z if z.is_floating_point() else z.float()
         found = self.values(self.levels(z)).to(z.dtype)
         inside = torch.maximum(torch.minimum(z, self.high.to(z)), self.low.to(z))
         return found.detach() + (inside - inside.detach())

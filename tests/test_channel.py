@@ -434,7 +434,23 @@ def test_what_is_no_upload_is_said():
     channel = Channel(Quantizer(4).fit(torch.randn(5, 4))).eval()
     with pytest.raises(ConfigError, match="The upload is a tuple"):
         channel.encode((torch.randn(2, 4),))
-    with pytest.raises(ConfigError, match="shape=8 is a number"):
+    with pytest.raises(ConfigError, match="shape=8: pass that"):
         channel.decode(b"1234", 8)
     with pytest.raises(ConfigError, match="no tensor"):
         Quantizer(4).fit(torch.randn(5, 4).numpy())
+
+
+@pytest.mark.parametrize("shape", [(-50, 7, -3), "abc", None, (50.0, 21)])
+@pytest.mark.parametrize("bits", [0, 8])
+def test_shapes_that_are_none_are_refused(shape, bits):
+    channel = Channel(Quantizer(bits).fit(torch.randn(4, 3))) if bits else Channel()
+    with pytest.raises(ConfigError, match="whole numbers"):
+        channel.decode(b"1234", shape)
+    with pytest.raises(ConfigError, match="What arrived is a NoneType"):
+        channel.decode(None, (1, 2))
+
+
+def test_whole_numbers_arrive_as_they_are_decoded():
+    z = torch.randint(-9, 9, (20, 3), dtype=torch.int32)
+    channel = Channel(Quantizer(4).fit(z)).eval()
+    assert torch.equal(channel.decode(channel.encode(z), z.shape), channel(z))

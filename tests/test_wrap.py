@@ -768,6 +768,8 @@ def test_an_exported_model_is_refused():
     exported = torch.export.export(net, (torch.rand(2, 3, 8, 8),)).module()
     with pytest.raises(OrderError, match="is exported: wrap the original"):
         prifu.wrap(exported)
+    with pytest.raises(OrderError, match="'0' of Sequential is exported"):
+        prifu.wrap(nn.Sequential(exported, nn.BatchNorm2d(4)))
 
 
 def test_a_model_with_a_train_of_its_own_is_wrapped():

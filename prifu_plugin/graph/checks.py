@@ -26,8 +26,10 @@ def check_wrappable(model: nn.Module) -> None:
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise OrderError(f"{name} is scripted: wrap the Python model, then script the pruned one.")
-    if isinstance(model, fx.GraphModule) and "train" in vars(model):  # of torch.export: it refuses
-        raise OrderError(f"{name} is exported: wrap the original, then export the pruned one.")
+    for path, part in model.named_modules():
+        if isinstance(part, fx.GraphModule) and "train" in vars(part):  # of torch.export
+            what = f"'{path}' of {name}" if path else name
+            raise OrderError(f"{what} is exported: wrap the original, then export the pruned one.")
     for attribute, words in (
         ("_orig_mod", "torch.compile"),
         ("module", "DDP, DataParallel or EMA"),
