@@ -25,7 +25,7 @@ from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.norms import is_norm
 from prifu_plugin.graph.patches import PATCHING, patched
-from prifu_plugin.graph.proxies import answering_types
+from prifu_plugin.graph.questions import WatchfulTracer, answering_types
 from prifu_plugin.graph.side_effects import only_operations
 from prifu_plugin.graph.undisturbed import undisturbed
 
@@ -49,7 +49,7 @@ class Captured:
     notes: list[tuple[str, str]] = field(default_factory=list)
 
 
-class ModelTracer(fx.Tracer):
+class ModelTracer(WatchfulTracer):
     """Trace through containers, stop at layers.
 
     Leaves are the modules of torch.nn, what timm registers as opaque, normalization layers

@@ -12,7 +12,7 @@ from torch import fx, nn
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.norms import base_class
 from prifu_plugin.graph.patches import PATCHING
-from prifu_plugin.graph.proxies import answering_types
+from prifu_plugin.graph.questions import WatchfulTracer, answering_types
 from prifu_plugin.graph.reads import Reads, check_unchanged, held, noting_reads
 from prifu_plugin.graph.side_effects import only_operations
 from prifu_plugin.graph.undisturbed import undisturbed
@@ -108,7 +108,7 @@ def key_of(training: bool, values: dict[str, Any], numbers: bool = False) -> tup
     return training, numbers, *(v if isinstance(v, kinds) else _ANY for v in values.values())
 
 
-class _OwnTracer(fx.Tracer):
+class _OwnTracer(WatchfulTracer):
     """Trace one forward; every child is a call."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

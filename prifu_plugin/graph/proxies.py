@@ -2,63 +2,18 @@
 
 from __future__ import annotations
 
-import builtins
 import math
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
-
-@contextmanager
-def answering_types() -> Iterator[None]:
-    """Let isinstance say of proxies that they are tensors, or no tensors, in a with block.
-
-    A proxy cannot say so by its __class__: torch's C code would take it for a tensor.
-    """
-
-    def answer(value: Any, classes: Any) -> bool:
-        if _isinstance(value, fx.Proxy) and _is_tensor(value):
-            shown = value.value if _isinstance(value, SizedProxy) else _SOME
-            return _isinstance(shown, classes) or issubclass(type(value), classes)
-        return _isinstance(value, classes)
-
-    with mock.patch.object(builtins, "isinstance", answer):
-        yield
-
-
-_isinstance = isinstance
 _len = len
-_LAYERS = (
-    *(nn.Linear, nn.LayerNorm, nn.GroupNorm),
-    *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
-)
-_SOME = torch.empty(0)
-
-
-def _is_tensor(proxy: fx.Proxy) -> bool:
-    """Whether a proxy stands for a tensor, as far as its value, or else what made it, tells."""
-    if _isinstance(proxy, SizedProxy):
-        return _isinstance(proxy.__dict__.get("value"), Tensor)
-    return not _isinstance(proxy, fx.proxy.Attribute) and _makes_tensor(proxy.node, proxy.tracer)
-
-
-def _makes_tensor(node: fx.Node, tracer: Any) -> bool:
-    """Whether a node is certainly one tensor: no number, no tuple."""
-    if node.op == "placeholder":
-        return not node.args  # a default may be a number
-    if node.op == "call_module":
-        return _isinstance(tracer.root.get_submodule(str(node.target)), _LAYERS)
-    arithmetic = getattr(node.target, "__module__", "") == "_operator"
-    arithmetic = arithmetic and node.target is not operator.getitem
-    return arithmetic and any(_makes_tensor(n, tracer) for n in node.all_input_nodes)
 
 
 class SizedProxy(fx.Proxy):
@@ -140,6 +95,33 @@ class SizedProxy(fx.Proxy):
     def plain(self) -> Any:
         """Return the size itself, under a guard."""
         return self._decided(lambda value: value)
+
+    def __hash__(self) -> int:
+        """Return that of the size, under a guard; tensors, and devices, are known by identity."""
+        if self.tracer.finished or isinstance(self.value, Tensor | torch.device):
+            return object.__hash__(self)
+        return hash(self.plain())
+
+    def __eq__(self, other: object) -> Any:
+        """Record a comparison; a proxy that a cache has kept is nothing but itself."""
+        of_another = isinstance(other, SizedProxy) and other.tracer is not self.tracer
+        if self.tracer.finished or of_another:
+            return self is other
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+
+    def __repr__(self) -> str:
+        return self._text(repr)
+
+    def __str__(self) -> str:
+        return self._text(str)
+
+    def __format__(self, form: str) -> str:
+        return self._text(lambda value: format(value, form))
+
+    def _text(self, how: Callable[[Any], str]) -> str:
+        if self.tracer.finished or isinstance(self.value, torch.device):
+            return f"{type(self).__name__}({self.node.name})"
+        return str(self.tracer.texts.write(self.node.name, lambda: self._decided(how)))
 
     def __ceil__(self) -> Any:
         return self.tracer.create_proxy("call_function", math.ceil, (self,), {})

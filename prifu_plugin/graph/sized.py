@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import builtins
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FunctionType
@@ -36,6 +36,7 @@ from prifu_plugin.graph.host import is_host
 from prifu_plugin.graph.padding import is_own_convolution, only_pads
 from prifu_plugin.graph.patches import PATCHING
 from prifu_plugin.graph.proxies import SizedProxy, plain, reads_tensors, value_of
+from prifu_plugin.graph.texts import Texts
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.names import LAYOUT_QUERIES, SIZE_QUERIES
 
@@ -75,15 +76,20 @@ def capture_sized(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
         1
     """
     leaves: set[str] = set()
+    told: set[int] = set()
     while True:
-        tracer = SizedTracer([x.clone() for x in inputs], leaves)
+        tracer = SizedTracer([x.clone() for x in inputs], leaves, told)
         try:
             with PATCHING, undisturbed(model, keep=CONSTANT), _open():
                 found = traced(model, tracer)
         except CaptureError:
+            if tracer.texts.pending:  # what is looked up is another text
+                told |= tracer.texts.pending.keys()
+                continue
             if not tracer.entered or tracer.entered[-1] in leaves:
                 raise
             leaves.add(tracer.entered[-1])
+            told = set()
             continue
         for node in found.graph.nodes:
             if node.target in _MAKERS:  # code would register its name, which later traces look up
@@ -131,14 +137,18 @@ class SizedTracer(ModelTracer):
     Args:
         inputs: one example for each input.
         leaves: paths of modules that stay one call.
+        told: numbers of the texts that decide, in the order in which the forward makes them.
 
     Attributes:
         entered: paths of the modules whose forward is running, the outermost first; after an
             error, those in which it was raised.
     """
 
-    def __init__(self, inputs: Sequence[Tensor], leaves: set[str]) -> None:
+    def __init__(
+        self, inputs: Sequence[Tensor], leaves: set[str], told: Collection[int] = ()
+    ) -> None:
         super().__init__(len(inputs), opaque=False)
+        self.texts = Texts(told)
         self._given = iter(inputs)
         self._leaves = leaves
         self._guarded: set[tuple[fx.Node, Any]] = set()

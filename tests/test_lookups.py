@@ -1,0 +1,129 @@
+"""Sizes that are looked up (by hash, as text, by type) decide under a guard, never in silence."""
+
+import functools
+
+import pytest
+import torch
+from test_prune_kinds import half_off
+from test_sized import answer
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.errors import CaptureError
+from prifu_plugin.graph.capture import capture
+from prifu_plugin.prune.verify import difference
+
+LOOKUPS = {
+    "set": lambda self, h, w: h in {40, 56},
+    "shape in set": lambda self, h, w: tuple(self.x.shape[-2:]) in {(40, 40)},
+    "key": lambda self, h, w: {40: True}.get(w, False),
+    "pair": lambda self, h, w: (h, w) in self.by,
+    "text": lambda self, h, w: f"{h}x{w}" in self.by,
+    "text of a shape": lambda self, h, w: str(tuple(self.x.shape[-2:])) in self.by,
+    "repr": lambda self, h, w: f"{h!r}" in self.by,
+    "percent": lambda self, h, w: "%d" % w in self.by,  # noqa: UP031
+    "attribute": lambda self, h, w: hasattr(self, f"t{w}"),
+    "distinct": lambda self, h, w: len({h, w}) == 1,
+    "type": lambda self, h, w: isinstance(w, int) and w == 40,
+    "type of a shape": lambda self, h, w: isinstance(self.x.shape, tuple) and h == w,
+    "type of a ratio": lambda self, h, w: isinstance(h / w, float) and h / w == 1,
+    "cached": lambda self, h, w: same(h, w),
+}
+
+
+@functools.lru_cache
+def same(h, w):
+    return h == w
+
+
+class LooksUp(nn.Module):
+    """Takes one way for some sizes, another for all others; `also` is what plain fx cannot do."""
+
+    def __init__(self, asks, *, also=False):
+        super().__init__()
+        self.asks, self.also = asks, also
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.last, self.other = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+        self.by = {"40x40": 0, "(40, 40)": 0, "40": 0, (40, 40): 0}
+        self.t40 = True
+
+    def forward(self, x):
+        self.x = x
+        h, w = (x.shape[2], x.shape[3])
+        y = self.norm(self.first(x))
+        if self.also and y.shape[1] > 3:
+            y = y + 1
+        return self.other(y) if self.asks(self, h, w) else self.last(y)
+
+
+@pytest.mark.parametrize("also", [False, True])
+@pytest.mark.parametrize("asks", LOOKUPS.values(), ids=list(LOOKUPS))
+def test_sizes_that_are_looked_up_are_guarded(asks, also):
+    torch.manual_seed(0)
+    model = half_off(prifu.wrap(LooksUp(asks, also=also)))
+    pruned = prifu.prune(model, torch.zeros(2, 3, 16, 24))
+    assert difference(model(x := torch.randn(2, 3, 16, 24)), pruned(x)) <= 1e-5
+    for size in ((40, 40), (24, 16), (56, 40)):
+        x = torch.randn(2, 3, *size)
+        found = answer(pruned, x)
+        assert isinstance(found, str) or difference(model(x), found) <= 1e-5
+
+
+def test_what_is_looked_up_by_the_batch_is_refused():
+    model = half_off(prifu.wrap(LooksUp(lambda self, h, w: self.x.shape in {(2, 3, 40, 40)})))
+    with pytest.raises(CaptureError, match="for each batch size"):
+        prifu.prune(model, torch.zeros(2, 3, 16, 24))
+
+
+class Says(nn.Module):
+    """Asserts with a text of sizes, which decides nothing."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.words = words
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        h = x.shape[2]
+        torch._assert(h % 4 == 0, self.words(x))
+        y = self.norm(self.first(x))
+        return self.last(y)
+
+
+@pytest.mark.parametrize(
+    "words", [lambda x: f"height {x.shape[2]}", lambda x: "of " + str(x.shape), lambda x: f"{x!r}"]
+)
+def test_texts_in_assertions_decide_nothing(words):
+    model = half_off(prifu.wrap(Says(words)))
+    assert capture(Says(words)).way == "graph"
+    pruned = prifu.prune(model, torch.zeros(2, 3, 16, 24))
+    x = torch.randn(3, 3, 8, 40)
+    assert difference(model(x), pruned(x)) <= 1e-5
+
+
+def test_a_capture_leaves_no_proxies_in_caches():
+    model = half_off(prifu.wrap(LooksUp(LOOKUPS["cached"], also=True)))
+    same.cache_clear()
+    prifu.prune(model, torch.zeros(2, 3, 40, 40))
+    assert same(40, 40) is True
+    assert difference(model(x := torch.randn(2, 3, 40, 40)), model(x)) == 0
+
+
+class ByTensor(nn.Module):
+    """Remembers what it has seen of tensors: by identity, as Python does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.norm(self.first(x))
+        seen = {y: 2.0}
+        return self.last(y) * seen[y]
+
+
+def test_tensors_are_looked_up_by_identity():
+    model = half_off(prifu.wrap(ByTensor()))
+    pruned = prifu.prune(model, torch.zeros(2, 3, 16, 24))
+    x = torch.randn(3, 3, 8, 40)
+    assert difference(model(x), pruned(x)) <= 1e-5
