@@ -181,3 +181,64 @@ def test_a_whole_that_repeats_itself_must_agree(monkeypatch):
     monkeypatch.setattr(_Work, "_put", spoiled)
     with pytest.raises(VerificationError, match="float32"):
         prifu.prune(model, torch.zeros(2, 3, 12, 12))
+
+
+class LooksInsideLarge(nn.Module):
+    """Asks a part for what is inside, at large images only."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.body = Body()
+        self.head = block(8, 8)
+        self.asks = asks
+
+    def forward(self, x):
+        h = self.body(x)
+        if float(h.detach().mean()) > 1e6:
+            h = h * 0
+        return self.head(self.asks(self.body, x, h))
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = block(3, 8), block(8, 8)
+
+    def features(self, x):
+        return self.last(self.first(x)) * 2
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+LARGE = {
+    "part": lambda body, x, h: h * body.first[0].weight.sum() if x.shape[-1] > 20 else h,
+    "method": lambda body, x, h: body.features(x) if x.shape[-1] > 20 else h,
+    "class": lambda body, x, h: h * 2 if isinstance(body, Body) else h,
+}
+
+
+@pytest.mark.parametrize("asks", LARGE.values(), ids=list(LARGE))
+def test_what_the_python_around_a_part_does_at_other_sizes_is_seen(asks):
+    torch.manual_seed(0)
+    model = half_off(prifu.wrap(LooksInsideLarge(asks)))
+    pruned = prifu.prune(model, torch.zeros(2, 3, 12, 12))
+    for size in (12, 24, 40):
+        x = torch.randn(3, 3, size, size)
+        assert difference(model(x), pruned(x)) < 1e-5
+    report = prifu.report(pruned)
+    assert report.parameters[1] < report.parameters[0]
+    assert any(path == "body" and "around it" in why for path, why in report.notes)
+
+
+def test_norms_that_the_python_around_them_reads_are_refused():
+    """Their filters are built into what it reads."""
+    model = half_off(
+        prifu.wrap(
+            LooksInsideLarge(
+                lambda body, x, h: h * body.first[1].weight.sum() if x.shape[-1] > 20 else h
+            )
+        )
+    )
+    with pytest.raises(VerificationError, match="reads the weights of a norm"):
+        prifu.prune(model, torch.zeros(2, 3, 12, 12))
