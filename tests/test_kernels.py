@@ -52,3 +52,11 @@ def test_rows_and_columns_of_groups(case):
         assert torch.equal(sliced.bias[at], expected)
     assert sliced.weight.shape[:2] == (len(kernel.rows), len(kernel.columns[0]))
     assert getattr(sliced, "groups", 1) == kernel.groups
+
+
+def test_what_is_absent_is_zero_where_the_weights_are_not_finite():
+    layer = nn.Linear(3, 4)
+    layer.weight.data[0, 0] = float("inf")
+    sliced = slice_linear(layer, SliceLinear((2, FILL), ((1, FILL),), 1), None, None)
+    assert torch.equal(sliced.weight[1], torch.zeros(2))
+    assert sliced.weight[0, 1] == 0

@@ -193,7 +193,7 @@ def _pick(value: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
     index = torch.tensor(indices, device=value.device)
     picked = value.index_select(dim, index.clamp_min(0))
     if FILL in indices:
-        picked = picked * along(index != FILL, value.ndim, dim)
+        picked = picked.masked_fill(along(index == FILL, value.ndim, dim), 0.0)
     return picked
 
 

@@ -267,8 +267,8 @@ class _Rewriter:
             value = self._index(node, value, dim, positions, source)
         if conform.vector:
             vector = self.members.buffer(conform.vector, self._constant(conform.vector))
-            if node.op == "output":  # whose type is part of what it is: sums would promote it
-                vector = self.new.call_method("type_as", (vector, value))
+            # Of another type, as under autocast, the sum would be promoted.
+            vector = self.new.call_method("type_as", (vector, value))
             value = self.new.call_function(torch.add, (value, vector))
         return value
 

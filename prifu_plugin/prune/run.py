@@ -201,6 +201,7 @@ def _rebuilt(model: nn.Module, plan: Plan, state_dict: dict[str, Tensor]) -> fx.
         )
     with reading("plan"):
         pruned = rewrite(captured, plan)
+    _cast(pruned, state_dict)
     try:
         pruned.load_state_dict(state_dict)
     except RuntimeError as error:
@@ -214,13 +215,22 @@ def _rebuilt(model: nn.Module, plan: Plan, state_dict: dict[str, Tensor]) -> fx.
 
 
 def _in_type_of(fresh: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
-    """Bring a model to the type of the weights, if all that have its names are of one other."""
+    """Bring a model to the type of the weights, or each part to its own if there are several."""
     both = [(p, state_dict[n]) for n, p in fresh.named_parameters() if n in state_dict]
     types = {(p.dtype, value.dtype) for p, value in both if value.is_floating_point()}
     if len(types) != 1:
+        _cast(fresh, state_dict)
         return fresh
     own, asked = types.pop()
     return fresh if own == asked else fresh.to(asked)
+
+
+def _cast(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Give parameters and buffers, in place, the types of those that have their names."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        asked = state_dict.get(name)
+        if asked is not None and value.is_floating_point() and asked.is_floating_point():
+            value.data = value.data.to(asked.dtype)
 
 
 def _check_kept(plan: Any, state_dict: Any) -> None:
