@@ -829,3 +829,50 @@ def test_torchs_own_rms_norm_is_found_and_pruned():
     unit.weight.data[:2] = 0.0
     pruned = prifu.prune(wrapped, torch.zeros(4, 3))
     assert pruned.outer.in_features == 4
+
+
+class Operators(nn.Module):
+    """Normalizes by operators of torch that few call, some of which return their statistics."""
+
+    def __init__(self, normalize, gate=lambda y: y):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.scale, self.shift = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6))
+        self.normalize, self.gate = normalize, gate
+
+    def forward(self, x):
+        return self.outer(self.normalize(self, self.inner(x)))
+
+
+def unpacked(self, x):
+    y, mean, _ = torch.native_layer_norm(x, [6], self.scale, self.shift, 1e-5)
+    return self.gate(y) + mean
+
+
+OPERATORS = {
+    "packet": lambda self, x: self.gate(
+        torch.ops.aten.layer_norm(x, [6], self.scale, self.shift, 1e-5)
+    ),
+    "overload": lambda self, x: self.gate(
+        torch.ops.aten.layer_norm.default(x, [6], self.scale, self.shift, 1e-5)
+    ),
+    "native": lambda self, x: self.gate(
+        torch.native_layer_norm(x, [6], self.scale, self.shift, 1e-5)[0]
+    ),
+    "unpacked": unpacked,
+}
+
+
+@pytest.mark.parametrize("normalize", OPERATORS.values(), ids=list(OPERATORS))
+def test_operators_that_normalize_get_filters(normalize):
+    plain = Operators(normalize)
+    model = prifu.wrap(copy.deepcopy(plain)).eval()
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(model(x), plain(x))
+    ((path, unit),) = prifu.filters(model).items()
+    assert "layer_norm" in path
+    unit.weight.data[:4] = 0.0
+    plain.gate = lambda y: y * torch.tensor([0.0] * 4 + [1.0] * 2)
+    torch.testing.assert_close(model(x), plain(x))
+    pruned = prifu.prune(model, x)
+    torch.testing.assert_close(pruned(x), model(x))

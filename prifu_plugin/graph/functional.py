@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import dis
 import inspect
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
 
 from prifu_plugin.errors import CaptureError
-from prifu_plugin.graph.norms import FUNCTIONAL_DIMS, base_class
+from prifu_plugin.graph.norms import DIMS_WITH_STATISTICS, FUNCTIONAL_DIMS, base_class
 from prifu_plugin.graph.own_forward import default_values, key_of, trace_alone
 from prifu_plugin.graph.reads import Reads, still_so
 from prifu_plugin.names import value_at
@@ -30,7 +31,7 @@ class FunctionalCall:
     """A functional normalization in a forward.
 
     Attributes:
-        name: of its node, unique in the forward.
+        name: of the node of the normalization, unique in the forward.
         function: its name.
         dim: channel dimension.
         channels: number of channels, None if the arguments do not tell.
@@ -56,11 +57,10 @@ def functional_calls(module: nn.Module) -> list[FunctionalCall]:
     values = default_values(module)
     for training in (True, False):
         for node in _calls(trace_alone(module, training, values).graph):
-            name = getattr(node.target, "__name__", "norm")
-            channels = _channels(module, node)
-            found[node.name] = FunctionalCall(
-                node.name, name, FUNCTIONAL_DIMS[node.target], channels
-            )
+            norm = _normalization(node) or node
+            name = getattr(norm.target, "__name__", "norm")
+            channels = _channels(module, norm)
+            found[norm.name] = FunctionalCall(norm.name, name, _DIMS[norm.target], channels)
     return list(found.values())
 
 
@@ -74,7 +74,7 @@ def functional_owners(graph: fx.Graph) -> Iterator[str]:
 def names_functional(forward: Any) -> bool:
     """Whether the code of a forward names a functional normalization; self.layer_norm is none."""
     code = getattr(forward, "__code__", None)
-    names = {getattr(function, "__name__", function) for function in FUNCTIONAL_DIMS}
+    names = {getattr(function, "__name__", function) for function in _DIMS}
     if code is None or not names & set(code.co_names):
         return False
     own = code.co_varnames[:1]
@@ -142,8 +142,8 @@ def _add_forward(
     assert isinstance(filters, FilterGroup)
     traced = trace_alone(module, training, values)
     graph = traced.graph
-    calls = list(_calls(graph))
-    names = [node.name for node in calls]
+    calls = [(node, (_normalization(node) or node).name) for node in _calls(graph)]
+    names = list(dict.fromkeys(name for _, name in calls))
     if forwards.known.setdefault(training, names if first else []) != names:
         raise CaptureError(
             f"{base_class(module).__name__} makes other normalizations with these arguments or "
@@ -151,10 +151,10 @@ def _add_forward(
             f"({', '.join(forwards.known[training]) or 'none'}): which filter belongs to which is "
             "not clear. Wrap it as it is to be used, or leave it out with exclude=."
         )
-    for node in calls:
-        if node.name in filters:
+    for node, name in calls:
+        if name in filters:
             with graph.inserting_after(node):
-                call = graph.call_module(f"{child}.{node.name}", (node,))
+                call = graph.call_module(f"{child}.{name}", (node,))
             for user in [user for user in node.users if user is not call]:
                 user.replace_input_with(node, call)
     compiled = _compiled(graph)
@@ -199,10 +199,25 @@ def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
     for node in graph.nodes:
         if node.op == "placeholder" or any(n in from_input for n in node.all_input_nodes):
             from_input.add(node)
-        if node.op == "call_function" and node.target in FUNCTIONAL_DIMS:
-            source = node.args[0] if node.args else node.kwargs.get("input")
+        norm = _normalization(node)
+        if norm is not None:
+            source = norm.args[0] if norm.args else norm.kwargs.get("input")
             if source in from_input:
                 yield node
+
+
+_DIMS = {**FUNCTIONAL_DIMS, **DIMS_WITH_STATISTICS}
+
+
+def _normalization(node: fx.Node) -> fx.Node | None:
+    """Return the normalization that a node is, or the one whose result it takes from a tuple."""
+    if node.op == "call_function" and node.target in FUNCTIONAL_DIMS:
+        return node
+    if node.target is not operator.getitem or node.args[1] != 0:
+        return None
+    made = node.args[0]
+    known = isinstance(made, fx.Node) and made.target in DIMS_WITH_STATISTICS
+    return cast(fx.Node, made) if known else None
 
 
 def _channels(module: nn.Module, node: fx.Node) -> int | None:

@@ -127,19 +127,31 @@ def dim_of_name(name: str) -> int | None:
     return next((spec.dim for spec in specs), None)
 
 
+_BY_NAME = {"batch_norm": 1, "instance_norm": 1, "group_norm": 1, "layer_norm": -1, "rms_norm": -1}
+
+
+def _spellings(name: str) -> tuple[Any, ...]:
+    """Return the functions of torch that have a name, and its operators."""
+    operator = getattr(torch.ops.aten, name)
+    overloads = [getattr(operator, overload) for overload in operator.overloads()]
+    return (
+        *(getattr(home, name) for home in (F, torch) if hasattr(home, name)),
+        operator,
+        *overloads,
+    )
+
+
 FUNCTIONAL_DIMS: dict[Callable[..., Any] | str, int] = {
-    F.batch_norm: 1,
-    F.instance_norm: 1,
-    F.group_norm: 1,
-    F.layer_norm: -1,
-    F.rms_norm: -1,
-    torch.batch_norm: 1,
-    torch.instance_norm: 1,
-    torch.group_norm: 1,
-    torch.layer_norm: -1,
-    torch.rms_norm: -1,
+    function: dim for name, dim in _BY_NAME.items() for function in _spellings(name)
 }
 """Functional normalizations and their channel dimensions."""
+
+DIMS_WITH_STATISTICS: dict[Callable[..., Any] | str, int] = {
+    function: _BY_NAME[name]
+    for name in ("batch_norm", "group_norm", "layer_norm")
+    for function in _spellings(f"native_{name}")
+}
+"""The same of those that return a tuple: what they made of their input, and its statistics."""
 
 
 def register_norm(cls: type[nn.Module], *, dim: int, channels: str = "") -> type[nn.Module]:
