@@ -2,8 +2,7 @@
 
 A small timm network learns on generated faces whether they smile: plainly, wrapped (filters
 everywhere), and as recommended (one filter more on the upload, growing noise, 4 bits a value).
-Each is cut at two places and attacked; one HTML page shows what was read, beside floors and
-ceilings.
+Each is cut at two places and attacked; one page shows what was read, beside floors and ceilings.
 
     python examples/audit.py    # a quarter of an hour on two cores; with --smoke, one minute
 """

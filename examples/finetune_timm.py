@@ -16,6 +16,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import prifu_plugin as prifu
@@ -25,8 +26,6 @@ from prifu_plugin.data.digits import load_digits
 def loaders(args, model):
     """Return training and validation loaders in the model's own data configuration."""
     if args.data_dir:
-        from torchvision.datasets import ImageFolder
-
         config = resolve_data_config({}, model=model)
         train = ImageFolder(f"{args.data_dir}/train", create_transform(**config, is_training=True))
         val = ImageFolder(f"{args.data_dir}/val", create_transform(**config))
@@ -34,8 +33,8 @@ def loaders(args, model):
         digits = load_digits(args.seed)
         sizes = (1024, 256) if args.smoke else (4000, 1000)
         parts = digits.part(0, sizes[0]), digits.part(4000, 4000 + sizes[1])
-        scale = torch.nn.Upsample(args.img_size)
-        train, val = (TensorDataset(scale(part.images), part.parity) for part in parts)
+        scaled = [torch.nn.functional.interpolate(part.images, args.img_size) for part in parts]
+        train, val = map(TensorDataset, scaled, [part.parity for part in parts])
     return (DataLoader(train, args.batch_size, shuffle=True, drop_last=True),
             DataLoader(val, args.batch_size))  # fmt: skip
 
@@ -54,12 +53,12 @@ def main(args):
     (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=args.num_classes)
-    train, val = loaders(args, model)
+    train, val = loaders(args, model.to(device))
     # The decay's dose is what counts: beta follows from it and from the schedule.
     rates = [args.lr * (1 + math.cos(math.pi * e / args.epochs)) / 2 for e in range(args.epochs)]
     beta = prifu.dose_to_beta(args.dose, rates * len(train))
-    settings = {"alpha": args.alpha, "init": args.init, "example_inputs": next(iter(val))[0][:2]}
-    model = prifu.wrap(model, beta=beta, **settings).to(device)
+    first = next(iter(val))[0][:2].to(device)
+    model = prifu.wrap(model, alpha=args.alpha, beta=beta, init=args.init, example_inputs=first)
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=0.05)
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=args.epochs)
     ema, start = ModelEmaV3(model, decay=0.99), 0
@@ -75,14 +74,12 @@ def main(args):
         writer = SummaryWriter(args.tensorboard)
     for epoch in range(start, args.epochs):
         model.train()
-        for images, labels in (bar := tqdm(train, desc=f"epoch {epoch}", disable=None)):
+        for images, labels in tqdm(train, desc=f"epoch {epoch}", disable=None):
             loss = torch.nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             ema.update(model)
-            if not bar.disable:
-                bar.set_postfix(open=f"{prifu.status(model)['open share']:.0%}")
         scheduler.step(epoch + 1)
         top1, state = accuracy(*predict(model, val, device))[0].item(), history.record(epoch)
         print(f"epoch {epoch}: loss {loss.item():.3f}, top-1 {top1:.1f} %, {state['open']} of "
@@ -93,12 +90,12 @@ def main(args):
                     "optimizer": optimizer.state_dict()}, out / "last.pt")  # fmt: skip
     prifu.recalibrate(model, (images.to(device) for images, _ in train))  # masks have settled
     prifu.learned(*predict(model, val, device))  # warns of a run that ends at chance
-    pruned = prifu.prune(model, next(iter(val))[0][:2])
-    print(prifu.report(pruned))
+    pruned = prifu.prune(model, first)
     save_model(pruned, str(out / "pruned.safetensors"))
     if isinstance(pruned, torch.fx.GraphModule):  # what is pruned in parts has no plan
         (out / "plan.json").write_text(prifu.plan(pruned).to_json())
     history.plot()[0].savefig(out / "masks.png", bbox_inches="tight")
+    print(prifu.report(pruned))
     print(f"pruned top-1 {accuracy(*predict(pruned, val, device))[0].item():.1f} %")
 
 
@@ -115,6 +112,8 @@ if __name__ == "__main__":
     parser.add_argument("--tensorboard", help="folder for events of masks over training")
     parser.add_argument("--smoke", action="store_true", help="a minute's run on few images")
     arguments = parser.parse_args()
+    if arguments.num_classes < 2 or arguments.epochs < 1:
+        parser.error("--num-classes is 2 or more, --epochs 1 or more")
     if arguments.smoke:
         arguments.epochs, arguments.dose = min(arguments.epochs, 3), 0.2
     main(arguments)

@@ -93,7 +93,6 @@ def main(smoke=False, out="out/quickstart", seed=0):
     pruned = prifu.prune(wrapped)  # at the size of the last forward pass
     report = prifu.report(pruned)
     print(prifu.summary(wrapped), report, sep="\n\n", end="\n\n")
-
     models = {"plain": plain, "wrapped": wrapped, "pruned": pruned}
     ratios = latency_ratios(list(models.values()), task.images[:32], 5 if smoke else 30)
     columns = {"plain, projection": ["", "", ""]}
