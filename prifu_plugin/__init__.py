@@ -30,11 +30,11 @@ from prifu_plugin.graph.sites import sites as sites
 from prifu_plugin.graph.summary import Summary as Summary
 from prifu_plugin.graph.summary import summary as summary
 from prifu_plugin.learned import learned as learned
+from prifu_plugin.prune.elementwise import register_pointwise as register_pointwise
 from prifu_plugin.prune.fastest import Fastest as Fastest
 from prifu_plugin.prune.fastest import fastest as fastest
 from prifu_plugin.prune.plan import Plan as Plan
 from prifu_plugin.prune.report import PruneReport as PruneReport
-from prifu_plugin.prune.rules.pointwise import register_pointwise as register_pointwise
 from prifu_plugin.prune.run import plan_of as plan
 from prifu_plugin.prune.run import prune as prune
 from prifu_plugin.prune.run import rebuild as rebuild

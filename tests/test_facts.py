@@ -12,12 +12,12 @@ from random_net import RandomNet, close_channels
 from torch import Tensor, fx
 
 import prifu_plugin as prifu
+from prifu_plugin.prune.elementwise import PRODUCTS
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.lower import lower
 from prifu_plugin.prune.rules import analyse
 from prifu_plugin.prune.rules.opaque import OpaqueRule
-from prifu_plugin.prune.rules.pointwise import PRODUCTS
 
 
 class Poison(fx.Interpreter):

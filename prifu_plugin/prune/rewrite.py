@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.keyed import KeyedNoise
 from prifu_plugin.names import WHOLE, value_at
+from prifu_plugin.prune.asked_sizes import spare_asked
 from prifu_plugin.prune.border import border_map
 from prifu_plugin.prune.kernels import (
     concat_parts,
@@ -83,6 +84,7 @@ class _Rewriter:
                 if isinstance(self.values[node], fx.Node):
                     self.values[node].meta.setdefault("original", node.name)
         drop_unused(self.new)
+        spare_asked(self.new, self.members.found)
         make_loadable(self.new)
         self._tie()
         module = fx.GraphModule(self.members.read(), self.new, class_name=type(self.root).__name__)

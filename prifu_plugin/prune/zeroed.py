@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch import Tensor, fx
 
+from prifu_plugin.prune.elementwise import PRODUCTS
 from prifu_plugin.prune.rules.base import Analysis
 from prifu_plugin.prune.rules.contraction import MatmulRule
 from prifu_plugin.prune.rules.linear import LinearRule
-from prifu_plugin.prune.rules.pointwise import PRODUCTS
 from prifu_plugin.prune.seen import seen
 
 
