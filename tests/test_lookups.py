@@ -1,6 +1,7 @@
 """Sizes that are looked up (by hash, as text, by type) decide under a guard, never in silence."""
 
 import functools
+import logging
 
 import pytest
 import torch
@@ -124,6 +125,39 @@ class ByTensor(nn.Module):
 
 def test_tensors_are_looked_up_by_identity():
     model = half_off(prifu.wrap(ByTensor()))
+    pruned = prifu.prune(model, torch.zeros(2, 3, 16, 24))
+    x = torch.randn(3, 3, 8, 40)
+    assert difference(model(x), pruned(x)) <= 1e-5
+
+
+SAYS = {
+    "log": lambda x: logging.getLogger("net").debug(f"size {x.shape[2]}"),
+    "log that is kept": lambda x: logging.getLogger("net").warning("size %s", x.shape[2]),
+    "print": lambda x: print("size", x.shape[2], x),
+    "text": lambda x: print(f"size {x.shape!s}"),
+}
+
+
+class Talks(nn.Module):
+    """Tells of sizes what decides nothing."""
+
+    def __init__(self, says):
+        super().__init__()
+        self.says = says
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        self.says(x)
+        h = nn.functional.layer_norm(self.first(x).movedim(1, -1), (8,))
+        return self.last(h.movedim(-1, 1))
+
+
+@pytest.mark.parametrize("says", SAYS.values(), ids=list(SAYS))
+def test_what_is_only_said_decides_nothing(says):
+    model = prifu.wrap(Talks(says), example_inputs=torch.zeros(2, 3, 16, 24)).eval()
+    ((_, unit),) = prifu.filters(model).items()
+    unit.weight.data[::2] = 0.0
+    assert capture(Talks(says)).way == "graph"
     pruned = prifu.prune(model, torch.zeros(2, 3, 16, 24))
     x = torch.randn(3, 3, 8, 40)
     assert difference(model(x), pruned(x)) <= 1e-5

@@ -38,7 +38,8 @@ class WatchfulTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace; a text that may have decided something is an error."""
         try:
-            graph = super().trace(root, concrete_args)
+            with self.texts.heard():
+                graph = super().trace(root, concrete_args)
         finally:
             self.finished = True
         if self.texts.pending:
