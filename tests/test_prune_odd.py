@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import prifu_plugin as prifu
-from prifu_plugin.errors import CaptureError, PrifuError
+from prifu_plugin.errors import CaptureError, PrifuError, VerificationError
 from prifu_plugin.prune.verify import difference
 
 
@@ -446,3 +446,27 @@ def test_outputs_keep_their_type_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for a, b in zip(pytree.tree_leaves(stages(x)), pytree.tree_leaves(small(x)), strict=True):
             assert a.dtype == b.dtype
+
+
+class Sensitive(nn.Module):
+    """Computes from digits of its features that fp32 hardly has."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return torch.sin(2e4 * self.last(self.norm(self.first(x))))
+
+
+def test_a_model_that_rounding_changes_is_refused_with_what_to_do():
+    torch.manual_seed(0)
+    model = prifu.wrap(Sensitive(), bias=True).eval()
+    unit = prifu.filters(model)["norm"]
+    unit.weight.data[::2] = 0.0
+    nn.init.normal_(unit.bias)  # is added in another order
+    x = torch.randn(2, 3, 9, 9)
+    with pytest.raises(VerificationError, match=r"from itself in fp64, where both agree.*double"):
+        prifu.prune(model, x)
+    assert prifu.report(prifu.prune(model.double(), x)).checks[0].holds

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import logging
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,7 +19,7 @@ _MARK = re.compile(r"\x02(\d+):(\w+)\x03")
 class Texts:
     """Stand-ins for the texts of one trace, numbered in the order in which they are made.
 
-    What an assertion, a warning, a log or print says decides nothing. Any other text may be looked
+    What an assertion, a log or print says decides nothing. Any other text may be looked
     up: as the key of a dict, or the name of an attribute.
 
     Args:
@@ -66,7 +65,7 @@ class Texts:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Note what is logged, printed and warned of in a with block."""
+        """Note what is logged and printed in a with block; warnings tell frames apart."""
 
         def hear(kept: Any) -> Callable[..., Any]:
             def say(*given: Any, **settings: Any) -> Any:
@@ -84,6 +83,5 @@ class Texts:
 _LEVELS = ("debug", "info", "warning", "error", "exception", "critical", "log")
 _SAYING = (
     *((logging.Logger, name) for name in _LEVELS),
-    (warnings, "warn"),
     (builtins, "print"),
 )

@@ -220,6 +220,8 @@ def _certify(
                 f"Gaussian inputs {list(check.shapes)}: nothing can be compared. Look at its "
                 "weights and statistics, or pass verify=False if you have another test."
             )
+        if 4 * check.rounding > check.tolerance:
+            raise VerificationError(_unsure(captured.root, check, first))
         needed = {node: analysis.wanted(node) for node in analysis.need}
         where = culprit(exact, plan, twin, used, needed)
         raise VerificationError(
@@ -229,6 +231,16 @@ def _certify(
             + _cure(original)
         )
     return tuple(checks)
+
+
+def _unsure(model: nn.Module, check: Check, first: Check) -> str:
+    return (
+        f"The pruned {type(model).__name__} differs from the filtered one by "
+        f"{check.difference:.1e} in {check.dtype}, of which nothing can be concluded: the filtered "
+        f"one differs by {check.rounding:.1e} from itself in fp64, where both agree to "
+        f"{first.difference:.1e}. Prune it in fp64 (model.double()), train it until it is less "
+        "sensitive, or pass verify=False if you have another test."
+    )
 
 
 def _compared_first(
