@@ -1,5 +1,7 @@
 """Sizes that are looked up (by hash, as text, by type) decide under a guard, never in silence."""
 
+import contextlib
+import enum
 import functools
 import logging
 
@@ -30,6 +32,55 @@ LOOKUPS = {
     "type of a ratio": lambda self, h, w: isinstance(h / w, float) and h / w == 1,
     "cached": lambda self, h, w: same(h, w),
 }
+
+
+class Size(enum.Enum):
+    LARGE = 40
+
+
+def by_enum(self, h, w):
+    try:
+        return Size(w) is Size.LARGE
+    except ValueError:
+        return False
+
+
+def by_int(self, h, w):
+    try:
+        return int(w) > 30
+    except TypeError:
+        return False
+
+
+def suppressed(self, h, w):
+    with contextlib.suppress(Exception):
+        if w > 30:
+            return True
+    return False
+
+
+def by_index(self, h, w):
+    try:
+        return self.x.shape.index(40) > 0
+    except ValueError:
+        return False
+
+
+def by_key(self, h, w):
+    try:
+        return {40: True}[w]
+    except Exception:
+        return False
+
+
+def by_range(self, h, w):
+    try:
+        return len(range(w)) > 30
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+CAUGHT = [by_enum, by_int, suppressed, by_index, by_key, by_range]
 
 
 @functools.lru_cache
@@ -68,6 +119,47 @@ def test_sizes_that_are_looked_up_are_guarded(asks, also):
         x = torch.randn(2, 3, *size)
         found = answer(pruned, x)
         assert isinstance(found, str) or difference(model(x), found) <= 1e-5
+
+
+@pytest.mark.parametrize("also", [False, True])
+@pytest.mark.parametrize("asks", CAUGHT)
+def test_errors_that_the_forward_catches_decide_nothing_unseen(asks, also):
+    torch.manual_seed(0)
+    model = half_off(prifu.wrap(LooksUp(asks, also=also)))
+    try:
+        pruned = prifu.prune(model, torch.zeros(2, 3, 16, 24))
+    except CaptureError:
+        return
+    for size in ((16, 24), (40, 40), (24, 16), (56, 40)):
+        x = torch.randn(2, 3, *size)
+        found = answer(pruned, x)
+        assert isinstance(found, str) or difference(model(x), found) <= 1e-5
+
+
+ROUNDED = {
+    "divmod": lambda x: 1 + divmod(x.shape[2], 100)[0],
+    "round": lambda x: round(x.shape[2] / 8),
+    "attribute": lambda x: 2 if hasattr(x.shape[2], "hint") or hasattr(x, "tensors") else 3,
+}
+
+
+class Scales(nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x))) * self.by(x)
+
+
+@pytest.mark.parametrize("by", ROUNDED.values(), ids=list(ROUNDED))
+def test_harmless_python_on_sizes_is_followed(by):
+    model = half_off(prifu.wrap(Scales(by)))
+    pruned = prifu.prune(model, torch.zeros(2, 3, 16, 24))
+    for size in ((16, 24), (40, 40), (128, 128)):
+        x = torch.randn(2, 3, *size)
+        assert difference(model(x), pruned(x)) <= 1e-5
 
 
 def test_what_is_looked_up_by_the_batch_is_refused():

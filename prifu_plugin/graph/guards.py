@@ -47,10 +47,23 @@ def _asks_for_dtype(node: fx.Node) -> bool:
 
 def fix_sizes(graph: fx.Graph, shapes: Sequence[tuple[int, ...]], *, batch: bool = False) -> None:
     """Let a graph refuse inputs whose sizes differ from these, in the batch too if asked."""
+    places = [(at, dim) for at, shape in enumerate(shapes) for dim in range(len(shape))]
+    fix_dims(graph, shapes, [(at, dim) for at, dim in places if batch or dim > 0])
+
+
+def fix_dims(
+    graph: fx.Graph, shapes: Sequence[tuple[int, ...]], places: Sequence[tuple[int, int]]
+) -> None:
+    """Let a graph refuse inputs whose sizes differ from these at some places.
+
+    Args:
+        graph: changed in place.
+        shapes: one for each input.
+        places: of inputs, and their dimensions.
+    """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     with graph.inserting_before(inputs[-1].next):
-        for node, shape in zip(inputs, shapes, strict=True):
-            for dim, size in list(enumerate(shape))[0 if batch else 1 :]:
-                asked = graph.call_method("size", (node, dim))
-                same = graph.call_function(operator.eq, (asked, size))
-                graph.call_function(torch._assert, (same, GUARD))
+        for at, dim in places:
+            asked = graph.call_method("size", (inputs[at], dim))
+            same = graph.call_function(operator.eq, (asked, shapes[at][dim]))
+            graph.call_function(torch._assert, (same, GUARD))

@@ -39,7 +39,7 @@ class SizedProxy(fx.Proxy):
         value = self.value
         if k in ("type", "index") and isinstance(value, torch.device):
             return getattr(value, k)  # a context such as autocast takes no proxy
-        if isinstance(value, bool | int | float | tuple) and not hasattr(value, k):
+        if not hasattr(value, k):
             raise AttributeError(f"'{type(value).__name__}' object has no attribute '{k}'")
         return _SizedAttribute(self, k)
 
@@ -128,6 +128,16 @@ class SizedProxy(fx.Proxy):
 
     def __floor__(self) -> Any:
         return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def __round__(self, digits: int | None = None) -> Any:
+        given = (self,) if digits is None else (self, digits)
+        return self.tracer.create_proxy("call_function", round, given, {})
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> tuple[Any, Any]:
+        return other // self, other % self
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **settings: Any) -> Any:
         """Let numpy compute with sizes."""

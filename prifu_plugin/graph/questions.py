@@ -11,13 +11,14 @@ import operator
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, TraceError
 
+from prifu_plugin.graph.leftovers import no_leftovers
 from prifu_plugin.graph.proxies import SizedProxy
 from prifu_plugin.graph.texts import Texts
 
@@ -27,25 +28,42 @@ class WatchfulTracer(fx.Tracer):
 
     Attributes:
         texts: that the forward has made of proxies.
+        refused: errors by which the forward was told that it cannot be followed.
         finished: whether the forward has ended.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.texts = Texts()
+        self.refused: list[Exception] = []
         self.finished = False
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace; a text that may have decided something is an error."""
+        """Trace; texts that may have decided, and refusals that were caught, are errors."""
         try:
-            with self.texts.heard():
+            with self.texts.heard(), no_leftovers(root):
                 graph = super().trace(root, concrete_args)
         finally:
             self.finished = True
+        if self.refused:  # an except, or contextlib.suppress, has taken it for one of the model's
+            raise TraceError(f"its forward catches an error and goes on: {self.refused[0]}")
         if self.texts.pending:
             names = ", ".join(f"'{name}'" for name in self.texts.pending.values())
             raise TraceError(f"Python makes a text of {names}, which may decide.")
         return graph
+
+    def refuse(self, error: Exception) -> NoReturn:
+        """Raise an error, which ends the trace even if the forward catches it."""
+        self.refused.append(error)
+        raise error
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Refuse to branch on what has no value."""
+        self.refuse(TraceError(f"Python branches on '{_name(obj)}', which has no value yet"))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Refuse to iterate over what has no length."""
+        self.refuse(TraceError(f"Python iterates over '{_name(obj)}', of unknown length"))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return a proxy that makes no answers up."""
@@ -70,7 +88,27 @@ class PlainProxy(fx.Proxy):
     tracer: Any
 
     def __getattr__(self, k: str) -> Attribute:
+        if not hasattr(_SOME, k):
+            shown = _shown(self)
+            if shown is not None and not hasattr(shown, k):
+                raise AttributeError(f"'{type(shown).__name__}' object has no attribute '{k}'")
         return _PlainAttribute(self, k)
+
+    def __len__(self) -> int:
+        self._asked_for("its length")
+
+    def __int__(self) -> int:
+        self._asked_for("a whole number")
+
+    def __float__(self) -> float:
+        self._asked_for("a number")
+
+    def __index__(self) -> int:
+        self._asked_for("an index")
+
+    def _asked_for(self, what: str) -> NoReturn:
+        tracer: WatchfulTracer = self.tracer
+        tracer.refuse(TraceError(f"Python asks '{_name(self)}' for {what}."))
 
     def __repr__(self) -> str:
         if isinstance(_shown(self), torch.device):
@@ -82,7 +120,7 @@ class PlainProxy(fx.Proxy):
 
     def __hash__(self) -> int:
         if not isinstance(_shown(self), Tensor | torch.device):
-            raise TraceError(f"'{_name(self)}' is looked up.")
+            self.tracer.refuse(TraceError(f"'{_name(self)}' is looked up."))
         return object.__hash__(self)
 
     def _unknown(self) -> str:

@@ -203,10 +203,11 @@ class SizedTracer(ModelTracer):
     ) -> Any:
         """Record an operation and carry it out."""
         if target in ("item", "tolist"):
-            raise TraceError(f"'{target}' asks for the values of a tensor.")
+            self.refuse(TraceError(f"'{target}' asks for the values of a tensor."))
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *more, **named)
         if self._overwritten.intersection(proxy.node.all_input_nodes):
-            raise TraceError(f"'{proxy.node.name}' reads what was overwritten through a view.")
+            what = f"'{proxy.node.name}' reads what was overwritten through a view."
+            self.refuse(TraceError(what))
         values = map_aggregate((tuple(args), dict(kwargs)), value_of)
         asked = values[0][1] if target is getattr else target
         reads = asked not in SIZE_QUERIES | LAYOUT_QUERIES and reads_tensors((args, kwargs))
@@ -215,7 +216,10 @@ class SizedTracer(ModelTracer):
             proxy.__dict__["sizes"] = (args[1:], kwargs)
         if getattr(target, "__name__", target) in _PARTED:
             proxy.__dict__["parted"] = (getattr(target, "__name__", target), args, kwargs)
-        value = self._compute(kind, target, *values)
+        try:
+            value = self._compute(kind, target, *values)
+        except Exception as error:
+            self.refuse(error)
         tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
         self._storage[proxy.node] = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
         return proxy.carrying(value, of_values)
@@ -225,7 +229,7 @@ class SizedTracer(ModelTracer):
         place = value.untyped_storage().data_ptr()
         views = {other for other, places in self._storage.items() if place in places} | {node}
         if any(view.op in ("get_attr", "placeholder") for view in views):
-            raise TraceError(f"'{node.name}' is written to, which outlives the forward.")
+            self.refuse(TraceError(f"'{node.name}' is written to, which outlives the forward."))
         self._overwritten |= views
 
     def decided(self, proxy: Any, how: Callable[[Any], Any]) -> Any:
@@ -234,7 +238,7 @@ class SizedTracer(ModelTracer):
             return how(proxy)
         value = proxy.value
         if proxy.of_values or not isinstance(value, _PLAIN):
-            raise TraceError(f"'{proxy.node.name}' is no size: Python decides on values.")
+            self.refuse(TraceError(f"'{proxy.node.name}' is no size: Python decides on values."))
         answer = how(value)
         if (proxy.node, value) not in self._guarded:
             self._guarded.add((proxy.node, value))

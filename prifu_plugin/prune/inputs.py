@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,27 @@ from prifu_plugin.device import like_of
 from prifu_plugin.errors import ConfigError, first_line
 from prifu_plugin.graph.state import input_shapes
 from prifu_plugin.graph.undisturbed import run_undisturbed
+from prifu_plugin.prune.other_shapes import (
+    Change,
+    all_of_image,
+    between,
+    between_signals,
+    by_patches,
+    channels_last,
+    clips,
+    doubled,
+    far,
+    far_signals,
+    far_tokens,
+    fewer_tokens,
+    framed,
+    grown,
+    longer,
+    more_tokens,
+    near,
+    odd,
+    skewed,
+)
 
 FLOAT = "float"
 """Kind of an input in the model's own floating-point type."""
@@ -148,20 +169,49 @@ class Inputs:
         Images grow one way and shrink the other, by odd numbers first, since much is padded to
         multiples, and by more than 32, so that what is inside differs too; then by 32, or patches
         of 14; or double, one way where that is enough: four times the tokens take sixteen times
-        as long. Sequences grow. A model that takes none has its size fixed.
+        as long. Sequences grow, or shrink where they must not. A model that takes none has its size
+        fixed.
         """
-        odd = (_odd((5, -5)), _odd((1, 1)), _odd((1, 0)), _odd((0, 1)))
-        changes = (*odd, _skewed, _grown, _framed, _by_patches, _longer, _far_signals, _doubled)
-        yield from self._changed(_far, *changes)
+        skews = (odd((5, -5)), odd((1, 1)), odd((1, 0)), odd((0, 1)))
+        changes: tuple[Change, ...] = (*skews, skewed, grown, channels_last, clips, framed)
+        changes = (*changes, by_patches, longer, far_signals, doubled)
+        for of_pairs in (far_tokens, more_tokens, fewer_tokens):
+            for kinds in (set(self.kinds), set(self.kinds) - {FLOAT}):
+                yield from self._changed(far, *changes, of_pairs=of_pairs, kinds=kinds)
+        yield from self._changed(all_of_image, far, *changes, fewer_tokens)
 
     def elsewhere(self) -> Iterator[Inputs]:
         """Yield the same at sizes that are not among the first of `sized`."""
-        yield from self._changed(_between, _between_signals, _odd((33, -1)), _odd((64, 64)))
+        yield from self._changed(between, between_signals, odd((33, -1)), odd((64, 64)))
 
-    def _changed(self, *changes: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Iterator[Inputs]:
+    def unlike(self, other: Inputs) -> Iterator[tuple[tuple[int, int], tuple[Inputs, ...]]]:
+        """Yield where another has the same sizes, batch aside, and the same with other sizes there.
+
+        Each place is an input and its dimension.
+        """
+        for at, shape in enumerate(self.shapes):
+            for dim in range(1, len(shape)):
+                if other.shapes[at][dim] == shape[dim]:
+                    yield (at, dim), tuple(self._with(at, dim, size) for size in near(shape[dim]))
+
+    def _with(self, at: int, dim: int, size: int) -> Inputs:
+        shapes = [list(shape) for shape in self.shapes]
+        shapes[at][dim] = size
+        return replace(self, shapes=tuple(map(tuple, shapes)))
+
+    def _changed(
+        self, *changes: Change, of_pairs: Change | None = None, kinds: Collection[str] = ()
+    ) -> Iterator[Inputs]:
+        """Yield the same with changed shapes; with pairs (N, L) of some kinds changed by one."""
+        pairs = [len(s) == 2 and k in kinds for s, k in zip(self.shapes, self.kinds, strict=True)]
+        if of_pairs is not None and not any(pairs):
+            return
         found = {self.shapes}
         for change in changes:
-            shapes = tuple(change(shape) for shape in self.shapes)
+            shapes = tuple(
+                of_pairs(shape) if pair and of_pairs is not None else change(shape)
+                for shape, pair in zip(self.shapes, pairs, strict=True)
+            )
             if shapes not in found:
                 found.add(shapes)
                 yield replace(self, shapes=shapes)
@@ -221,75 +271,3 @@ def _span(x: Tensor) -> tuple[float, float, bool]:
 
 def _kind(x: Tensor) -> str:
     return FLOAT if x.is_floating_point() else str(x.dtype).removeprefix("torch.")
-
-
-def _odd(more: tuple[int, int]) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
-    """Return how images are skewed, with so much more in height and width."""
-
-    def change(shape: tuple[int, ...]) -> tuple[int, ...]:
-        skewed = _skewed(shape)
-        if len(shape) != 4:
-            return skewed if len(shape) < 4 else (*shape[:2], *(size + 1 for size in skewed[2:]))
-        return *skewed[:2], skewed[2] + more[0], skewed[3] + more[1]
-
-    return change
-
-
-def _far(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Make sequences (N, L, C) more than twice as long: every fourth of them is one more, too."""
-    return (shape[0], 2 * shape[1] + 3, shape[2]) if len(shape) == 3 else shape
-
-
-def _far_signals(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Do the same to signals (N, C, L)."""
-    return (*shape[:2], 2 * shape[2] + 3) if len(shape) == 3 else shape
-
-
-def _between_signals(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:2], shape[2] + 7) if len(shape) == 3 else shape
-
-
-def _between(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Make images and sequences somewhat larger, by what is no multiple of much."""
-    if len(shape) == 3:
-        return shape[0], shape[1] + 7, shape[2]
-    return (*shape[:2], shape[2] + 21, shape[3] + 11) if len(shape) == 4 else shape
-
-
-def _skewed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) != 4:
-        return _grown(shape)
-    n, c, height, width = shape
-    return n, c, height + 32, width - 32 if width > 63 else width + 64
-
-
-def _grown(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Make whatever may be a length longer: all but batch and channels, or tokens (N, L, C)."""
-    if len(shape) == 2:
-        return shape
-    if len(shape) == 3:
-        return shape[0], shape[1] + 3, shape[2]
-    return *shape[:2], *(size + 32 for size in shape[2:])
-
-
-def _framed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Make the images of clips (N, frames, C, H, W) larger, whose third size is no length."""
-    if len(shape) != 5:
-        return shape
-    return *shape[:3], *(size + 32 for size in shape[3:])
-
-
-def _by_patches(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) != 4:
-        return shape
-    return *shape[:2], shape[2] + 28, shape[3] + 56
-
-
-def _longer(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-1], 2 * shape[-1]) if len(shape) == 4 else shape
-
-
-def _doubled(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) == 3:
-        return *shape[:2], 2 * shape[2]
-    return *shape[:2], *(2 * size for size in shape[2:])

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.capture import Captured
-from prifu_plugin.graph.guards import fix_sizes, is_refusal
+from prifu_plugin.graph.guards import fix_dims, fix_sizes, is_refusal
 from prifu_plugin.graph.sized import looks_into
 from prifu_plugin.prune.examples import record_examples
 from prifu_plugin.prune.functional_layers import make_layers
@@ -42,8 +42,7 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
     broken: Exception | None = None
     if plain is not None and not _is_closed_somewhere(plain):
         _check_inputs(plain, runs)
-        if len(runs) == 1:  # what is concluded of one size holds there
-            fix_sizes(plain.graph, runs[0].shapes, batch=True)
+        _guard_unseen(model, plain, runs)
         try:
             return _record(plain, runs), runs
         except Exception as error:  # noqa: BLE001 - traced, but asks for what sizes do not have
@@ -53,6 +52,8 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
         _check_inputs(captured, chosen)
         if captured is sized and chosen[0].batch(1) == chosen[-1].batch(1):  # seen at one size
             fix_sizes(captured.graph, chosen[0].shapes, batch=len(chosen) == 1)
+        else:
+            _guard_unseen(model, captured, chosen)
         try:
             return _record(captured, chosen), chosen
         except AssertionError as error:  # a guard: decided differently at the other size
@@ -64,6 +65,16 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
             "images of a batch does: prune cannot follow. Compute the batch as one tensor."
         )
     raise broken or later or failed or CaptureError(f"{type(model).__name__} cannot be followed.")
+
+
+def _guard_unseen(model: nn.Module, captured: Captured, runs: Runs) -> None:
+    """Refuse sizes that the model takes and no run has changed: conclusions hold at these."""
+    if len(runs) == 1:
+        fix_sizes(captured.graph, runs[0].shapes, batch=True)
+        return
+    unseen = runs[0].unlike(runs[-1])
+    places = [place for place, others in unseen if any(takes(model, one) for one in others)]
+    fix_dims(captured.graph, runs[0].shapes, places)
 
 
 def _attempt(

@@ -32,16 +32,20 @@ def loose_numbers(analysis: Analysis, node: fx.Node) -> list[fx.Node]:
 
 
 def changed(analysis: Analysis, loose: list[fx.Node]) -> Iterator[dict[fx.Node, Any]]:
-    """Yield other values of numbers, one of them changed at a time: by one more, by one less."""
+    """Yield other values of numbers, one changed at a time: near it, half of it, and 1."""
     for node in loose:
         value = analysis.values[node]
-        for step in (1, -1):
-            if isinstance(value, int):
-                yield {node: value + step}
-                continue
-            for place in range(len(value)):
-                items = [item + step * (at == place) for at, item in enumerate(value)]
-                yield {node: type(value)(items)}
+        if isinstance(value, int):
+            yield from ({node: other} for other in _others(value))
+            continue
+        for place, item in enumerate(value):
+            for other in _others(item):
+                yield {node: type(value)([*value[:place], other, *value[place + 1 :]])}
+
+
+def _others(value: int) -> list[int]:
+    """Return other values; what is cut at half of a number may be all there near the number."""
+    return [value + 1, value - 1, *(other for other in (value // 2, 1) if value > other + 1)]
 
 
 def _numbers(value: Any) -> bool:

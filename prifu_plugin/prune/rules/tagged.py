@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prifu_plugin.prune.facts import Fact
 from prifu_plugin.prune.rules.base import Analysis, Rule, run
+from prifu_plugin.prune.rules.loose import loose_numbers
 from prifu_plugin.prune.rules.pointwise import PointwiseRule, as_seen
 from prifu_plugin.prune.seen import seen
 
@@ -30,6 +32,8 @@ def tagged_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
     facts = {n: analysis.values.get(n) for n in node.all_input_nodes}
     tensors = {n: fact for n, fact in facts.items() if isinstance(fact, Fact)}
     if node.op == "call_module":  # a leaf, which somebody may have asked to keep its inputs whole
+        return None
+    if node.target is operator.getitem or loose_numbers(analysis, node):  # all there, at this size
         return None
     if not tensors or not isinstance(example, torch.Tensor) or not example.is_floating_point():
         return None
