@@ -124,3 +124,12 @@ def test_sizes_of_images(body):
 def test_sizes_of_a_second_input():
     x = torch.randn(2, 3, 8, 8)
     check(closed(Images(of_two)), (x, torch.randn(2, 5)), (x, torch.randn(2, 8)))
+
+
+@pytest.mark.parametrize("band", [100, 700])
+def test_bands_that_only_large_images_have(band):
+    model = closed(Images(lambda self, x: self.last(self.features(x).tril(band))), bias=True)
+    for unit in prifu.filters(model).values():
+        nn.init.normal_(unit.bias)
+    others = [torch.randn(1, 3, size, size + 20) for size in (40, band + 20)]
+    check(model, torch.randn(2, 3, 16, 16), *others)

@@ -16,7 +16,7 @@ from prifu_plugin.prune.rules.base import Analysis, run
 from prifu_plugin.prune.seen import seen
 
 MOST = 2**22
-"""Elements beyond which no other sizes are tried."""
+"""Elements beyond which other sizes are not tried."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def elsewhere(
         axes: its channel dimensions.
 
     Returns:
-        The signature of each result; None where the operation does not take such sizes, or is given
-        numbers of the graph.
+        The signature of each result; none at all where such sizes are too large to be tried; None
+        where the operation does not take them, or is given numbers of the graph.
     """
     if node.op == "call_module" or len(node.all_input_nodes) > 1:
         return None
@@ -54,8 +54,10 @@ def elsewhere(
     free = [dim for dim in range(len(shape)) if dim not in axes]
     for dim, more in zip(free, (0, 2, 6, 8, 12), strict=False):
         shape[dim] = least + more
+    for dim in free[:-2]:  # what has literal numbers has them along the last ones
+        shape[dim] = 2 if math.prod(shape) > MOST else shape[dim]
     if math.prod(shape) > MOST:
-        return None
+        return []
     labels = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(shape)
     try:
         result: Any = run(analysis, node, lambda _: labels)

@@ -141,6 +141,8 @@ def _moved(
     if others or begin[0].after:
         return tuple(found)
     far = elsewhere(analysis, node, source, fact.axes)
+    if far == []:  # not known
+        return tuple(replace(one, loose=True, padded=True) for one in found)
     if far is None or len(far) != len(found):
         return tuple(found)
     count = math.prod(begin[0].shape)
