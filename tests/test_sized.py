@@ -304,8 +304,8 @@ def test_assignments_become_nodes(body):
     x = torch.randn(3, 3, 10, 7)
     pruned = prifu.prune(model, x[:2])
     assert max(c.difference for c in prifu.report(pruned).checks) < 1e-6
-    # What is filled needs one channel for its shape.
-    widths = {parts_in_place: 5}
+    # What is filled needs one channel for its shape, what is overwritten is not computed.
+    widths = {rows_and_columns: 5, channels: 3, parts_in_place: 2}
     assert pruned.get_submodule("stem.0").out_channels == widths.get(body, 4)
     torch.testing.assert_close(pruned(x), model(x))
 

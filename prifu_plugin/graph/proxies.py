@@ -13,10 +13,12 @@ from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
+from prifu_plugin.graph.augmented import AUGMENTED, Augmented
+
 _len = len
 
 
-class SizedProxy(fx.Proxy):
+class SizedProxy(Augmented, fx.Proxy):
     """A node and its value in the example run.
 
     Attributes:
@@ -55,8 +57,25 @@ class SizedProxy(fx.Proxy):
             part.__dict__["part_of"] = self, key
         return part
 
+    def is_tensor(self) -> bool:
+        """Whether it stands for a tensor."""
+        return isinstance(self.value, Tensor)
+
+    def _augmented(self, into: Callable[..., Any], other: Any) -> Any:
+        """Record an operator; what is written into a part is written into the whole."""
+        if "part_of" not in self.__dict__ or not self.is_tensor():
+            return super()._augmented(into, other)
+        whole, key = self.__dict__["part_of"]
+        made = self.tracer.create_proxy("call_function", AUGMENTED[into], (self, other), {})
+        whole[key] = made
+        made.__dict__["is_at"] = whole.node, key
+        return made
+
     def __setitem__(self, key: Any, value: Any) -> None:
         """Write into a constant made of sizes alone, or stand for the changed tensor."""
+        at = value.__dict__.get("is_at") if isinstance(value, SizedProxy) else None
+        if at is not None and at[0] is self.node and at[1] is key:
+            return  # x[key] += y hands x[key] what was written into it
         tensor = isinstance(value, SizedProxy) and isinstance(value.value, Tensor)
         if "sizes" not in self.__dict__ or self.node.users or tensor:
             written = written_to(self, key, value)

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, TraceError
 
+from prifu_plugin.graph.augmented import Augmented
 from prifu_plugin.graph.leftovers import no_leftovers
 from prifu_plugin.graph.proxies import SizedProxy
 from prifu_plugin.graph.texts import Texts
+from prifu_plugin.names import LAYOUT_QUERIES, SIZE_QUERIES
 
 
 class WatchfulTracer(fx.Tracer):
@@ -79,7 +81,7 @@ class WatchfulTracer(fx.Tracer):
         return super().create_proxy(kind, target, args, kwargs, *more, **named)
 
 
-class PlainProxy(fx.Proxy):
+class PlainProxy(Augmented, fx.Proxy):
     """A node without a value: texts of it are noted, and no number has a hash.
 
     Devices are no keys that anything was kept under: what is kept there is made anew.
@@ -93,6 +95,13 @@ class PlainProxy(fx.Proxy):
             if shown is not None and not hasattr(shown, k):
                 raise AttributeError(f"'{type(shown).__name__}' object has no attribute '{k}'")
         return _PlainAttribute(self, k)
+
+    def is_tensor(self) -> bool:
+        """Whether it certainly stands for a tensor."""
+        shown = _shown(self)
+        if shown is None and "attr" not in self.__dict__:
+            return _gives_tensor(self.node)
+        return _isinstance(shown, Tensor)
 
     def __len__(self) -> int:
         self._asked_for("its length")
@@ -202,6 +211,17 @@ def _made(node: fx.Node, tracer: Any) -> Any:
     if getattr(node.target, "__module__", "") != "_operator":
         return None
     return _computed(node, tracer)
+
+
+def _gives_tensor(node: fx.Node) -> bool:
+    """Whether a node of which nothing else is known gives a tensor, or several, if anything."""
+    name = str(getattr(node.target, "__name__", node.target))
+    if node.op in ("call_module", "get_attr"):
+        return True
+    if node.op == "call_method" or str(getattr(node.target, "__module__", "")).startswith("torch"):
+        return name not in SIZE_QUERIES | LAYOUT_QUERIES | {"item", "tolist"}
+    operators = getattr(node.target, "__module__", "") == "_operator"
+    return operators and any(_gives_tensor(operand) for operand in node.all_input_nodes)
 
 
 def _asked(attribute: str) -> Any:

@@ -36,6 +36,7 @@ from prifu_plugin.prune.other_shapes import (
     more_tokens,
     near,
     odd,
+    shrunk,
     skewed,
 )
 
@@ -54,6 +55,7 @@ class Inputs:
         begins: for integers, the least one.
         spans: for numbers, the least and the largest that were shown, and whether all were whole.
         within: whether to draw numbers from there, rather than Gaussian ones.
+        fixed: whether no other sizes are to be tried.
 
     Example:
         >>> inputs = Inputs.of(torch.zeros(2, 3, 8, 8))
@@ -67,6 +69,7 @@ class Inputs:
     begins: tuple[int, ...] = ()
     spans: tuple[tuple[float, float, bool], ...] = ()
     within: bool = False
+    fixed: bool = False
 
     @classmethod
     def of(cls, examples: Any) -> Inputs:
@@ -120,6 +123,7 @@ class Inputs:
             tuple(data.get("begins", ())),
             tuple((low, high, bool(whole)) for low, high, whole in data.get("spans", ())),
             bool(data.get("within", False)),
+            bool(data.get("fixed", False)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,6 +135,7 @@ class Inputs:
             "begins": list(self.begins),
             "spans": [list(span) for span in self.spans],
             "within": self.within,
+            "fixed": self.fixed,
         }
 
     def batch(self, size: int) -> Inputs:
@@ -184,6 +189,10 @@ class Inputs:
         """Yield the same at sizes that are not among the first of `sized`."""
         yield from self._changed(between, between_signals, odd((33, -1)), odd((64, 64)))
 
+    def smaller(self) -> Iterator[Inputs]:
+        """Yield the same at small sizes, the smallest first: numbers in a forward reach further."""
+        yield from self._changed(shrunk(8), shrunk(4), shrunk(2))
+
     def unlike(self, other: Inputs) -> Iterator[tuple[tuple[int, int], tuple[Inputs, ...]]]:
         """Yield where another has the same sizes, batch aside, and the same with other sizes there.
 
@@ -207,7 +216,7 @@ class Inputs:
         if of_pairs is not None and not any(pairs):
             return
         found = {self.shapes}
-        for change in changes:
+        for change in () if self.fixed else changes:
             shapes = tuple(
                 of_pairs(shape) if pair and of_pairs is not None else change(shape)
                 for shape, pair in zip(self.shapes, pairs, strict=True)

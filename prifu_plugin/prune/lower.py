@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from prifu_plugin.errors import CaptureError
+from prifu_plugin.graph.augmented import AUGMENTED
 from prifu_plugin.graph.capture import Captured, capture
 from prifu_plugin.graph.guards import drop_dtype_guards, is_guard
 from prifu_plugin.graph.sized import capture_sized
@@ -142,10 +143,7 @@ def name_effects(graph: fx.Graph, model: nn.Module) -> None:
 
 
 _PURE_FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
+    **AUGMENTED,
     torch.relu_: torch.relu,
     F.relu_: F.relu,
 }

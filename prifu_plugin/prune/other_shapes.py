@@ -112,6 +112,19 @@ def by_patches(shape: tuple[int, ...]) -> tuple[int, ...]:
     return *shape[:2], shape[2] + 28, shape[3] + 56
 
 
+def shrunk(by: int) -> Change:
+    """Return how all but batch and channels is divided, by sequences (N, L, C) their length."""
+
+    def change(shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(shape) == 2:
+            return shape
+        lengths = shape[1:2] if len(shape) == 3 else shape[2:]
+        less = tuple(max(1, size // by) for size in lengths)
+        return (shape[0], *less, shape[2]) if len(shape) == 3 else (*shape[:2], *less)
+
+    return change
+
+
 def longer(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Double the last size of images."""
     return (*shape[:-1], 2 * shape[-1]) if len(shape) == 4 else shape

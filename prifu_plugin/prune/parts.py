@@ -16,12 +16,11 @@ from prifu_plugin.prune.hooks import LOST, has_hooks
 from prifu_plugin.prune.inputs import Inputs, refusal, takes
 from prifu_plugin.prune.kernels import pure_copy
 from prifu_plugin.prune.one_graph import Pruned, prune_graph, runs_of
+from prifu_plugin.prune.plan import Notes
 from prifu_plugin.prune.precise import in_fp64
 from prifu_plugin.prune.report import Fate
 from prifu_plugin.prune.settings import PruneSettings
 from prifu_plugin.prune.verify import Check, compare
-
-Notes = tuple[tuple[str, str], ...]
 
 
 def prune_parts(

@@ -18,6 +18,9 @@ from torch import Tensor
 from prifu_plugin.formats import FORMAT, read_format, reading
 from prifu_plugin.prune.layout import Conform
 
+Notes = tuple[tuple[str, str], ...]
+"""Places, and what is to be said of them."""
+
 
 @dataclass(frozen=True)
 class Keep:
@@ -167,7 +170,7 @@ class Plan:
     nodes: tuple[NodePlan, ...]
     recipe: dict[str, Any]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    notes: tuple[tuple[str, str], ...] = ()
+    notes: Notes = ()
     constants: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def to_json(self) -> str:

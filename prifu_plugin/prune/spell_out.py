@@ -20,8 +20,15 @@ _EXTREMES = {
 _BY_EXAMPLE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
 
 
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+
+_SCATTERS = (torch.slice_scatter, torch.select_scatter)
+
+
 def spell_out(graph: fx.Graph, node: fx.Node) -> None:
     """Replace a stack by a concatenation; ask a tensor whose sizes are taken for its shape only.
+
+    So is a tensor of which a slice is replaced, and a part that is there twice has two names.
 
     A bias that is computed is added behind the linear map, which then has none. A view becomes a
     reshape, since slices may leave its operand in other memory; the larger of two tensors is said
@@ -29,6 +36,10 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> None:
     """
     if node.target is torch.stack:
         _spell_out_stack(graph, node)
+    elif node.target in _CONCATENATIONS:
+        _spell_out_repeats(graph, node)
+    elif node.target in _SCATTERS:
+        _spell_out_scatter(graph, node)
     elif node.target is F.linear:
         _spell_out_linear(graph, node)
     elif node.target is F.glu:
@@ -147,3 +158,55 @@ def _spell_out_stack(graph: fx.Graph, node: fx.Node) -> None:
         joined = graph.call_function(torch.cat, (longer, dim))
     node.replace_all_uses_with(joined)
     graph.erase_node(node)
+
+
+def _spell_out_repeats(graph: fx.Graph, node: fx.Node) -> None:
+    """Give a part that is concatenated with itself another name each time."""
+    parts: Any = node.args[0] if node.args else node.kwargs.get("tensors")
+    if not isinstance(parts, list | tuple) or len(set(parts)) == len(parts):
+        return
+    named: list[Any] = []
+    for part in parts:
+        with graph.inserting_before(node):
+            named.append(graph.call_method("contiguous", (part,)) if part in named else part)
+    rest = {name: value for name, value in node.kwargs.items() if name != "tensors"}
+    node.args, node.kwargs = (named, *node.args[1:]), rest
+
+
+def _spell_out_scatter(graph: fx.Graph, node: fx.Node) -> None:
+    """Concatenate what is left on both sides of a slice and what replaces it."""
+    selects = node.target is torch.select_scatter
+    names = ("input", "src", "dim", *(("index",) if selects else ("start", "end", "step")))
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    dim, x, source = given.get("dim", 0), given["input"], given["src"]
+    if selects:
+        start = given["index"]
+        end = start + 1 or None if isinstance(start, int) else start
+    else:
+        start, end = given.get("start") or 0, given.get("end")
+    if not isinstance(dim, int) or given.get("step", 1) != 1 or not _is_in_order(start, end):
+        return
+    with graph.inserting_before(node):
+        if selects:
+            source = graph.call_method("unsqueeze", (source, dim))
+        parts = [source]
+        if start != 0:
+            parts.insert(0, _slice(graph, x, dim, slice(None, start)))
+        if end is not None:
+            parts.append(_slice(graph, x, dim, slice(end, None)))
+        joined = graph.call_function(torch.cat, (parts, dim))
+    node.replace_all_uses_with(joined)
+    graph.erase_node(node)
+
+
+def _is_in_order(start: Any, end: Any) -> bool:
+    """Whether a slice ends behind its start at any size, so that two others are what is left."""
+    if not isinstance(start, int) or not isinstance(end, int | None):
+        return False
+    return end is None or start == 0 or (start <= end and (start < 0) == (end < 0))
+
+
+def _slice(graph: fx.Graph, x: Any, dim: int, kept: slice) -> fx.Node:
+    whole: tuple[Any, ...] = (slice(None),) * (dim if dim >= 0 else -dim - 1)
+    key: tuple[Any, ...] = (*whole, kept) if dim >= 0 else (..., kept, *whole)
+    return graph.call_function(operator.getitem, (x, key))

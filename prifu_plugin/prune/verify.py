@@ -211,6 +211,24 @@ def _scale(a: Tensor, finite: Tensor) -> Tensor:
     return torch.maximum(torch.maximum(sizes, common), tiny)
 
 
+def is_rounded(pruned: fx.GraphModule, twin: fx.GraphModule) -> bool:
+    """Whether a pruned model is its twin in fp64 but for rounding: one program, the same weights.
+
+    Each tensor may differ as outputs may, by 1e-5 of its largest value in fp32.
+    """
+    if str(pruned) != str(twin):
+        return False
+    ours, theirs = (
+        {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for model in (pruned, twin)
+    )
+    allowed = TOLERANCES.get(_precision(pruned), 1e-5)
+    return ours.keys() == theirs.keys() and all(
+        difference(tensor.double(), ours[name].double()) <= allowed
+        for name, tensor in theirs.items()
+    )
+
+
 OUTLIER = 1000.0
 """Values this many times the median are no scale for the others."""
 

@@ -1,0 +1,119 @@
+"""`y += z` writes into a tensor: whoever else has a name for it, or a view of it, sees it."""
+
+import operator
+
+import pytest
+import torch
+from test_prune_kinds import half_off
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.prune.verify import difference
+
+OPERATORS = {
+    "+=": operator.iadd,
+    "-=": operator.isub,
+    "*=": operator.imul,
+    "/=": operator.itruediv,
+    "//=": operator.ifloordiv,
+    "**=": operator.ipow,
+    "%=": operator.imod,
+}
+
+
+class Net(nn.Module):
+    """Writes into features by an augmented assignment; `how(y, z, other)` returns two of them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.other = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.ends = nn.ModuleList([nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)])
+
+    def forward(self, x):
+        y = self.features(x)
+        first, second = self.how(y, self.other(y))
+        return self.ends[0](first) * self.ends[1](second)
+
+
+def second_name(y, z):
+    name = y
+    y += z
+    return y, name
+
+
+def name_of_a_sum(y, z):
+    y = y + z
+    name = y
+    y *= 2
+    return y, name
+
+
+def of_a_part(y, z):
+    part = y.chunk(2, 1)[0]
+    name = part
+    part = part + 0
+    part += z[:, :4]
+    return torch.cat([part, y[:, 4:]], 1), torch.cat([name, name], 1)
+
+
+def into_a_view(y, z):
+    view = y[:, :4]
+    view += z[:, 4:]
+    return y, z
+
+
+def into_a_part(y, z):
+    y = y * 1
+    y[:, :4] += z[:, 4:]
+    return y, z
+
+
+def of_sizes(y, z):
+    height = kept = y.shape[2]
+    height += 2
+    shape = y.shape
+    shape += (1,)
+    return y * (height - kept), z / len(shape)
+
+
+FORMS = {
+    f.__name__: f
+    for f in (second_name, name_of_a_sum, of_a_part, into_a_view, into_a_part, of_sizes)
+}
+
+
+def filtered(how):
+    torch.manual_seed(0)
+    return half_off(prifu.wrap(Net(how).eval()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_name_of_a_tensor_sees_what_is_written_into_it(form):
+    wrapped = filtered(FORMS[form])
+    pruned = prifu.prune(wrapped, torch.randn(2, 3, 8, 8))
+    for shape in ((2, 3, 8, 8), (3, 3, 12, 10)):
+        x = torch.randn(shape)
+        assert difference(wrapped(x), pruned(x)) < 1e-5
+    assert pruned.get_submodule("features.0").out_channels < 8
+
+
+@pytest.mark.parametrize("sign", OPERATORS)
+def test_every_operator_writes(sign):
+    def how(y, z):
+        name = y
+        y = OPERATORS[sign](y, z * 0 + 2)  # what the statement does
+        return y, name
+
+    wrapped = filtered(how).double()
+    pruned = prifu.prune(wrapped, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    assert difference(wrapped(x), pruned(x)) < 1e-11
+
+
+def test_what_is_cut_behind_it_is_what_was_written():
+    wrapped = filtered(second_name)
+    x = torch.randn(2, 3, 8, 8)
+    edge, cloud = prifu.split(wrapped, "iadd", x)
+    assert difference(wrapped(x), cloud(edge(x))) < 1e-5

@@ -1,0 +1,78 @@
+"""What holds at the sizes that were analysed, and not at others, is made for one size."""
+
+import pytest
+import torch
+from test_prune_kinds import half_off
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin.prune.verify import difference
+
+HERE = (2, 3, 16, 16)
+
+
+class Taken(nn.Module):
+    """Takes elements by literal numbers where channels and places share one dimension."""
+
+    def __init__(self, take):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.take = take
+
+    def forward(self, x):
+        y = self.features(x)
+        return self.take(y)
+
+
+TAKES = {
+    "slice": lambda y: y.flatten(1)[:, :100],
+    "index": lambda y: y.flatten(1)[:, 100],
+    "narrow": lambda y: y.flatten(1).narrow(1, 40, 60),
+    "selected": lambda y: y.flatten(1).index_select(1, torch.tensor([3, 70])),
+    "with the batch": lambda y: y.flatten(0, 1)[1].flatten()[:64],
+}
+
+
+def made(take):
+    torch.manual_seed(0)
+    wrapped = half_off(prifu.wrap(Taken(take)), seed=2)
+    prifu.filters(wrapped)["features.1"].weight.data[:4] = 1.0
+    return wrapped
+
+
+@pytest.mark.parametrize("take", TAKES)
+def test_no_size_gives_another_answer(take):
+    wrapped = made(TAKES[take])
+    pruned = prifu.prune(wrapped, torch.randn(HERE))
+    answered = 0
+    for size in (4, 8, 11, 16, 19, 40):
+        x = torch.randn(3, 3, size, size)
+        try:
+            expected = wrapped(x)
+        except Exception:  # too small for the model itself
+            continue
+        try:
+            found = pruned(x)
+        except AssertionError as error:
+            if "made for other input sizes" not in str(error) or size == 16:
+                raise
+            continue
+        assert difference(expected, found) < 1e-5
+        answered += 1
+    assert answered
+
+
+def test_it_says_so_and_can_be_made_again():
+    wrapped = made(TAKES["slice"])
+    pruned = prifu.prune(wrapped, torch.randn(HERE))
+    report = prifu.report(pruned)
+    assert "made for inputs of this size: at another, it differs" in str(report)
+    assert pruned.get_submodule("features.0").out_channels < 8
+    with pytest.raises(AssertionError, match="other input sizes"):
+        pruned(torch.randn(2, 3, 8, 8))
+    plan, state = prifu.plan(pruned), pruned.state_dict()
+    again = prifu.rebuild(Taken(TAKES["slice"]), plan, state)
+    x = torch.randn(5, 3, 16, 16)
+    assert difference(pruned(x), again(x)) == 0
+    with pytest.raises(AssertionError, match="other input sizes"):
+        again(torch.randn(2, 3, 8, 8))
