@@ -45,6 +45,8 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> None:
     elif node.target is F.glu:
         given = {**dict(zip(("input", "dim"), node.args, strict=False)), **node.kwargs}
         spell_out_glu(graph, node, given["input"], given.get("dim", -1))
+    elif _is_of_the_kind_of_another(node):
+        _spell_out_kind(graph, node)
     elif node.op == "call_method" and node.target in _BY_EXAMPLE and not node.kwargs:
         with graph.inserting_before(node):
             shape = graph.call_function(getattr, (node.args[1], "shape"))
@@ -65,6 +67,21 @@ def spell_out_glu(graph: fx.Graph, node: fx.Node, x: Any, dim: Any) -> None:
         result = graph.call_function(torch.mul, (one, opened))
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+
+
+def _is_of_the_kind_of_another(node: fx.Node) -> bool:
+    """Whether a tensor is brought to the type and device of another: y.type_as(x), y.to(x)."""
+    other = node.args[1] if len(node.args) == 2 else None
+    if node.op != "call_method" or not isinstance(other, fx.Node) or node.kwargs:
+        return False
+    return node.target == "type_as" or (node.target == "to" and other.target is not getattr)
+
+
+def _spell_out_kind(graph: fx.Graph, node: fx.Node) -> None:
+    """Ask the other tensor for type and device alone: it gives neither values nor shape."""
+    with graph.inserting_before(node):
+        asked = [graph.call_function(getattr, (node.args[1], of)) for of in ("device", "dtype")]
+    node.target, node.args = "to", (node.args[0], *asked)
 
 
 def _spell_out_linear(graph: fx.Graph, node: fx.Node) -> None:

@@ -18,12 +18,16 @@ from prifu_plugin.prune.rules.movement import movement_rule
 from prifu_plugin.prune.rules.norm import norm_rule
 from prifu_plugin.prune.rules.opaque import InputRule, OpaqueRule, ScalarRule, StaticRule
 from prifu_plugin.prune.rules.pointwise import pointwise_rule
+from prifu_plugin.prune.rules.sampling import sampling_rule
 from prifu_plugin.prune.rules.tagged import tagged_rule
 from prifu_plugin.prune.seen import seen
 
 _LAYERS = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
 
-_RECOGNIZED = (pointwise_rule, channelwise_rule, concat_rule, contraction_rule, along_rule)
+_RECOGNIZED = (
+    *(pointwise_rule, channelwise_rule, concat_rule, contraction_rule, along_rule),
+    sampling_rule,
+)
 
 
 def find_rule(analysis: Analysis, node: fx.Node) -> Rule:

@@ -113,6 +113,7 @@ _FUNCTIONAL_POOLS = {
     *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate),
     *(F.max_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d),
     *(F.max_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d),
+    *(F.avg_pool1d, F.avg_pool3d),
 }
 
 
@@ -132,7 +133,7 @@ def _functional_pooling(analysis: Analysis, node: fx.Node) -> Rule | None:
     if node.target not in _FUNCTIONAL_POOLS:
         return None
     padding: Any = 0
-    if node.target is F.avg_pool2d:
+    if node.target in (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d):
         if len(node.args) > 6 or node.kwargs.get("divisor_override") is not None:
             return None
         padding = node.args[3] if len(node.args) > 3 else node.kwargs.get("padding", 0)
