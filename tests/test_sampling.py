@@ -103,3 +103,45 @@ def test_pools(pool):
         assert difference(wrapped(x), pruned(x)) < 1e-5
     assert not prifu.report(pruned).notes
     assert pruned.get_submodule("features.0").out_channels < 8
+
+
+class OnePlaceByPlace(nn.Module):
+    """Takes one size only, since a linear map runs over places, and pools what it gives."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.places = nn.Linear(64, 64)
+        self.last = nn.Conv2d(8, 4, 1)
+        self.pool = pool
+
+    def forward(self, x):
+        y = self.features(x)
+        mixed = self.places(y.flatten(2)).unflatten(2, (8, 8))
+        return self.last(self.pool(torch.relu(y + mixed)))
+
+
+PLACE_POOLS = [
+    nn.AdaptiveAvgPool2d(1),
+    nn.MaxPool2d(2),
+    nn.AvgPool2d(3, 2, 1),
+    nn.Upsample(scale_factor=2),
+    nn.AdaptiveMaxPool2d(3),
+]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("closed", [5, 8])
+@pytest.mark.parametrize("pool", PLACE_POOLS)
+def test_pools_of_places_that_are_known_one_by_one(pool, closed, bias):
+    torch.manual_seed(0)
+    wrapped = prifu.wrap(OnePlaceByPlace(pool), bias=bias).eval()
+    unit = prifu.filters(wrapped)["features.1"]
+    unit.weight.data[:closed] = 0.0
+    if bias:
+        unit.bias.data.normal_()
+    pruned = prifu.prune(wrapped, torch.randn(2, 3, 8, 8))
+    x = torch.randn(3, 3, 8, 8)
+    assert difference(wrapped(x), pruned(x)) < 1e-5
+    assert not any("no rule" in reason for _, reason in prifu.report(pruned).notes)
+    assert pruned.get_submodule("features.0").out_channels == max(8 - closed, 1)

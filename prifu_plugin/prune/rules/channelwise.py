@@ -144,11 +144,19 @@ def _functional_pooling(analysis: Analysis, node: fx.Node) -> Rule | None:
 
 def _over_space(analysis: Analysis, node: fx.Node, shrinks: bool) -> Rule | None:
     fact = analysis.input_fact(node)
-    if fact is None or any(axis != 1 for axis in fact.axes) or len(fact.shape) < 3:
+    if fact is None or 0 in fact.axes or len(fact.shape) < 3:
         return None
     if len(seen(node).shape) != len(fact.shape) or not _is_alone(node):
         return None
-    return ChannelwiseRule(node, _same(fact), 0.0 if shrinks else None)
+    # Places, too, are known one by one where a model takes one size only.
+    places = set(fact.axes) - {1}
+    return ChannelwiseRule(node, _same(fact), 0.0 if shrinks else None, places, _agreed)
+
+
+def _agreed(values: Tensor, dim: int, keepdim: bool) -> Tensor:
+    """Return the constant that all places share along a dimension, NaN where there is none."""
+    least, most = values.amin(dim, keepdim), values.amax(dim, keepdim)
+    return torch.where(least == most, least, torch.nan)
 
 
 def padding_rule(analysis: Analysis, node: fx.Node) -> Rule | None:
