@@ -84,6 +84,31 @@ def test_a_tensor_in_the_type_of_another_is_itself(kind, closed):
     assert pruned.get_submodule("features.0").out_channels == max(8 - closed, 1)
 
 
+WITHOUT_BATCH = {
+    "avg_pool3d": lambda y: F.avg_pool3d(y, 2),
+    "avg_pool3d, padded": lambda y: F.avg_pool3d(y, 3, 1, 1),
+    "max_pool3d": lambda y: F.max_pool3d(y, 2),
+    "max_pool3d, padded": lambda y: F.max_pool3d(y, 3, 1, 1),
+    "avg_pool2d": lambda y: F.avg_pool2d(y.flatten(2), 2),
+    "avg_pool1d": lambda y: F.avg_pool1d(y.mean((2, 3)), 2),
+    "AdaptiveAvgPool3d": nn.AdaptiveAvgPool3d((4, 3, 3)),
+    "AvgPool2d": lambda y: nn.AvgPool2d(2)(y.flatten(2)),
+}
+
+
+@pytest.mark.parametrize("pool", WITHOUT_BATCH)
+def test_a_pool_that_takes_the_batch_for_channels_pools_over_channels(pool):
+    torch.manual_seed(0)
+    net = Warped(lambda net, y, x: WITHOUT_BATCH[pool](y))
+    net.last = nn.Identity()
+    wrapped = half_off(prifu.wrap(net), seed=1)
+    pruned = prifu.prune(wrapped, torch.randn(2, 3, 9, 12))
+    for shape in ((2, 3, 9, 12), (3, 3, 14, 10)):
+        x = torch.randn(shape)
+        assert difference(wrapped(x), pruned(x)) < 1e-5
+    assert prifu.report(pruned).way == "graph"
+
+
 POOLS = {
     "avg_pool1d": lambda y: F.avg_pool1d(y.flatten(2), 3).unsqueeze(-1),
     "avg_pool1d, padded": lambda y: F.avg_pool1d((y + 1).flatten(2), 3, padding=1).unsqueeze(-1),

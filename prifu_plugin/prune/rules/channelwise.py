@@ -144,13 +144,21 @@ def _functional_pooling(analysis: Analysis, node: fx.Node) -> Rule | None:
 
 def _over_space(analysis: Analysis, node: fx.Node, shrinks: bool) -> Rule | None:
     fact = analysis.input_fact(node)
-    if fact is None or 0 in fact.axes or len(fact.shape) < 3:
+    if fact is None or 0 in fact.axes or not _has_batch(analysis, node, len(fact.shape)):
         return None
     if len(seen(node).shape) != len(fact.shape) or not _is_alone(node):
         return None
     # Places, too, are known one by one where a model takes one size only.
     places = set(fact.axes) - {1}
     return ChannelwiseRule(node, _same(fact), 0.0 if shrinks else None, places, _agreed)
+
+
+def _has_batch(analysis: Analysis, node: fx.Node, rank: int) -> bool:
+    """Whether there is a batch before the channels: pools take a tensor of one rank less, too."""
+    pool = type(analysis.module(node)) if node.op == "call_module" else node.target
+    name = str(getattr(pool, "__name__", ""))
+    places = next((int(n) for n in "123" if f"{n}d" in name.lower()), None)
+    return rank > 2 if places is None else rank == places + 2
 
 
 def _agreed(values: Tensor, dim: int, keepdim: bool) -> Tensor:
