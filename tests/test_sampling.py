@@ -92,15 +92,15 @@ WITHOUT_BATCH = {
     "avg_pool2d": lambda y: F.avg_pool2d(y.flatten(2), 2),
     "avg_pool1d": lambda y: F.avg_pool1d(y.mean((2, 3)), 2),
     "AdaptiveAvgPool3d": nn.AdaptiveAvgPool3d((4, 3, 3)),
-    "AvgPool2d": lambda y: nn.AvgPool2d(2)(y.flatten(2)),
+    "AvgPool3d": nn.AvgPool3d(3, 1, 1),
 }
 
 
 @pytest.mark.parametrize("pool", WITHOUT_BATCH)
 def test_a_pool_that_takes_the_batch_for_channels_pools_over_channels(pool):
     torch.manual_seed(0)
-    net = Warped(lambda net, y, x: WITHOUT_BATCH[pool](y))
-    net.last = nn.Identity()
+    net = Warped(lambda net, y, x: net.pool(y))
+    net.pool, net.last = WITHOUT_BATCH[pool], nn.Identity()
     wrapped = half_off(prifu.wrap(net), seed=1)
     pruned = prifu.prune(wrapped, torch.randn(2, 3, 9, 12))
     for shape in ((2, 3, 9, 12), (3, 3, 14, 10)):
