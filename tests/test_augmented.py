@@ -117,3 +117,116 @@ def test_what_is_cut_behind_it_is_what_was_written():
     x = torch.randn(2, 3, 8, 8)
     edge, cloud = prifu.split(wrapped, "iadd", x)
     assert difference(wrapped(x), cloud(edge(x))) < 1e-5
+
+
+def scaled_query(y, z):
+    query, key, value = torch.stack([y, z, y + z]).unbind(0)
+    query *= 0.5
+    return query * key, value
+
+
+def coupled(y, z):
+    first, second = y.chunk(2, 1)
+    second += first * 2
+    return torch.cat([first, second], 1), z
+
+
+def gated(y, z):
+    first, second = y.split([3, 5], 1)
+    first *= torch.sigmoid(second[:, :3])
+    return torch.cat([second, first], 1), z
+
+
+def halves(y, z):
+    first, second = y[:, :4], y[:, 4:]
+    second += first
+    first *= 2
+    second -= 1
+    return torch.cat([first, second], 1), y
+
+
+def rows(y, z):
+    stacked = torch.stack([y, z])
+    first, second = stacked[0], stacked[1]
+    first += second
+    return first, second
+
+
+def upcast(y, z):
+    raised = y.float()
+    raised *= torch.rsqrt(raised.pow(2).mean(1, keepdim=True) + 1e-6)
+    return raised.to(y.dtype), z
+
+
+def flattened(y, z):
+    flat = y.flatten(2)
+    flat *= 2.0
+    return flat.view(y.shape), torch.zeros_like(y) + z
+
+
+def overlapping(y, z):
+    first, second = y[:, :5], y[:, 3:]
+    second += 1
+    return torch.cat([first, second], 1)[:, :8], z
+
+
+APART = {
+    f.__name__: f
+    for f in (scaled_query, coupled, gated, halves, rows, upcast, flattened, overlapping)
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", APART)
+def test_what_shares_no_element_is_not_written_to(form):
+    wrapped = filtered(APART[form])
+    pruned = prifu.prune(wrapped, torch.randn(2, 3, 8, 8))
+    for shape in ((2, 3, 8, 8), (3, 3, 12, 10)):
+        x = torch.randn(shape)
+        assert difference(wrapped(x.clone()), pruned(x)) < 1e-5
+    if form == "overlapping":
+        assert "overwritten through a view" in str(prifu.report(pruned).notes)
+    else:
+        assert prifu.report(pruned).way != "parts"
+        assert pruned.get_submodule("features.0").out_channels < 8
+
+
+@pytest.mark.parametrize("at", ["features", "other", "add"])
+def test_a_sum_in_a_constant_begins_anew_at_each_call(at):
+    def how(y, z):
+        total = torch.tensor(0.0)
+        total += y.abs().mean()
+        total += z.abs().mean()
+        return y + z, z * total
+
+    wrapped = filtered(how)
+    halves = prifu.split(wrapped, at, torch.randn(2, 3, 8, 8), several=True)
+    for _ in range(3):
+        x = torch.randn(2, 3, 8, 8)
+        assert difference(wrapped(x), halves.cloud(halves.edge(x))) < 1e-5
+
+
+def test_a_write_into_a_constant_whose_result_is_dropped_is_left_to_python():
+    def how(y, z):
+        total = torch.tensor(0.0)
+        total.add_(y.abs().mean())
+        return y + z, z * total
+
+    wrapped = filtered(how)
+    pruned = prifu.prune(wrapped, torch.randn(2, 3, 8, 8))
+    assert "Assign its result" in str(prifu.report(pruned).notes)
+    for _ in range(2):
+        x = torch.randn(2, 3, 8, 8)
+        assert difference(wrapped(x), pruned(x)) < 1e-5
+
+
+def test_a_write_keeps_the_type_of_what_is_written_to():
+    def how(y, z):
+        y += z.float()
+        return y, z
+
+    wrapped = filtered(how).bfloat16()
+    x = torch.randn(2, 3, 8, 8).bfloat16()
+    pruned = prifu.prune(wrapped, x)
+    assert pruned(x).dtype == torch.bfloat16
+    assert difference(wrapped(x), pruned(x)) < 0.1

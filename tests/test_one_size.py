@@ -29,6 +29,7 @@ TAKES = {
     "index": lambda y: y.flatten(1)[:, 100],
     "narrow": lambda y: y.flatten(1).narrow(1, 40, 60),
     "selected": lambda y: y.flatten(1).index_select(1, torch.tensor([3, 70])),
+    "of squares": lambda y: (y @ y).flatten(1)[:, :100],
     "with the batch": lambda y: y.flatten(0, 1)[1].flatten()[:64],
 }
 

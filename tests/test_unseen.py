@@ -133,3 +133,60 @@ def test_bands_that_only_large_images_have(band):
         nn.init.normal_(unit.bias)
     others = [torch.randn(1, 3, size, size + 20) for size in (40, band + 20)]
     check(model, torch.randn(2, 3, 16, 16), *others)
+
+
+class Bags(nn.Module):
+    """Takes bags of images (N, T, C, H, W) and a weight for each image, (N, T)."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.linear, self.of_each, self.last = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.body = body
+
+    def forward(self, x, weights):
+        n, length = x.shape[:2]
+        y = self.norm(self.conv(x.flatten(0, 1))).relu().mean((2, 3)).view(n, length, 8)
+        each = self.of_each(self.linear(y))
+        return self.last(self.body(each)) + (y * weights[..., None]).sum((1, 2))[:, None]
+
+
+BAGS = {
+    "flat": lambda y: y.flatten(1)[:, 16:24],
+    "turned": lambda y: y.transpose(1, 2).reshape(y.shape[0], -1, 8).mean(1),
+    "pooled": lambda y: F.adaptive_avg_pool1d(y.flatten(1)[:, None], 8)[:, 0],
+    "summed": lambda y: y.sum(1),
+}
+
+
+@pytest.mark.parametrize("body", BAGS.values(), ids=list(BAGS))
+def test_lengths_that_two_inputs_share(body):
+    def bags(n, length, size=16):
+        return torch.randn(n, length, 3, size, size), torch.randn(n, length)
+
+    model = closed(Bags(body))
+    check(model, bags(2, 4), bags(3, 4), bags(2, 6), bags(2, 8), bags(1, 5, 20))
+    if body is BAGS["summed"]:  # which holds for all
+        assert not isinstance(answer_of(prifu.prune(model, bags(2, 4)), bags(2, 7)), str)
+
+
+class Split(nn.Module):
+    """Convolves a part of many channels, as FasterNet and MixNet do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 192, 1), nn.BatchNorm2d(192)
+        self.part, self.last = nn.Conv2d(48, 48, 3, padding=1), nn.Conv2d(192, 4, 1)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        first, second = torch.split(y, [48, 144], 1)
+        return self.last(torch.cat([self.part(first), second], 1))
+
+
+def test_a_split_of_many_channels_copies_nothing():
+    model = closed(Split(), torch.arange(192) % 2 == 0)
+    pruned = prifu.prune(model, torch.randn(2, 3, 12, 12))
+    assert pruned.get_submodule("last").in_channels == 48 + 72
+    assert not [node for node in pruned.graph.nodes if node.target is torch.index_select]
+    check(model, torch.randn(2, 3, 12, 12), torch.randn(1, 3, 9, 20), torch.randn(2, 3, 200, 210))

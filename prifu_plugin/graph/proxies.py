@@ -53,8 +53,9 @@ class SizedProxy(Augmented, fx.Proxy):
 
     def __getitem__(self, key: Any) -> Any:
         part = self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
-        if not reads_tensors(key):  # which would copy: what is written then stays there
-            part.__dict__["part_of"] = self, key
+        if isinstance(self.value, Tensor) and not reads_tensors(key):  # which would copy
+            part.__dict__["part_of"] = self, key  # what is written then stays there
+            self.tracer.is_part(part.node, self.node, key)
         return part
 
     def is_tensor(self) -> bool:
@@ -68,7 +69,8 @@ class SizedProxy(Augmented, fx.Proxy):
         whole, key = self.__dict__["part_of"]
         made = self.tracer.create_proxy("call_function", AUGMENTED[into], (self, other), {})
         whole[key] = made
-        made.__dict__["is_at"] = whole.node, key
+        made.__dict__.update(is_at=(whole.node, key), part_of=(whole, key))
+        self.tracer.is_part(made.node, whole.node, key)
         return made
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -81,7 +83,7 @@ class SizedProxy(Augmented, fx.Proxy):
             written = written_to(self, key, value)
             if tensor and written.node is value.node:
                 written = written.clone()
-            self.tracer.overwrites(self.node, self.value)
+            self.tracer.overwrites(self.node, self.value, key)
             self.__dict__.update(node=written.node, value=written.value)
             return
         key, value, _ = map_aggregate((key, value, self.__dict__["sizes"]), plain)
@@ -270,7 +272,7 @@ def written_to(x: Any, key: Any, value: Any) -> Any:
             place = plain(part)
             inner = written_to(x.select(dim, place), _rest(dim, None, keys), value)
             return create("call_function", torch.select_scatter, (x, inner, dim, place), {})
-        raise TraceError(f"'{x.node.name}' is written to at {key}.")
+        raise TraceError(f"'{x.node.name}' is written to at a {type(value_of(part)).__name__}.")
     if not isinstance(value_of(value), Tensor):
         return create("call_function", torch.full_like, (x, value), {})
     while value_of(value).ndim > rank and value_of(value).shape[0] == 1:

@@ -33,6 +33,7 @@ from prifu_plugin.graph.capture import (
 )
 from prifu_plugin.graph.guards import GUARD
 from prifu_plugin.graph.host import is_host
+from prifu_plugin.graph.memory import keys_are_apart
 from prifu_plugin.graph.padding import is_own_convolution, only_pads
 from prifu_plugin.graph.patches import PATCHING
 from prifu_plugin.graph.proxies import SizedProxy, plain, reads_tensors, value_of
@@ -154,6 +155,7 @@ class SizedTracer(ModelTracer):
         self._guarded: set[tuple[fx.Node, Any]] = set()
         self._storage: dict[fx.Node, set[int]] = {}
         self._overwritten: set[fx.Node] = set()
+        self._parts: dict[fx.Node, tuple[fx.Node, Any]] = {}
         self.entered: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -222,15 +224,30 @@ class SizedTracer(ModelTracer):
             self.refuse(error)
         tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
         self._storage[proxy.node] = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
+        self._inherit(proxy.node)
         return proxy.carrying(value, of_values)
 
-    def overwrites(self, node: fx.Node, value: Tensor) -> None:
-        """Note that a tensor was written to: it, and views of it, are not to be read any more."""
+    def is_part(self, node: fx.Node, whole: fx.Node, key: Any) -> None:
+        """Note that a node is a part of another, and shares its memory."""
+        self._parts[node] = whole, key
+        self._storage[node] = self._storage[node] | self._storage[whole]
+
+    def _inherit(self, node: fx.Node) -> None:
+        """Note that what shares the memory of a part is of that part."""
+        first = node.args[0] if node.args else None
+        part = self._parts.get(first) if isinstance(first, fx.Node) else None
+        if part is not None and self._storage[node] & self._storage[part[0]]:
+            self._parts[node] = part
+
+    def overwrites(self, node: fx.Node, value: Tensor, key: Any) -> None:
+        """Note that a part of a tensor was written to: it, and views of it, are not read again."""
         place = value.untyped_storage().data_ptr()
         views = {other for other, places in self._storage.items() if place in places} | {node}
         if any(view.op in ("get_attr", "placeholder") for view in views):
             self.refuse(TraceError(f"'{node.name}' is written to, which outlives the forward."))
-        self._overwritten |= views
+        parts = ((view, *self._parts[view]) for view in views if view in self._parts)
+        apart = {view for view, whole, k in parts if whole is node and keys_are_apart(k, key)}
+        self._overwritten |= views - apart
 
     def decided(self, proxy: Any, how: Callable[[Any], Any]) -> Any:
         """Return what Python makes of a size, and guard it."""

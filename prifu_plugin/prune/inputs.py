@@ -196,16 +196,31 @@ class Inputs:
     def unlike(self, other: Inputs) -> Iterator[tuple[tuple[int, int], tuple[Inputs, ...]]]:
         """Yield where another has the same sizes, batch aside, and the same with other sizes there.
 
-        Each place is an input and its dimension.
+        Each place is an input and its dimension; dimensions of one size change together, too.
         """
         for at, shape in enumerate(self.shapes):
             for dim in range(1, len(shape)):
-                if other.shapes[at][dim] == shape[dim]:
-                    yield (at, dim), tuple(self._with(at, dim, size) for size in near(shape[dim]))
+                if other.shapes[at][dim] != shape[dim]:
+                    continue
+                alike = [(at, d) for d in range(1, len(shape)) if shape[d] == shape[dim]]
+                ways = ([(at, dim)], alike) if len(alike) > 1 else ([(at, dim)],)
+                changed = [self.with_size(w, size) for w in ways for size in near(shape[dim])]
+                yield (at, dim), tuple(changed)
 
-    def _with(self, at: int, dim: int, size: int) -> Inputs:
+    def shared(self) -> Iterator[tuple[list[tuple[int, int]], tuple[int, ...]]]:
+        """Yield places with a size that several inputs share, batch aside, and others for it."""
+        every = [(at, dim) for at, s in enumerate(self.shapes) for dim in range(1, len(s))]
+        for size in dict.fromkeys(self.shapes[at][dim] for at, dim in every):
+            places = [(at, dim) for at, dim in every if self.shapes[at][dim] == size]
+            if len({at for at, _ in places}) > 1 and not self.fixed:
+                more = (2 * size + 3, size + 3)
+                yield places, more if size <= 32 else more[::-1]
+
+    def with_size(self, places: Sequence[tuple[int, int]], size: int) -> Inputs:
+        """Return the same with another size at some (input, dimension)."""
         shapes = [list(shape) for shape in self.shapes]
-        shapes[at][dim] = size
+        for at, dim in places:
+            shapes[at][dim] = size
         return replace(self, shapes=tuple(map(tuple, shapes)))
 
     def _changed(

@@ -16,7 +16,7 @@ from prifu_plugin.prune.functional_norms import make_norms
 from prifu_plugin.prune.inputs import Inputs, takes
 from prifu_plugin.prune.lower import drop_unused, lower
 from prifu_plugin.prune.products import spell_out_products
-from prifu_plugin.prune.spell_out import spell_out_shapes
+from prifu_plugin.prune.spell_out import spell_out_kinds, spell_out_shapes
 
 Runs = tuple[Inputs, ...]
 
@@ -68,12 +68,16 @@ def recorded(model: nn.Module, runs: Runs) -> tuple[Captured, Runs]:
 
 
 def _guard_unseen(model: nn.Module, captured: Captured, runs: Runs) -> None:
-    """Refuse sizes that the model takes and no run has changed: conclusions hold at these."""
+    """Refuse sizes that the model takes and no run has changed: conclusions hold at these.
+
+    Of several inputs some may have to change together: whether they can is not tried.
+    """
     if len(runs) == 1:
         fix_sizes(captured.graph, runs[0].shapes, batch=True)
         return
+    untried = len(runs[0].shapes) > 1 or runs[0].fixed
     unseen = runs[0].unlike(runs[-1])
-    places = [place for place, others in unseen if any(takes(model, one) for one in others)]
+    places = [at for at, others in unseen if untried or any(takes(model, one) for one in others)]
     fix_dims(captured.graph, runs[0].shapes, places)
 
 
@@ -115,7 +119,8 @@ def _lets_pass(captured: Captured, inputs: Inputs) -> bool:
 def _record(captured: Captured, runs: Runs) -> Captured:
     examples = [run.draw(captured.root, 0) for run in runs]
     record_examples(captured.root, captured.graph, *examples)
-    if spell_out_shapes(captured.graph) | spell_out_products(captured):
+    graph = captured.graph
+    if spell_out_shapes(graph) | spell_out_kinds(graph) | spell_out_products(captured):
         record_examples(captured.root, captured.graph, *examples)
     if make_layers(captured) | make_norms(captured):
         drop_unused(captured.graph)

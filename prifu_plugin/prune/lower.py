@@ -17,8 +17,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from prifu_plugin.errors import CaptureError
 from prifu_plugin.graph.augmented import AUGMENTED
-from prifu_plugin.graph.capture import Captured, capture
+from prifu_plugin.graph.capture import CONSTANT, Captured, capture
 from prifu_plugin.graph.guards import drop_dtype_guards, is_guard
+from prifu_plugin.graph.memory import readers, sharing
 from prifu_plugin.graph.sized import capture_sized
 from prifu_plugin.prune.constants import made_in_fp64
 from prifu_plugin.prune.spell_out import spell_out, spell_out_glu
@@ -137,8 +138,12 @@ def name_effects(graph: fx.Graph, model: nn.Module) -> None:
         if not asks or not isinstance(operand, fx.Node) or not _is_inplace(node, model):
             continue
         later = set(_after(node))
-        aliases = _aliases(operand, model) - {node}
-        if any(user in later for alias in aliases for user in alias.users):
+        shared = sharing(operand, model)
+        constant = any(alias.op == "get_attr" for alias in shared)  # which the next run reads
+        read = (
+            u for alias, part in shared.items() if alias is not node for u in readers(alias, part)
+        )
+        if constant or any(user in later for user in read):
             _make_pure(node, model)
 
 
@@ -174,19 +179,41 @@ def _make_pure(node: fx.Node, model: nn.Module) -> None:
     operand = node.args[0]
     if not isinstance(operand, fx.Node):
         raise CaptureError(f"'{node.name}' writes in place into something that is no tensor.")
-    later = set(_after(node))
+    if str(operand.target).startswith(CONSTANT) and operand.op == "get_attr" and not node.users:
+        raise CaptureError(
+            f"'{node.name}' writes in place into a tensor that the forward makes of numbers, which "
+            "a graph holds once for all calls. Assign its result instead."
+        )
+    result = _in_its_type(node, operand, model)
+    later = set(_after(result))
     # Later views are of the result, and so is what dropout in place returns.
-    for alias in _aliases(operand, model) - {operand, node} - later:
-        if not any(user in later for user in alias.users):
+    for alias, part in sharing(operand, model).items():
+        if alias in (operand, node, result) or alias in later:
+            continue
+        if not any(user in later for user in readers(alias, part)):
             continue
         if _itself(alias, model) is _itself(operand, model):
-            alias.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
+            alias.replace_all_uses_with(result, delete_user_cb=lambda user: user in later)
         else:
             raise CaptureError(
                 f"'{node.name}' writes in place into '{operand.name}', which shares memory with "
                 f"'{alias.name}', read afterwards. Write it out of place."
             )
-    operand.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
+    operand.replace_all_uses_with(result, delete_user_cb=lambda user: user in later)
+
+
+def _in_its_type(node: fx.Node, operand: fx.Node, model: nn.Module) -> fx.Node:
+    """Return what a tensor is after a write: other operands do not change its type.
+
+    Only a model with weights of less than fp32 has another type to change to.
+    """
+    low = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    if not low or len(node.all_input_nodes) < 2:
+        return node
+    with node.graph.inserting_after(node):
+        cast = node.graph.call_method("type_as", (node, operand))
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    return cast
 
 
 def _is_inplace(node: fx.Node, model: nn.Module) -> bool:
@@ -223,47 +250,13 @@ def _pure_function(node: fx.Node) -> Callable[..., Any]:
     raise CaptureError(f"'{node.name}' overwrites a tensor in place ({name}).")
 
 
-_VIEWS = {
-    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "squeeze"),
-    *("unsqueeze", "expand", "narrow", "select", "chunk", "split", "unbind", "movedim", "detach"),
-    *("contiguous", "getitem", "diagonal", "swapaxes", "swapdims", "view_as", "expand_as"),
-    *("moveaxis", "ravel", "unfold", "as_strided", "broadcast_to", "tensor_split", "hsplit"),
-    *("vsplit", "dsplit", "to", "type", "type_as", "float", "real", "imag", "view_as_real"),
-    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
-}
-_VIEWING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
-_VIEWING_ATTRIBUTES = {"T", "mT", "H", "mH", "data", "real", "imag"}
-"""What may return the memory it is given: views, casts that change nothing, dropout in eval."""
-
-
-def _aliases(node: fx.Node, model: nn.Module) -> set[fx.Node]:
-    """Return the nodes that may share memory with one, through views of it or above it."""
-    found, open_nodes = {node}, [node]
-    while open_nodes:
-        at = open_nodes.pop()
-        near = [user for user in at.users if _is_view(user, model) and user.args[0] is at]
-        if _is_view(at, model) and isinstance(at.args[0], fx.Node):
-            near.append(at.args[0])
-        open_nodes += [other for other in near if other not in found]
-        found.update(near)
-    return found
-
-
-def _is_view(node: fx.Node, model: nn.Module) -> bool:
-    if node.op == "call_module":
-        return isinstance(_called(model, node), _VIEWING)
-    if node.target is getattr:
-        return node.args[1] in _VIEWING_ATTRIBUTES
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return bool(node.args) and name in _VIEWS
-
-
 def _itself(node: fx.Node, model: nn.Module) -> fx.Node:
     """Return what a node is the same tensor as, through modules that return what they are given."""
     while node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
         module: Any = _called(model, node)
-        nothing = isinstance(module, nn.Identity) or getattr(module, "p", None) == 0
-        if not (nothing and isinstance(module, _VIEWING)):
+        if not isinstance(module, nn.Identity) and not (
+            isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
+        ):
             break
         node = node.args[0]
     return node

@@ -174,9 +174,19 @@ def runs_of(filtered: nn.Module, inputs: Inputs) -> tuple[Inputs, ...]:
         )
     inputs = dataclasses.replace(inputs, within=first.within)
     more = inputs.batch(inputs.shapes[0][0] + 1)  # indices may point at as many as were shown
-    others = [*inputs.batch(3).sized(), inputs.batch(3), *more.sized(), more, *first.sized()]
+    base = _changed_together(filtered, inputs.batch(3))
+    others = [*base.sized(), base, *inputs.batch(3).sized(), inputs.batch(3)]
+    others += [*more.sized(), more, *first.sized()]
     other = next((one for one in others if takes(filtered, one)), None)
     return (first,) if other is None else (first, other)
+
+
+def _changed_together(filtered: nn.Module, inputs: Inputs) -> Inputs:
+    """Return inputs with other sizes where several share one, as far as the model takes them."""
+    for places, sizes in inputs.shared():
+        changed = (inputs.with_size(places, size) for size in sizes)
+        inputs = next((one for one in changed if takes(filtered, one)), inputs)
+    return inputs
 
 
 def fingerprint(captured: Captured) -> str:

@@ -45,8 +45,6 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> None:
     elif node.target is F.glu:
         given = {**dict(zip(("input", "dim"), node.args, strict=False)), **node.kwargs}
         spell_out_glu(graph, node, given["input"], given.get("dim", -1))
-    elif _is_of_the_kind_of_another(node):
-        _spell_out_kind(graph, node)
     elif node.op == "call_method" and node.target in _BY_EXAMPLE and not node.kwargs:
         with graph.inserting_before(node):
             shape = graph.call_function(getattr, (node.args[1], "shape"))
@@ -67,21 +65,6 @@ def spell_out_glu(graph: fx.Graph, node: fx.Node, x: Any, dim: Any) -> None:
         result = graph.call_function(torch.mul, (one, opened))
     node.replace_all_uses_with(result)
     graph.erase_node(node)
-
-
-def _is_of_the_kind_of_another(node: fx.Node) -> bool:
-    """Whether a tensor is brought to the type and device of another: y.type_as(x), y.to(x)."""
-    other = node.args[1] if len(node.args) == 2 else None
-    if node.op != "call_method" or not isinstance(other, fx.Node) or node.kwargs:
-        return False
-    return node.target == "type_as" or (node.target == "to" and other.target is not getattr)
-
-
-def _spell_out_kind(graph: fx.Graph, node: fx.Node) -> None:
-    """Ask the other tensor for type and device alone: it gives neither values nor shape."""
-    with graph.inserting_before(node):
-        asked = [graph.call_function(getattr, (node.args[1], of)) for of in ("device", "dtype")]
-    node.target, node.args = "to", (node.args[0], *asked)
 
 
 def _spell_out_linear(graph: fx.Graph, node: fx.Node) -> None:
@@ -160,6 +143,28 @@ def spell_out_shapes(graph: fx.Graph) -> bool:
         with graph.inserting_before(node):
             sizes = [graph.call_function(operator.getitem, (shape, d)) for d in range(len(example))]
         node.args = (node.args[0], tuple(sizes))
+        found = True
+    return found
+
+
+def spell_out_kinds(graph: fx.Graph) -> bool:
+    """Ask another tensor for type and device alone, in y.type_as(x) and y.to(x); whether any did.
+
+    It gives neither values nor shape.
+
+    Args:
+        graph: with recorded examples, which tell a tensor from a type.
+    """
+    found = False
+    for node in list(graph.nodes):
+        other = node.args[1] if node.op == "call_method" and len(node.args) == 2 else None
+        if node.target not in ("type_as", "to") or not isinstance(other, fx.Node) or node.kwargs:
+            continue
+        if not was_seen(other) or not isinstance(seen(other).example, torch.Tensor):
+            continue
+        with graph.inserting_before(node):
+            asked = [graph.call_function(getattr, (other, of)) for of in ("device", "dtype")]
+        node.target, node.args = "to", (node.args[0], *asked)
         found = True
     return found
 

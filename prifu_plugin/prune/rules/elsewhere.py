@@ -56,8 +56,31 @@ def elsewhere(
         shape[dim] = least + more
     for dim in free[:-2]:  # what has literal numbers has them along the last ones
         shape[dim] = 2 if math.prod(shape) > MOST else shape[dim]
-    if math.prod(shape) > MOST:
+    if math.prod(shape) <= MOST:
+        return _at(analysis, node, shape)
+    return _one_by_one(analysis, node, shape, free)
+
+
+def _one_by_one(
+    analysis: Analysis, node: fx.Node, shape: list[int], free: list[int]
+) -> list[Signature]:
+    """Enlarge one dimension at a time; nothing is known if that is too much, or refused."""
+    found: list[list[Signature]] = []
+    for large in free:
+        one = [2 + dim if dim in free and dim != large else n for dim, n in enumerate(shape)]
+        there = _at(analysis, node, one) if math.prod(one) <= MOST else None
+        if there is None:
+            return []
+        found.append(there)
+    if not found or len({len(there) for there in found}) != 1:
         return []
+    return [
+        Signature(all(s.plain for s in each), any(s.padded for s in each))
+        for each in zip(*found, strict=True)
+    ]
+
+
+def _at(analysis: Analysis, node: fx.Node, shape: list[int]) -> list[Signature] | None:
     labels = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(shape)
     try:
         result: Any = run(analysis, node, lambda _: labels)

@@ -33,11 +33,12 @@ class SamplingRule(ChannelwiseRule):
         return {**super().need(analysis), self.grid: places}
 
     def want(self, analysis: Analysis) -> dict[fx.Node, Tensor]:
-        """Want the same channels; a grid that is constant must exist, for its shape."""
-        fact = analysis.fact(self.grid)
+        """Want the same channels; what is constant must exist, for its shape."""
         asked = super().want(analysis)
-        if not fact.static and not analysis.wanted(self.grid).any():
-            asked[self.grid] = first_channel(fact)
+        for operand in (self.source, self.grid):
+            fact = analysis.fact(operand)
+            if not fact.static and not analysis.wanted(operand).any():
+                asked[operand] = asked.get(operand, first_channel(fact)) | first_channel(fact)
         return asked
 
     def plan(self, planner: Planner) -> None:
