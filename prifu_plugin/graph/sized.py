@@ -230,13 +230,14 @@ class SizedTracer(ModelTracer):
     def is_part(self, node: fx.Node, whole: fx.Node, key: Any) -> None:
         """Note that a node is a part of another, and shares its memory."""
         self._parts[node] = whole, key
-        self._storage[node] = self._storage[node] | self._storage[whole]
+        known = self._storage.get(node, set()) | self._storage.get(whole, set())
+        self._storage[node] = known
 
     def _inherit(self, node: fx.Node) -> None:
         """Note that what shares the memory of a part is of that part."""
         first = node.args[0] if node.args else None
         part = self._parts.get(first) if isinstance(first, fx.Node) else None
-        if part is not None and self._storage[node] & self._storage[part[0]]:
+        if part is not None and self._storage[node] & self._storage.get(part[0], set()):
             self._parts[node] = part
 
     def overwrites(self, node: fx.Node, value: Tensor, key: Any) -> None:
