@@ -311,17 +311,24 @@ def test_outputs_that_are_dictionaries_of_a_class():
 
 
 class Ordered(Net):
+    keys = ("out", "inplace", "input")
+
     def forward(self, x):
         y = self.o(self.n(self.n0(x)))
-        return collections.OrderedDict(out=y, inplace=y + 1, input=x)
+        return collections.OrderedDict(zip(self.keys, (y, y + 1, x), strict=True))
 
 
-def test_outputs_stay_ordered_whatever_their_keys():
-    model = half_off(prifu.wrap(Ordered()))
+@pytest.mark.parametrize(
+    "keys", [("out", "inplace", "input"), ("0", "1", "pool"), (0, 1, 2), ("class", "a b", "self")]
+)
+def test_outputs_stay_ordered_whatever_their_keys(keys):
+    net = Ordered()
+    net.keys = keys
+    model = half_off(prifu.wrap(net))
     x = torch.randn(3, 5, 8)
     found = prifu.prune(model, x)(x)
     assert type(found) is collections.OrderedDict
-    assert list(found) == ["out", "inplace", "input"]
+    assert tuple(found) == keys
     assert difference(dict(model(x)), dict(found)) <= 1e-6
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -103,10 +104,12 @@ class ModelTracer(WatchfulTracer):
         if isinstance(a, fx.Proxy):  # before it says that it is a tensor
             return a.node
         a = a.item() if isinstance(a, np.generic) else a
-        named = isinstance(a, OrderedDict) and all(isinstance(key, str) for key in a)
-        if named or (isinstance(a, dict) and is_dataclass(a)):
+        if isinstance(a, dict) and (isinstance(a, OrderedDict) or is_dataclass(a)):
             items = {key: self.create_arg(value) for key, value in a.items()}
-            return self.create_node("call_function", type(a), (), items)
+            if all(_is_name(key) for key in a):
+                return self.create_node("call_function", type(a), (), items)
+            if all(isinstance(key, str | int) for key in a):  # what no argument can be called
+                return self.create_node("call_function", type(a), (list(items.items()),), {})
         return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -115,6 +118,10 @@ class ModelTracer(WatchfulTracer):
         if not self._buffers or not stored or not attr_val.is_floating_point():
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         return self.proxy(cast(fx.Node, self.create_arg(attr_val)))
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key)
 
 
 _REGISTERED: list[type[nn.Module]] = []
