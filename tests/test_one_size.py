@@ -77,3 +77,27 @@ def test_it_says_so_and_can_be_made_again():
     assert difference(pruned(x), again(x)) == 0
     with pytest.raises(AssertionError, match="other input sizes"):
         again(torch.randn(2, 3, 8, 8))
+
+
+class Spread(nn.Module):
+    """Tells channels by their spread, which one place has not."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(self.features(x).std((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:std")
+def test_a_size_at_which_the_model_itself_gives_no_number_shows_nothing():
+    torch.manual_seed(0)
+    wrapped = half_off(prifu.wrap(Spread()))
+    pruned = prifu.prune(wrapped, torch.randn(2, 3, 8, 8))
+    shapes = [check.shapes for check in prifu.report(pruned).checks]
+    assert ((1, 3, 2, 2),) in shapes
+    assert ((1, 3, 1, 1),) not in shapes
+    x = torch.randn(3, 3, 20, 20)
+    assert difference(wrapped(x), pruned(x)) < 1e-5

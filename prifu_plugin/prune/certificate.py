@@ -161,18 +161,22 @@ def _at_other_sizes(
 def _at_another_size(
     exact: Captured, twin: fx.GraphModule, inputs: Inputs, seed: int
 ) -> Check | None:
-    """Compare in fp64; None if the model refuses the size, or the graph is not made for it."""
+    """Compare in fp64; None if the model refuses the size, or gives no finite number there.
+
+    Nor is anything compared where the graph is not made for it.
+    """
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a GraphModule prints where it stopped
             filtered, expected = reference(exact, inputs, seed)
     except Exception:  # noqa: BLE001 - any refusal is an answer
         return None
     try:
-        return compare(filtered, twin, inputs, seed, expected=expected)
+        check = compare(filtered, twin, inputs, seed, expected=expected)
     except AssertionError as error:  # a guard
         if not is_refusal(error):
             raise
-    return None
+        return None
+    return None if check.difference != check.difference else check
 
 
 def _cure(original: nn.Module) -> str:
