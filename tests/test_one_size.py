@@ -29,6 +29,8 @@ TAKES = {
     "index": lambda y: y.flatten(1)[:, 100],
     "narrow": lambda y: y.flatten(1).narrow(1, 40, 60),
     "selected": lambda y: y.flatten(1).index_select(1, torch.tensor([3, 70])),
+    "into a product": lambda y: y.flatten(1)[:, :100] @ torch.ones(100, 3),
+    "into parts": lambda y: y.flatten(1)[:, :128].unflatten(1, (8, 4, 4)),
     "of squares": lambda y: (y @ y).flatten(1)[:, :100],
     "with the batch": lambda y: y.flatten(0, 1)[1].flatten()[:64],
 }
