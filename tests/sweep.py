@@ -42,6 +42,10 @@ HUGE = 2_000_000_000
 LITTLE = 0.005  # of a model's work: a share of less says nothing
 SMALL = {"min_size": 160, "max_size": 320}
 APART = ("efficientvit_m5",)  # was seen to end otherwise than its family
+EXPLAINED = {  # by looking at what is kept
+    "halonet_h1": "its heads share a dimension with the batch: a channel of their values goes only "
+    "if no head needs it",
+}
 DETECTORS = [f"tv_{name}" for name in torchvision.models.list_models(torchvision.models.detection)]
 
 
@@ -401,8 +405,7 @@ def page(rows, versions):
         "to save hours. fp64: largest relative difference behind pruning.",
         "saved of possible: work saved, of the most that an independent probe finds could",
         "be; empty where it was not run, and above 1 where it finds less than there is (it takes",
-        "what varies for needed). Where heads share a dimension with the batch (halonet_h1), a",
-        "channel of their values goes only if no head needs it.",
+        "what varies for needed).",
         "way: whether torch.fx alone followed the forward (graph), the sizes of an example decided",
         "(sizes), or parts were pruned inside their own Python (parts). code: the commit that was",
         "run; rows without one are older, and have no way.",
@@ -438,7 +441,8 @@ def page(rows, versions):
         fp64 = f"{row['fp64']:.0e}" if "fp64" in row else ""
         why = "; ".join(row.get("kept", [])) or row.get("why", "")
         if not why and row.get("possible") and row["saved"] < 0.95 * row["possible"]:
-            why = "not explained; the bound is from 64 images at most"
+            unknown = "not explained; the bound is from 64 images at most"
+            why = EXPLAINED.get(row["name"], unknown)
             if row.get("constant", 0) > 0.02:
                 why = f"{100 * row['constant']:.0f} % of what is left is constant, and read in sums"
             elif row.get("awake") and row["saved"] >= 0.95 * row["awake"]:
