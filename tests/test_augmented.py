@@ -89,13 +89,17 @@ def filtered(how):
     return half_off(prifu.wrap(Net(how).eval()))
 
 
+def check(wrapped, pruned):
+    for shape in ((2, 3, 8, 8), (3, 3, 12, 10)):
+        x = torch.randn(shape)
+        assert difference(wrapped(x.clone()), pruned(x)) < 1e-5
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_name_of_a_tensor_sees_what_is_written_into_it(form):
     wrapped = filtered(FORMS[form])
     pruned = prifu.prune(wrapped, torch.randn(2, 3, 8, 8))
-    for shape in ((2, 3, 8, 8), (3, 3, 12, 10)):
-        x = torch.randn(shape)
-        assert difference(wrapped(x), pruned(x)) < 1e-5
+    check(wrapped, pruned)
     assert pruned.get_submodule("features.0").out_channels < 8
 
 
@@ -181,9 +185,7 @@ APART = {
 def test_what_shares_no_element_is_not_written_to(form):
     wrapped = filtered(APART[form])
     pruned = prifu.prune(wrapped, torch.randn(2, 3, 8, 8))
-    for shape in ((2, 3, 8, 8), (3, 3, 12, 10)):
-        x = torch.randn(shape)
-        assert difference(wrapped(x.clone()), pruned(x)) < 1e-5
+    check(wrapped, pruned)
     if form == "overlapping":
         assert "overwritten through a view" in str(prifu.report(pruned).notes)
     else:
