@@ -6,6 +6,7 @@ from test_prune_kinds import half_off
 from torch import nn
 
 import prifu_plugin as prifu
+from prifu_plugin.prune import certificate
 from prifu_plugin.prune.verify import difference
 
 HERE = (2, 3, 16, 16)
@@ -32,6 +33,8 @@ TAKES = {
     "into a product": lambda y: y.flatten(1)[:, :100] @ torch.ones(100, 3),
     "into parts": lambda y: y.flatten(1)[:, :128].unflatten(1, (8, 4, 4)),
     "of squares": lambda y: (y @ y).flatten(1)[:, :100],
+    "elements, one of which is often 0": lambda y: y.flatten(1)[:, [3, 70, -5]],
+    "the last but some": lambda y: y.flatten(1)[:, -30],
     "with the batch": lambda y: y.flatten(0, 1)[1].flatten()[:64],
 }
 
@@ -63,6 +66,21 @@ def test_no_size_gives_another_answer(take):
         assert difference(expected, found) < 1e-5
         answered += 1
     assert answered
+
+
+def test_a_pruned_model_that_fails_elsewhere_is_made_for_one_size(monkeypatch):
+    compare = certificate.compare
+
+    def failing(filtered, pruned, inputs, seed, *args, **kwargs):
+        if inputs.shapes[0][-1] == 4:
+            raise RuntimeError("of torch")
+        return compare(filtered, pruned, inputs, seed, *args, **kwargs)
+
+    monkeypatch.setattr(certificate, "compare", failing)
+    wrapped = made(lambda y: y.mean((2, 3)))
+    pruned = prifu.prune(wrapped, torch.randn(HERE))
+    assert "made for inputs of this size: at another, it differs" in str(prifu.report(pruned))
+    assert "[(4, 3, 4, 4)]" in str(prifu.report(pruned))
 
 
 def test_it_says_so_and_can_be_made_again():

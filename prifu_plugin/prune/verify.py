@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -283,6 +283,6 @@ def _values(root: nn.Module, graph: fx.Graph, inputs: list[Tensor]) -> dict[str,
             found[n.meta.get("original", n.name)] = kept
             return result
 
-    with undisturbed(root), torch.no_grad(), Quiet(root), raised():
-        Recorder(root, graph=graph).run(*inputs)
+    with undisturbed(root), torch.no_grad(), Quiet(root), raised(), suppress(Exception):
+        Recorder(root, graph=graph).run(*inputs)  # up to where it fails, if it does
     return found
