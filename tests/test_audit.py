@@ -14,7 +14,7 @@ from torch import nn
 
 import prifu_plugin as prifu
 from prifu_plugin.audit import checks
-from prifu_plugin.audit import run as audit_run
+from prifu_plugin.audit import request as audit_request
 from prifu_plugin.audit.controls import BROKEN, marks_of
 from prifu_plugin.audit.data import AuditData, fingerprint
 from prifu_plugin.audit.disjoint import check_disjoint, split_off
@@ -492,8 +492,8 @@ def test_versions_of_what_is_not_installed(monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(audit_run, "version", missing)
-    assert audit_run._version("scikit-learn") == "not installed"
+    monkeypatch.setattr(audit_request, "version", missing)
+    assert audit_request._version("scikit-learn") == "not installed"
 
 
 def test_a_report_of_a_later_version_is_refused(plain):

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prifu_plugin.arguments import strings, whole_number
-from prifu_plugin.audit.checks import check, check_images, check_packages
-from prifu_plugin.audit.data import AuditData, fingerprint, integers
+from prifu_plugin.audit.data import AuditData
 from prifu_plugin.audit.disjoint import split_off
 from prifu_plugin.audit.facts import facts_of
 from prifu_plugin.audit.inference import MANY, Prepared, prepare
 from prifu_plugin.audit.judge import Evidence, judge
 from prifu_plugin.audit.preparation import WIDE
 from prifu_plugin.audit.reconstruction import Reconstruction
+from prifu_plugin.audit.request import References, Request, requested
 from prifu_plugin.audit.result import AuditReport
 from prifu_plugin.audit.sending import Sent, arrived, rebuilt, send
-from prifu_plugin.audit.similarity import LOSSES
 from prifu_plugin.audit.statistics import Interval, mean_interval
 from prifu_plugin.channel import Channel
 from prifu_plugin.device import device_of, seeded
-from prifu_plugin.errors import ConfigError
-
-References = Mapping[str, nn.Module | AuditReport]
 
 
 def audit(
@@ -98,94 +91,108 @@ def audit(
         >>> found.attributes[0].accuracy.value > 0.95
         True
     """
-    attributes = tuple(dict.fromkeys(strings("attributes", attributes) or ()))
-    references = {} if references is None else references
-    check(edge, train, test, task, attributes, references, cloud)
-    check_packages(suite, reconstructs=bool(reconstruct))
-    seeds, queries = whole_number("seeds", seeds), whole_number("queries", queries)
-    seed = whole_number("seed", seed, least=0)
-    if channel is not None and not isinstance(channel, Channel):
-        raise ConfigError(
-            f"channel is a {type(channel).__name__}: pass prifu_plugin.channel.Channel(step, ...), "
-            "of Projection, Noise and Quantizer."
-        )
-    losses = _losses(reconstruct, suite)
-    if losses:
-        check_images(train.images, test.images)
-    train, test = integers(train), integers(test)
-    data = fingerprint(train, test)
-    _check_comparable(references, data, suite)
-    settings = {**_settings(suite, seeds, seed, references, channel), "queries": queries}
-    parts = (*split_off(train, 0.25, seed, [task, *attributes]), test)
-    device = device_of(edge)
-    with torch.inference_mode(False):
-        with seeded(seed, device):  # of noise that edges draw
-            sent = send(edge, channel, cloud, parts, task=task, queries=queries, name=name)
-            facts = facts_of(sent.uploads[0], edge, channel, test.images, sent.stochastic)
-            read = _prepared(sent, references, attributes, suite, cloud, device)
-        evidence = Evidence(
-            parts=parts,
-            answers=sent.answers,
-            sent=read[0],
-            repeated=read[1],
-            others=read[2],
-            reports={k: v for k, v in references.items() if isinstance(v, AuditReport)},
+    return _attacked(
+        requested(
+            edge=edge,
+            train=train,
+            test=test,
             task=task,
-            constant=facts.constant == facts.values,
+            attributes=attributes,
+            cloud=cloud,
+            channel=channel,
+            references=references,
+            suite=suite,
             seeds=seeds,
+            queries=queries,
+            reconstruct=reconstruct,
+            name=name,
             seed=seed,
         )
-        bar = tqdm(attributes, desc=f"attacking {name}", leave=False, disable=None)
+    )
+
+
+def _attacked(asked: Request) -> AuditReport:
+    parts = (*split_off(asked.train, 0.25, asked.seed, asked.labels), asked.test)
+    device = device_of(asked.edge)
+    with torch.inference_mode(False):
+        with seeded(asked.seed, device):  # of noise that edges draw
+            sent = send(
+                asked.edge,
+                asked.channel,
+                asked.cloud,
+                parts,
+                task=asked.task,
+                queries=asked.queries,
+                name=asked.name,
+            )
+            facts = facts_of(
+                sent.uploads[0], asked.edge, asked.channel, asked.test.images, sent.stochastic
+            )
+            evidence = _evidence(asked, sent, device, constant=facts.constant == facts.values)
+        bar = tqdm(asked.attributes, desc=f"attacking {asked.name}", leave=False, disable=None)
         rows = tuple(judge(label, evidence) for label in bar)
-        with seeded(seed, device):
-            images = rebuilt(edge, channel, sent, suite, seed, losses) if losses else None
+        images = None
+        if asked.losses:
+            with seeded(asked.seed, device):
+                images = rebuilt(
+                    asked.edge, asked.channel, sent, asked.suite, asked.seed, asked.losses
+                )
     return AuditReport(
-        name=name,
-        task=task,
-        utility=_utility(sent.answers[2], test.labels[task], cloud, seed, test.groups),
+        name=asked.name,
+        task=asked.task,
+        utility=_utility(asked, sent.answers[2]),
         attributes=rows,
         upload=facts,
         reconstruction=images,
         sizes=(len(parts[0]), len(parts[1]), len(parts[2])),
-        settings={**settings, "data": data, **_counted(parts)},
-        not_tested=_not_tested(images, suite, queries, sent.uploads[0], test.groups),
+        settings={**asked.settings(), **_counted(parts)},
+        not_tested=_not_tested(asked, images, sent.uploads[0]),
+    )
+
+
+def _evidence(asked: Request, sent: Sent, device: torch.device, *, constant: bool) -> Evidence:
+    """Prepare all that is attacked: uploads, their means, those of other edges, and the images."""
+    uploads, repeated, others = _prepared(sent, asked, device)
+    return Evidence(
+        parts=sent.parts,
+        answers=sent.answers,
+        sent=uploads,
+        repeated=repeated,
+        others=others,
+        reports=asked.reports,
+        task=asked.task,
+        constant=constant,
+        seeds=asked.seeds,
+        seed=asked.seed,
     )
 
 
 def _prepared(
-    sent: Sent,
-    references: References,
-    attributes: Sequence[str],
-    suite: str,
-    cloud: nn.Module | None,
-    device: torch.device,
+    sent: Sent, asked: Request, device: torch.device
 ) -> tuple[Prepared, Prepared | None, dict[str, Prepared]]:
-    """Prepare all that is attacked: uploads, their means, those of other edges, and the images."""
-
     def ready(uploads: Iterable[Tensor], tail: nn.Module | None = None) -> Prepared:
         fitting, choosing, test = uploads
-        return prepare(fitting, choosing, test, suite, tail, device)
+        return prepare(fitting, choosing, test, asked.suite, tail, device)
 
     others = {}
-    for label, other in references.items():
+    for label, other in asked.references.items():
         if isinstance(other, nn.Module):
             there = (arrived(other, None, part.images, label) for part in sent.parts)
             others[label] = ready(there)
-    told = (other for other in references.values() if isinstance(other, AuditReport))
-    known = {row.name for report in told for row in report.attributes if "input" in row.ceilings}
-    if not known.issuperset(attributes):
+    told = (row for report in asked.reports.values() for row in report.attributes)
+    known = {row.name for row in told if "input" in row.ceilings}
+    if not known.issuperset(asked.attributes):
         images = (part.images.float() for part in sent.parts)
         others["input"] = ready(images)
-    repeated = None if sent.means is None else ready(sent.means, cloud)
-    return ready(sent.uploads, cloud), repeated, others
+    repeated = None if sent.means is None else ready(sent.means, asked.cloud)
+    return ready(sent.uploads, asked.cloud), repeated, others
 
 
-def _utility(
-    answers: Tensor, labels: Tensor, cloud: nn.Module | None, seed: int, groups: Tensor | None
-) -> Interval | None:
-    if cloud is None:
+def _utility(asked: Request, answers: Tensor) -> Interval | None:
+    if asked.cloud is None:
         return None
-    return mean_interval((answers == labels).double(), seed, groups=groups)
+    right = (answers == asked.test.labels[asked.task]).double()
+    return mean_interval(right, asked.seed, groups=asked.test.groups)
 
 
 def _counted(parts: Sequence[AuditData]) -> dict[str, int]:
@@ -194,66 +201,12 @@ def _counted(parts: Sequence[AuditData]) -> dict[str, int]:
     return {} if groups is None else {"test groups": len(groups.unique())}
 
 
-def _losses(reconstruct: bool | Sequence[str], suite: str) -> Sequence[str]:
-    if isinstance(reconstruct, bool):
-        every = ("squared error",) if suite == "quick" else tuple(LOSSES)
-        return every if reconstruct else ()
-    named = strings("reconstruct", reconstruct) or ()
-    unknown = set(named) - set(LOSSES)
-    if unknown:
-        raise ConfigError(
-            f"reconstruct={unknown.pop()!r}: choose among {', '.join(LOSSES)}, or True."
-        )
-    return named
-
-
-def _settings(
-    suite: str, seeds: int, seed: int, references: References, channel: Channel | None
-) -> dict[str, Any]:
-    names = ("prifu_plugin", "torch", "scikit-learn", "torchmetrics")
-    return {
-        "suite": suite,
-        "attack seeds": seeds,
-        "seed": seed,
-        "references": sorted(references),
-        "channel": "none" if channel is None else ", ".join(map(repr, channel.steps)),
-        **{name: _version(name) for name in names},
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _check_comparable(references: References, data: str, suite: str) -> None:
-    """Raise if a report is of other images, other labels, another order, or another suite."""
-    for key, reference in references.items():
-        known = reference.settings.get("data") if isinstance(reference, AuditReport) else None
-        if known is not None and known != data:
-            raise ConfigError(
-                f"The report '{key}' was made of other data, or in another order: leaks compare "
-                "image by image. Audit it with the same train and test, or pass the edge itself."
-            )
-        used = reference.settings.get("suite") if isinstance(reference, AuditReport) else suite
-        if used != suite:
-            raise ConfigError(
-                f"The report '{key}' is of the {used} suite, and this audit asks for the {suite} "
-                "one: a leak would be the difference of the attackers. Audit both with one suite, "
-                "or pass the edge itself."
-            )
-
-
-def _not_tested(
-    rebuilt: Reconstruction | None, suite: str, queries: int, z: Tensor, groups: Tensor | None
-) -> tuple[str, ...]:
+def _not_tested(asked: Request, rebuilt: Reconstruction | None, z: Tensor) -> tuple[str, ...]:
     found = ["generative priors (GAN, diffusion)", "membership of the training set", "timing"]
     found.append("codes in exact values (a zero that moves about, the parity of the last digit)")
-    if groups is None:
+    if asked.test.groups is None:
         found.append("whether train and test show the same persons (no groups were given)")
-    if queries == 1:
+    if asked.queries == 1:
         found.append("averages over repeated queries of the same image")
     if rebuilt is None:
         found.append("reconstruction")
@@ -269,7 +222,7 @@ def _not_tested(
         and rebuilt.search.psnr < rebuilt.floor_of_search.psnr + 0.1
     ):
         found.append("search for images against the edge (it ended at the floor: no evidence)")
-    if rebuilt is not None and queries > 1 and suite != "full":
+    if rebuilt is not None and asked.queries > 1 and asked.suite != "full":
         found.append("reconstruction from repeated queries")
     if z[0].numel() > WIDE and z.ndim > 2:
         found.append(
@@ -277,8 +230,8 @@ def _not_tested(
             "their strongest components and their moments"
         )
     if z[0].numel() > MANY:
-        left = "logistic regression" if suite == "full" else "trees and logistic regression"
+        left = "logistic regression" if asked.suite == "full" else "trees and logistic regression"
         found.append(f"{left} on more than {MANY} values")
-    if suite == "quick":
+    if asked.suite == "quick":
         found.append("the standard suite: this was a quick look")
     return tuple(found)
