@@ -5,7 +5,8 @@
 A share of each filter's channels is closed at random, which is the hardest case: no two layers
 that are added close the same ones. The filtered model and the pruned ones run in turns on one
 thread; the table shows medians of the ratios over rounds: "smallest" is what prune returns by
-default, "quickest" what `prifu.fastest` chooses, with its round_to and move_cost.
+default, "quickest" what `prifu.fastest` chooses, with its round_to and move_cost; (all, 0) keeps
+every channel and folds the filters.
 """
 
 import argparse
@@ -74,7 +75,8 @@ def main(smoke=False, rounds=15, models=MODELS):
                 found = prifu.fastest(wrapped, x, build=build, rounds=rounds)
                 way = found.round_to, found.move_cost
                 cells.append(f"{found.ratios[1, 0.0]:.2f}")
-                cells.append(f"{found.ratios[way]:.2f} ({way[0]}, {way[1]:g})")
+                width = "all" if way[0] >= 2**30 else way[0]
+                cells.append(f"{found.ratios[way]:.2f} ({width}, {way[1]:g})")
         cells = "  ".join(f"{cell:20}" for cell in cells)
         print(f"{name:22}  {100 * share:4.0f} %  {cells}", flush=True)
 

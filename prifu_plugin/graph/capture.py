@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.nn.modules import transformer
+from torch.nn.utils import parametrize
 from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -86,6 +87,9 @@ class ModelTracer(WatchfulTracer):
             return True
         if any(is_norm(child) for child in m.modules()):
             return False  # nn.TransformerEncoderLayer and kin: torch's own, with norms inside
+        if parametrize.is_parametrized(m):  # torch derives a class of its own
+            before = parametrize.type_before_parametrizations(m)
+            return bool(before.__module__.startswith("torch.nn"))
         return super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(

@@ -90,10 +90,11 @@ def names_functional(forward: Any) -> bool:
 def host_calls(module: nn.Module, filters: FilterGroup, child: str) -> None:
     """Make a module's forward pass through filters, in place."""
     module.add_module(child, filters)
-    _rehost(module, child)
+    rehost(module, child)
 
 
-def _rehost(module: nn.Module, child: str) -> None:
+def rehost(module: nn.Module, child: str) -> None:
+    """Compile the forward of a host with filters anew, from its class without them, in place."""
     base = base_class(module)
     module.__class__ = base
     forwards = Forwards()
@@ -184,7 +185,7 @@ def _blank(base: type[nn.Module], child: str) -> nn.Module:
 
     def set_state(self: nn.Module, state: dict[str, Any]) -> None:
         base.__setstate__(self, state)
-        _rehost(self, child)
+        rehost(self, child)
 
     members = {"__setstate__": set_state, "_prifu_base": base}
     cls: type[nn.Module] = type(base.__name__, (base,), members)
@@ -226,8 +227,12 @@ def _channels(module: nn.Module, node: fx.Node) -> int | None:
             return value[-1]
         if isinstance(value, fx.Node) and value.op == "get_attr":
             tensor = value_at(module, str(value.target))
-            if isinstance(tensor, Tensor) and tensor.ndim == 1:
-                return tensor.numel()
+        elif isinstance(value, fx.Node) and value.op == "call_module" and not value.args:
+            tensor = module.get_submodule(str(value.target))()  # of a parametrization
+        else:
+            continue
+        if isinstance(tensor, Tensor) and tensor.ndim == 1:
+            return tensor.numel()
     return None
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.nn.utils import parametrize
 
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.filter import PriFU
@@ -71,7 +70,9 @@ def is_host(module: nn.Module) -> bool:
 
 def is_folded(host: nn.Module) -> bool:
     """Whether a host's filter acts through its affine parameters, rather than on its output."""
-    return getattr(type(host), "_prifu_kind", "") == "folded"
+    # A parametrized layer computes its weight in a property, which would hide the folded one.
+    computed = "parametrizations" in host._modules
+    return getattr(type(host), "_prifu_kind", "") == "folded" and not computed
 
 
 def filter_of(host: nn.Module) -> PriFU | CutFilter:
@@ -83,14 +84,15 @@ def filter_of(host: nn.Module) -> PriFU | CutFilter:
 
 def _kind(host: nn.Module, unit: PriFU | CutFilter) -> str:
     spec = norm_spec(host)
-    # A parametrized layer computes its weight in a property, which would hide the folded one.
-    computed = parametrize.is_parametrized(host)
+    computed = "parametrizations" in host._modules
     if isinstance(unit, PriFU) and spec is not None and folds(spec, unit) and not computed:
         return "folded"
     return "output"
 
 
 def _folded_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if "parametrizations" in self._modules:
+        return _output_forward(self, *args, **kwargs)
     unit = filter_of(self)
     assert isinstance(unit, PriFU)
     return run_with(self, remembered_parameters(self, unit, _type_of(args)), *args, **kwargs)

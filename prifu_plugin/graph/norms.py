@@ -197,8 +197,27 @@ def register_norm(cls: type[nn.Module], *, dim: int, channels: str = "") -> type
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module as it was before a filter was attached."""
-    return getattr(type(module), "_prifu_base", type(module))
+    """Return the class of a module as it was before a filter was attached.
+
+    What torch has derived from that since, to parametrize a weight, is derived from it here.
+    """
+    cls = type(module)
+    own: type[nn.Module] = getattr(cls, "_prifu_base", cls)
+    return own if own is cls or "_prifu_base" in vars(cls) else _derived(cls)
+
+
+_DERIVED: weakref.WeakKeyDictionary[type, type[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def _derived(cls: type) -> type[nn.Module]:
+    """Return a class like one that is derived from a hosting one, without the filter."""
+    if "_prifu_base" in vars(cls):
+        return vars(cls)["_prifu_base"]  # type: ignore[no-any-return]
+    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    known = _DERIVED.get(cls)
+    if known is None or not members.keys() <= vars(known).keys():  # one more weight, since then
+        known = _DERIVED[cls] = type(cls.__name__, (_derived(cls.__bases__[0]),), members)
+    return known
 
 
 def norm_spec(module: nn.Module) -> NormSpec | None:

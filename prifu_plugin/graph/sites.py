@@ -162,16 +162,28 @@ def _functional_owners(model: nn.Module, graphs: list[Captured], prefix: str = "
     """
     if graphs:
         paths = {path for captured in graphs for path in functional_owners(captured.graph)}
+        whole = set().union(*(calls(captured) for captured in graphs))
+        paths |= {path for path in whole if _normalizes_inside(model.get_submodule(path))}
         return {(prefix + path).removesuffix(".") for path in paths}
     owners: set[str] = set()
-    if names_functional(base_class(model).forward):
+    if _names_functional(model):
         owners.add(prefix.removesuffix("."))
     for name, child in model.named_children():
         if norm_spec(child) is None and any(True for _ in child.children()):
             owners |= _functional_owners(child, list(_graphs(child)), f"{prefix}{name}.")
-        elif norm_spec(child) is None and names_functional(base_class(child).forward):
+        elif norm_spec(child) is None and _names_functional(child):
             owners.add(prefix + name)
     return owners
+
+
+def _normalizes_inside(module: nn.Module) -> bool:
+    """Whether a module that graphs keep whole normalizes what it is given, not a weight alone."""
+    named = norm_spec(module) is None and _names_functional(module)
+    return named and bool(functional_calls(module))
+
+
+def _names_functional(module: nn.Module) -> bool:
+    return names_functional(getattr(base_class(module), "forward", None))  # scripted ones have none
 
 
 def _reached(path: str, called: set[str], complete: bool) -> str:

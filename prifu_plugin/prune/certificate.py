@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import fx, nn
@@ -15,6 +16,7 @@ from prifu_plugin.graph.guards import is_refusal
 from prifu_plugin.prune.hooks import has_hooks
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.plan import Notes, Plan
+from prifu_plugin.prune.precise import in_fp64
 from prifu_plugin.prune.rules import Analysis
 from prifu_plugin.prune.verify import TOLERANCES, Check, compare, culprit, is_rounded, reference
 
@@ -66,7 +68,7 @@ def certify(
     filtered, single, first = _compared_first(exact, twin, runs[0], seed)
     tried = [(first, single), (compare(filtered, twin, runs[-1], seed + 1), runs[-1])]
     more = list(_at_other_sizes(exact, twin, runs, seed + 3))
-    own = compare(original, pruned, runs[0], seed + 2, filtered)
+    own = compare(original, pruned, runs[0], seed + 2, partial(in_fp64, original))
     notes: Notes = ()
     if not own.holds and 4 * own.rounding > own.tolerance:
         if not own.difference <= 4 * own.rounding or not is_rounded(pruned, twin):

@@ -200,7 +200,7 @@ def _certify(
     tried = [compare(precise, exact, one, seed + at) for at, one in enumerate(inputs)]
     other = inputs[min(1, len(inputs) - 1)]
     for place in range(_TRIES):
-        own = compare(filtered, result, other, seed + len(inputs) + place, precise)
+        own = compare(filtered, result, other, seed + len(inputs) + place, lambda: precise)
         if own.holds:
             break
     tried.append(own)

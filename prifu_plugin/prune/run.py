@@ -21,15 +21,15 @@ from prifu_plugin.prune.attributes import keep_attributes, keep_memory_format
 from prifu_plugin.prune.hooks import has_hooks, take_off
 from prifu_plugin.prune.inputs import Inputs
 from prifu_plugin.prune.ladder import recorded
-from prifu_plugin.prune.lower import plain_layers
 from prifu_plugin.prune.one_graph import Pruned, explained, fingerprint, prune_graph, runs_of
 from prifu_plugin.prune.parts import prune_parts
+from prifu_plugin.prune.plain import plain_layers
 from prifu_plugin.prune.plan import Plan
 from prifu_plugin.prune.report import PruneReport, count_bytes, count_macs, count_parameters
 from prifu_plugin.prune.rewrite import rewrite
 from prifu_plugin.prune.settings import PruneSettings
 from prifu_plugin.prune.sharing import separated
-from prifu_plugin.prune.verify import compare
+from prifu_plugin.prune.verify import Check, compare
 from prifu_plugin.sharded import check_unsharded
 
 
@@ -150,9 +150,20 @@ def _pruned(
         whole = prune_graph(filtered, runs, recipe, settings, original)
     except CaptureError as error:
         with explained(filtered):
+            if original is not None:  # parts are compared with those of the copy
+                _check_copy(compare(original, filtered, runs[0], settings.seed), model)
             return prune_parts(filtered, runs[0], error, settings)
     keep_attributes(model, whole.model)
     return whole
+
+
+def _check_copy(check: Check, model: nn.Module) -> None:
+    if not check.holds:
+        raise VerificationError(
+            f"With the values of its computed weights this {type(model).__name__} differs from "
+            f"itself by {check.difference:.1e}. Remove its parametrizations first "
+            "(torch.nn.utils.parametrize.remove_parametrizations), and please report it."
+        )
 
 
 def rebuild(model: nn.Module, plan: Plan | str, state_dict: dict[str, Tensor]) -> fx.GraphModule:
