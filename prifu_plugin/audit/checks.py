@@ -67,10 +67,25 @@ def check(
             f"Images of train are {tuple(train.images.shape[1:])}, of test "
             f"{tuple(test.images.shape[1:])}: bring them to one shape."
         )
+    _check_scales(train.images, test.images)
     check_groups(train, test)
     check_disjoint(train, test)
     for label in dict.fromkeys([task, *attributes]):
         _check_classes(label, train, test)
+
+
+def _check_scales(train: Tensor, test: Tensor) -> None:
+    """Raise if one was normalized and the other was not: attackers would read nothing there."""
+    (mean, spread), (other, spread_there) = (
+        (float(x.double().mean()), float(x.double().std())) for x in (train, test)
+    )
+    narrow, wide = sorted((spread, spread_there))
+    if abs(mean - other) > 2 * wide or wide > 3 * narrow > 0:
+        raise ConfigError(
+            f"Images of train have a mean of {mean:.3g} and a deviation of {spread:.3g}, of test "
+            f"{other:.3g} and {spread_there:.3g}: attackers that learn on one would be lost on the "
+            "other. Prepare both alike."
+        )
 
 
 def _check_data(data: Any, where: str) -> None:

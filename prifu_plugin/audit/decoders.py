@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prifu_plugin.audit.least_squares import least_squares, with_one
-from prifu_plugin.audit.preparation import WIDE, per_pixel, standardize, whiten
+from prifu_plugin.audit.preparation import (
+    WIDE,
+    as_map,
+    channel_dims,
+    is_spatial,
+    per_pixel,
+    standardize,
+    whiten,
+)
 from prifu_plugin.audit.similarity import LOSSES, Similarity, psnr, similarity
 from prifu_plugin.device import seeded
 
@@ -92,7 +100,7 @@ def trained_decoder(
     Of its training, the moment counts at which it was best on images to choose by.
     """
     z, images = train
-    prepare = _per_channel(z) if z.ndim == 4 and z.shape[-1] > 1 else _vectors(z)
+    prepare = _per_channel(z) if is_spatial(z) else _vectors(z)
     x = prepare(z)
     if not x[0].numel():  # constant uploads: the mean image is all there is to know
         return lambda asked: images.mean(0).expand(len(asked), -1, -1, -1)
@@ -164,4 +172,6 @@ def _vectors(z: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _per_channel(z: Tensor) -> Callable[[Tensor], Tensor]:
     # Constant channels go: the rounding left in them, divided by almost nothing, drowns the rest.
-    return per_pixel(standardize(z.movedim(1, -1).flatten(0, -2)))
+    dim = channel_dims(z)[0]
+    fitted = per_pixel(standardize(z.movedim(dim, -1).flatten(0, -2)))
+    return lambda x: fitted(as_map(x, dim))

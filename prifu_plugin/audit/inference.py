@@ -19,7 +19,7 @@ from prifu_plugin.audit.attackers import (
     ridge,
     tail_of,
 )
-from prifu_plugin.audit.preparation import Preparation, as_they_are, maps, vectors
+from prifu_plugin.audit.preparation import Preparation, as_they_are, is_spatial, maps, vectors
 from prifu_plugin.audit.statistics import calibrated
 from prifu_plugin.audit.tail import repurposed
 from prifu_plugin.device import CPU
@@ -108,8 +108,7 @@ def prepare(
     if not train[0].numel():
         return Prepared(suite, ())
     found = vectors(train, _names(train, suite))
-    spatial = train.ndim == 4 and min(train.shape[2:]) > 1
-    if suite != "quick" and (spatial or train.ndim == 3):
+    if suite != "quick" and (is_spatial(train) or train.ndim == 3):
         found += maps(train)
     parts = [(p, p.transform(train), p.transform(validation), p.transform(test)) for p in found]
     usable = tuple(part for part in parts if part[1].shape[1] > 0)

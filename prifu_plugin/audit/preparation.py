@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,11 +40,12 @@ def vectors(z: Tensor, names: tuple[str, ...]) -> list[Preparation]:
     """Fit the preparations of vectors on training uploads.
 
     Args:
-        z: (N, ...); tokens and maps are flattened, and summarized by their moments besides.
+        z: (N, ...); tokens and maps are flattened, and summarized by their moments besides, of
+            both dimensions that may be channels.
         names: of "raw", "standardized", "whitened", "ranked".
 
     Returns:
-        For vectors one preparation a name; for maps two, of all values and of the moments.
+        For vectors one preparation a name; for maps two or three, of all values and of moments.
     """
     makers: dict[str, Callable[[Tensor], Transform]] = {
         "raw": _raw,
@@ -54,7 +56,9 @@ def vectors(z: Tensor, names: tuple[str, ...]) -> list[Preparation]:
     }
     views: list[tuple[str, Transform]] = [("", _flat)]
     if z.ndim > 2:
-        views = [("", _reduced(z)), ("moments, ", _moments)]
+        first, *other = channel_dims(z)
+        views = [("", _reduced(z)), ("moments, ", _moments(first))]
+        views += [("moments of the other dimension, ", _moments(dim)) for dim in other]
     if z.ndim == 3:  # a class token, or simply one of many
         views.append(("first token, ", lambda x: x[:, 0]))
     found = []
@@ -67,24 +71,49 @@ def vectors(z: Tensor, names: tuple[str, ...]) -> list[Preparation]:
     return found
 
 
+def channel_dims(z: Tensor) -> tuple[int, ...]:
+    """Return which dimensions of maps or tokens may be channels, the likelier one first.
+
+    Nothing else tells (N, C, H, W) from (N, H, W, C) but that maps mostly are square.
+
+    Example:
+        >>> channel_dims(torch.zeros(2, 48, 14, 14)), channel_dims(torch.zeros(2, 14, 14, 48))
+        ((1,), (-1, 1))
+    """
+    if z.ndim == 3:
+        return -1, 1
+    first, last = z.shape[-2] == z.shape[-1], z.shape[-3] == z.shape[-2]
+    if first != last:
+        return (1,) if first else (-1, 1)
+    return 1, -1
+
+
+def is_spatial(z: Tensor) -> bool:
+    """Whether uploads are maps of more than one row and column."""
+    return z.ndim == 4 and min(as_map(z, channel_dims(z)[0]).shape[2:]) > 1
+
+
 def maps(z: Tensor) -> list[Preparation]:
-    """Fit the preparations of maps (N, C, H, W): channels standardized, channels whitened.
+    """Fit the preparations of maps: channels standardized, channels whitened; (N, C, H, W) then.
 
     Tokens (N, T, C) become a column of T places.
     """
-    shaped = _as_map(z)
+    shape = partial(as_map, dim=channel_dims(z)[0])
+    shaped = shape(z)
     pixels = shaped.movedim(1, -1).flatten(0, -2)
     if len(pixels) > 200_000:
         pixels = pixels[torch.randperm(len(pixels), generator=_generator())[:200_000]]
     found = []
     for name, maker in (("channels standardized", standardize), ("channels whitened", whiten)):
         fitted = maker(pixels)
-        found.append(Preparation(name, _then(_as_map, per_pixel(fitted)), spatial=True))
+        found.append(Preparation(name, _then(shape, per_pixel(fitted)), spatial=True))
     return found
 
 
-def _as_map(z: Tensor) -> Tensor:
-    return z.transpose(1, 2).unsqueeze(-1) if z.ndim == 3 else z
+def as_map(z: Tensor, dim: int) -> Tensor:
+    """Return maps and tokens as (N, C, H, W), with the channels from a dimension."""
+    moved = z.movedim(dim, 1)
+    return moved.unsqueeze(-1) if z.ndim == 3 else moved
 
 
 def as_they_are() -> Preparation:
@@ -192,11 +221,15 @@ def _flat(z: Tensor) -> Tensor:
     return z.flatten(1)
 
 
-def _moments(z: Tensor) -> Tensor:
-    """Return mean, deviation and extremes of each channel; the last dimension is a token's."""
-    lines = z.flatten(2) if z.ndim > 3 else z.transpose(1, 2)
-    parts = (lines.mean(2), lines.std(2, correction=0), lines.amax(2), lines.amin(2))
-    return torch.cat(parts, 1)
+def _moments(dim: int) -> Transform:
+    """Return what gives mean, deviation and extremes of each channel."""
+
+    def apply(z: Tensor) -> Tensor:
+        lines = z.movedim(dim, 1).flatten(2)
+        parts = (lines.mean(2), lines.std(2, correction=0), lines.amax(2), lines.amin(2))
+        return torch.cat(parts, 1)
+
+    return apply
 
 
 def _reduced(z: Tensor) -> Transform:

@@ -15,7 +15,8 @@ from prifu_plugin.config import FilterConfig
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.errors import ConfigError, NoSiteError, PrifuWarning
 from prifu_plugin.filter import WRAPPED, PriFU
-from prifu_plugin.graph.checks import check_alone, check_wrappable, probe_cut, warn_of_wrappers
+from prifu_plugin.graph.checks import check_alone, check_wrappable, warn_of_wrappers
+from prifu_plugin.graph.cut_place import probe_cut
 from prifu_plugin.graph.functional import FilterGroup, functional_calls, host_calls
 from prifu_plugin.graph.host import attach, detach, is_host
 from prifu_plugin.graph.norms import norm_spec, num_channels
