@@ -39,11 +39,11 @@ from prifu_plugin.prune.run import plan_of as plan
 from prifu_plugin.prune.run import prune as prune
 from prifu_plugin.prune.run import rebuild as rebuild
 from prifu_plugin.prune.run import report as report
+from prifu_plugin.recalibration import recalibrate as recalibrate
 from prifu_plugin.relevance import Relevance as Relevance
 from prifu_plugin.relevance import influence as influence
 from prifu_plugin.relevance import relevance as relevance
 from prifu_plugin.schedule import FilterSchedule as FilterSchedule
-from prifu_plugin.schedule import recalibrate as recalibrate
 from prifu_plugin.split import Split as Split
 from prifu_plugin.split import cut_points as cut_points
 from prifu_plugin.split import split as split

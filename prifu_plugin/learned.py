@@ -88,9 +88,20 @@ def are_right(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def named(outputs: Tensor) -> Tensor:
-    """Return the class that logits (N, classes) name, (N,); a single logit is of class 1."""
+    """Return the class that logits (N, classes) name, (N,); a single logit is of class 1.
+
+    Raises:
+        ConfigError: if single outputs can only be probabilities.
+    """
     if outputs.ndim > 1 and outputs.shape[1] > 1:
         return outputs.argmax(1)
+    least, most = (float(end) for end in outputs.detach().aminmax())
+    if 0 <= least < 0.25 and 0.75 < most <= 1:
+        raise ConfigError(
+            f"Single outputs from {least:.2f} to {most:.2f} look like probabilities, and all would "
+            "count as class 1, whose logits are above 0: let the model return logits, without the "
+            "sigmoid, or where a metric= is taken, pass one for probabilities."
+        )
     return (outputs > 0).long().flatten()
 
 

@@ -146,6 +146,11 @@ def fit_alpha(
         ConfigError: unless exactly one budget is given, or if it cannot be met.
     """
     _check_budget(max_drop, keep, macs, steps)
+    if metric is None and max_drop is not None and max_drop >= 1:
+        raise ConfigError(
+            f"max_drop={max_drop!r} of the accuracy, which is a share, allows anything: pass 0.02 "
+            "for two percent."
+        )
     wrap_state(model)
     check_unsharded(model, "fit_alpha")
     check_repeatable(data)

@@ -291,9 +291,9 @@ def test_reconstruction_and_its_floors():
     assert "| floor: the mean image |" in report.to_markdown()
     assert "peak 1" in report.to_markdown()
     assert "as JPEG" in report.to_markdown()
-    dark = prifu.AuditData(TRAIN.images - 1, TRAIN.labels)
+    dark = (prifu.AuditData(part.images - 1, part.labels) for part in (TRAIN, TEST))
     with pytest.raises(ConfigError, match=r"values in \[0, 1\]"):
-        prifu.audit(Edge().eval(), dark, TEST, task="task", attributes=["private"], suite="quick")
+        prifu.audit(Edge().eval(), *dark, task="task", attributes=["private"], suite="quick")
 
 
 def test_what_is_written_can_be_read(plain):
@@ -427,6 +427,22 @@ def test_a_control_that_failed_overrides_what_was_read():
     broken = dataclasses.replace(row, marks=(BROKEN,))
     assert verdict(broken).startswith("no evidence")
     assert not broken.is_evidence
+
+
+def test_a_verdict_by_auc_says_so():
+    row = rows(run(Edge(), attributes=["private"]))["private"]
+    assert verdict(row) == "leaks: read above the floor"
+    ranked = dataclasses.replace(row, gain=Interval(0.0, -0.1, 0.1))
+    assert verdict(ranked) == "leaks: ranked above the floor, by AUC"
+
+
+def test_a_guess_where_the_channels_are_is_said():
+    class Long(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :8].reshape(-1, 2, 4, 1).expand(-1, -1, -1, 3)
+
+    report = run(Long(), attributes=["private"], cloud=None)
+    assert any("(2, 4, 3) with their channels last" in left for left in report.not_tested)
 
 
 def test_without_a_plain_model_a_low_figure_is_no_evidence():

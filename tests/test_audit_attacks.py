@@ -13,7 +13,7 @@ from prifu_plugin.audit.attackers import Sample, boosting
 from prifu_plugin.audit.controls import controls
 from prifu_plugin.audit.inference import infer, prepare
 from prifu_plugin.audit.least_squares import PENALTIES, least_squares, with_one
-from prifu_plugin.audit.preparation import rank, standardize, whiten
+from prifu_plugin.audit.preparation import is_spatial, maps, rank, standardize, whiten
 from prifu_plugin.audit.reconstruction import reconstruct
 from prifu_plugin.audit.similarity import similarity
 from prifu_plugin.audit.statistics import calibrated, metrics
@@ -83,6 +83,38 @@ def test_a_hidden_leak_among_many_values(scale):
     z, bit = planted("hidden", width=400)
     found = infer(prepare(*parts(z * scale), "quick"), parts(bit), 2)
     assert (found.scores.argmax(1) == parts(bit)[2]).double().mean() > 0.9, found.validation
+
+
+def weak_channel(shape, dim):
+    """Maps or tokens of channels on many scales, the deviation of a weak one of which tells."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(sum(SIZES), *shape, generator=generator)
+    bit = torch.randint(2, (sum(SIZES),), generator=generator)
+    channels = z.movedim(dim, 1)
+    scale = torch.logspace(2, -2, channels.shape[1])
+    channels *= scale.reshape(1, -1, *[1] * (z.ndim - 2))
+    channels[:, 17] *= (0.5 + bit).reshape(-1, *[1] * (z.ndim - 2))
+    return z, bit
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((24, 12, 12), 1), ((12, 12, 24), -1), ((8, 18, 24), -1), ((24, 144), 1), ((144, 24), -1)],
+)
+def test_a_leak_in_one_channel_wherever_the_channels_are(shape, dim):
+    z, bit = weak_channel(shape, dim)
+    found = infer(prepare(*parts(z), "quick"), parts(bit), 2)
+    assert (found.scores.argmax(1) == parts(bit)[2]).double().mean() > 0.9, found.validation
+    assert "moments" in found.winner
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"), [((24, 12, 12), 24), ((12, 12, 24), 24), ((144, 24), 24)]
+)
+def test_networks_read_channels_where_they_are(shape, channels):
+    z = torch.randn(50, *shape)
+    assert {prepared.transform(z).shape[1] for prepared in maps(z)} == {channels}
+    assert is_spatial(z) is (len(shape) == 3)
 
 
 @pytest.mark.slow

@@ -78,3 +78,12 @@ def test_few_persons_have_one_mark():
     row = look(train, test).attributes[0]
     assert row.accuracy.value > 0.9
     assert row.marks == ("only 40 independent test items: no interval",)
+
+
+@pytest.mark.parametrize(
+    "prepare", [lambda z: z * 255, lambda z: (z - 0.5) / 0.225, lambda z: z + 20]
+)
+def test_images_on_two_scales_are_refused(prepare):
+    other = AuditData(prepare(TEST.images), TEST.labels)
+    with pytest.raises(ConfigError, match="Prepare both alike"):
+        look(TRAIN, other)

@@ -75,6 +75,19 @@ def test_one_logit_of_two_classes(shape):
     assert prifu.learned((targets * 2.0 - 1).reshape(shape), targets)
 
 
+@pytest.mark.parametrize("shape", [(40,), (40, 1)])
+def test_probabilities_of_two_classes_are_refused(shape):
+    targets = torch.arange(40) % 2
+    with pytest.raises(ConfigError, match=r"from 0\.05 to 0\.95 look like probabilities"):
+        prifu.learned((targets * 0.9 + 0.05).reshape(shape), targets)
+
+
+def test_logits_that_are_nearly_constant_are_none():
+    targets = torch.tensor([0, 1, 1]).repeat(20)
+    with pytest.warns(PrifuWarning, match="at chance"):
+        assert not prifu.learned(torch.linspace(0.4, 0.7, 60), targets)
+
+
 def test_classes_that_the_model_has_not_are_refused():
     with pytest.raises(ConfigError, match="reach from 10 to 11"):
         prifu.learned(torch.eye(2).repeat(20, 1), torch.arange(40) % 2 + 10)

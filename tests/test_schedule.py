@@ -166,6 +166,22 @@ def test_statistics_are_the_average_over_batches(kind):
         assert torch.equal(a, b)
 
 
+def test_norms_that_are_frozen_keep_their_statistics():
+    model = prifu.wrap(
+        nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    )
+    model[0].eval().requires_grad_(False)
+    model[0].running_mean.fill_(0.25)
+    frozen = copy.deepcopy(model[0].state_dict())
+    prifu.recalibrate(model, [torch.rand(4, 3, 2, 2) + 5 for _ in range(3)])
+    assert all(torch.equal(value, frozen[key]) for key, value in model[0].state_dict().items())
+    assert not model[0].training
+    assert int(model[2].num_batches_tracked) == 3
+    model.eval()  # then nothing tells frozen ones from others
+    prifu.recalibrate(model, [torch.rand(4, 3, 2, 2) + 5])
+    assert bool((model[0].running_mean > 5).all())
+
+
 def test_no_batches_leave_statistics_alone():
     norm = nn.BatchNorm1d(2)
     norm.running_mean.fill_(3.0)

@@ -148,6 +148,7 @@ def test_bad_input():
         ({"keep": 50}, "no share"),
         ({"macs": 0.0}, "no share"),
         ({"max_drop": -1}, "may fall"),
+        ({"max_drop": 2}, "pass 0.02 for two percent"),
         ({"keep": 0.5, "steps": 0}, "at least 1"),
     ],
 )

@@ -15,8 +15,10 @@ def verdict(row: AttributeResult) -> str:
         return "no evidence: the control failed"
     if CONSTANT in row.marks:
         return "no evidence either way"
-    if row.gain.low > 0 or above_by_auc(row.auc, row.task_auc):
+    if row.gain.low > 0:
         return "leaks: read above the floor"
+    if above_by_auc(row.auc, row.task_auc):
+        return "leaks: ranked above the floor, by AUC"
     if row.marks:
         return "no evidence either way"
     return "not read above the floor by these attackers"
