@@ -68,9 +68,12 @@ def tensors(name: str, value: Any) -> tuple[Tensor, ...]:
     """
     listed = (value,) if isinstance(value, Tensor) else value
     if not isinstance(listed, tuple | list) or not all(isinstance(x, Tensor) for x in listed):
+        given = isinstance(listed, tuple | list)
+        odd = next((x for x in listed if not isinstance(x, Tensor)), None) if given else None
+        what = f"holds {_shown(odd)}" if given else f"is {_shown(value)}"
         raise ConfigError(
-            f"{name} is {_shown(value)}: pass a tensor, or a tuple of the tensors that forward "
-            "takes, in its order."
+            f"{name} {what}: pass a tensor, or a tuple of the tensors that forward takes, in its "
+            "order."
         )
     return tuple(listed)
 

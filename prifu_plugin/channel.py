@@ -259,9 +259,10 @@ def image_bytes(images: Tensor) -> dict[str, float]:
     """Return what sending the images instead would cost, bytes a sample: PNG, JPEG, raw.
 
     Args:
-        images: (N, 3, H, W) in [0, 1].
+        images: (N, 3, H, W) in [0, 1], or (N, 1, H, W) of grey ones.
 
     Raises:
+        ConfigError: for other shapes.
         ImportError: if Pillow is missing.
 
     Example:
@@ -272,12 +273,15 @@ def image_bytes(images: Tensor) -> dict[str, float]:
         from PIL import Image
     except ImportError as error:
         raise ImportError("PNG and JPEG need Pillow: pip install 'prifu_plugin[audit]'") from error
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ConfigError(f"images are {tuple(images.shape)}: pass (N, 3, H, W) or (N, 1, H, W).")
     import io
 
     def size(image: Tensor, **settings: Any) -> int:
         file = io.BytesIO()
         pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        Image.fromarray(pixels).save(file, **settings)
+        grey = pixels.shape[2] == 1
+        Image.fromarray(pixels.squeeze(2) if grey else pixels).save(file, **settings)
         return file.tell()
 
     return {

@@ -76,7 +76,8 @@ class PriFU(nn.Module):
     Attributes:
         weight: W, (C,), fp32 or better whatever the model's dtype.
         bias: (C,) or None.
-        filtered: (C,), uint8, 1 where training has filtered a channel; set to 0 to let W reopen it.
+        filtered: (C,), fp32 as averages of models need, 1 where training has filtered a channel;
+            set to 0 to let W reopen it.
         initial: W at first.
         path: where `prifu_plugin.wrap` put the filter; "" for one made by hand.
         holds_scale: whether W took over the scale of its norm (`prifu_plugin.absorb`).
@@ -220,7 +221,7 @@ class PriFU(nn.Module):
 
     def extra_repr(self) -> str:
         """Say how many channels are open."""
-        opened = int(self.open.sum())
+        opened = "?" if self.weight.is_meta else int(self.open.sum())
         return f"{self.weight.numel()}, {opened} open, alpha={self.alpha}, beta={self.beta}"
 
     def __getstate__(self) -> dict[str, Any]:

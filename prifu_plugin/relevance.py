@@ -25,6 +25,7 @@ from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.norms import norm_spec
 from prifu_plugin.graph.state import wrap_state
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.graph.values import check_present
 from prifu_plugin.learned import are_right
 from prifu_plugin.names import CHILD
 from prifu_plugin.ranks import spearman
@@ -117,6 +118,7 @@ def relevance(
         (torch.Size([3]), torch.Size([4]))
     """
     wrap_state(model)
+    check_present(model)
     check_unsharded(model, "relevance")
     check_callable("loss", loss, "output and target, the losses of the samples (N,)")
     loss = loss or _cross_entropy
@@ -171,6 +173,7 @@ def influence(model: nn.Module, x: Tensor, target: Tensor, loss: Loss | None = N
         torch.Size([3, 2])
     """
     check_model(model)
+    check_present(model)
     check_callable("loss", loss, "output and target, the losses of the samples (N,)")
     if not isinstance(x, Tensor) or not isinstance(target, Tensor):
         kinds = f"{type(x).__name__} and {type(target).__name__}"

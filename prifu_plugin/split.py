@@ -28,12 +28,14 @@ from prifu_plugin.cuts import (
     with_sizes,
 )
 from prifu_plugin.device import device_of
-from prifu_plugin.errors import CaptureError, ConfigError, PrifuWarning
+from prifu_plugin.errors import CaptureError, ConfigError, OrderError, PrifuWarning
 from prifu_plugin.graph.guards import SPLIT_GUARD, is_guard
 from prifu_plugin.graph.host import filter_of, is_host
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.graph.values import check_present
 from prifu_plugin.names import value_at
 from prifu_plugin.prune.inputs import Inputs, suited
+from prifu_plugin.prune.plain import is_compiled
 from prifu_plugin.prune.quiet import DrawingAlike, Quiet
 from prifu_plugin.prune.run import plan_of
 from prifu_plugin.prune.seen import seen
@@ -153,6 +155,8 @@ def split(
         True
     """
     check_model(model)
+    check_present(model)
+    _check_not_compiled(model)
     if not isinstance(at, str):
         raise ConfigError(f"at={at!r}: pass the path of a module, or the name of a graph node.")
     inputs = Inputs.for_model(model, example_inputs)
@@ -209,6 +213,8 @@ def cut_points(model: nn.Module, example_inputs: Any = None) -> list[str]:
         ['_0']
     """
     check_model(model)
+    check_present(model)
+    _check_not_compiled(model)
     inputs = Inputs.for_model(model, example_inputs)
     return points(captured_at(model, inputs).graph)
 
@@ -307,6 +313,14 @@ def _size(
         f"Behind the cut the model uses '{node.name}', a size that the upload does not show. Cut "
         "elsewhere, or let the model compute it from a number that is fixed."
     )
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    if is_compiled(model):
+        raise OrderError(
+            f"{type(model).__name__} is what torch.compile made of a model: pass the model itself "
+            "(its _orig_mod), and compile the halves."
+        )
 
 
 def _check(model: nn.Module, halves: Split, inputs: Inputs) -> None:

@@ -18,6 +18,7 @@ from prifu_plugin.errors import ConfigError, PrifuWarning
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
 from prifu_plugin.graph.undisturbed import undisturbed
+from prifu_plugin.graph.values import check_present
 from prifu_plugin.learned import are_right, is_above_chance
 from prifu_plugin.sharded import check_unsharded
 
@@ -76,6 +77,7 @@ def sweep(
         [1.0, 1.0]
     """
     wrap_state(model)
+    check_present(model)
     check_unsharded(model, "sweep")
     check_repeatable(data)
     check_callable("metric", metric, "outputs and targets, one number a sample")
@@ -152,6 +154,7 @@ def fit_alpha(
             "for two percent."
         )
     wrap_state(model)
+    check_present(model)
     check_unsharded(model, "fit_alpha")
     check_repeatable(data)
     check_callable("metric", metric, "outputs and targets, one number a sample")

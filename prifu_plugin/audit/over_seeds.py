@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,11 @@ def over_seeds(reports: Sequence[AuditReport]) -> OverSeeds:
         >>> over_seeds(reports).attributes[0].read
         2
     """
+    if isinstance(reports, AuditReport) or not isinstance(reports, Iterable):
+        raise ConfigError(
+            f"reports is a {type(reports).__name__}: pass a list of what prifu_plugin.audit "
+            "returned for each seed."
+        )
     reports = tuple(reports)
     _check(reports)
     first = reports[0]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prifu_plugin.arguments import number
 from prifu_plugin.errors import ConfigError, OrderError, first_line
 from prifu_plugin.graph.undisturbed import undisturbed
 
@@ -55,6 +56,7 @@ class Defence(nn.Module):
 
     def __init__(self, edge: nn.Module, cloud: nn.Module, *, strength: float = 0.0) -> None:
         super().__init__()
+        strength = number("strength", strength)
         if not strength >= 0:
             raise ConfigError(f"strength={strength} of {type(self).__name__}: at least 0.")
         self.edge = edge

@@ -21,6 +21,11 @@ class _Keep(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the upload with the rest removed, in the shape of z."""
+        if z.ndim < 2 or z.shape[1] != self.matrix.shape[-1]:
+            raise ConfigError(
+                f"The upload is {tuple(z.shape)}, and what to keep is said of "
+                f"{self.matrix.shape[-1]} channels: pass the relevance of the channels there."
+            )
         if self.matrix.ndim == 1:
             return z * along(self.matrix, z.ndim, 1)
         return torch.einsum("nc...,dc->nd...", z, self.matrix)

@@ -10,6 +10,7 @@ from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.host import is_folded, keep_fixed
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
+from prifu_plugin.graph.values import check_present
 from prifu_plugin.sharded import check_unsharded
 
 
@@ -43,6 +44,7 @@ def absorb(model: nn.Module) -> dict[str, int]:
         ([1.0, -1.0, 1.0], [0.2, 0.1, 0.001])
     """
     wrap_state(model)
+    check_present(model)
     check_unsharded(model, "absorb")
     pairs = [
         (path, model.get_submodule(path), unit)

@@ -83,8 +83,10 @@ def _examples(model: nn.Module, given: Tensor | tuple[Tensor, ...] | None) -> tu
 
 def _place_of(model: nn.Module, cut: str) -> nn.Module:
     known = dict(model.named_modules())
+    del known[""]
     if cut not in known:
-        raise no_match(cut, [path for path in known if path])
+        places = [path for path, part in known.items() if norm_spec(part) is None]
+        raise no_match(cut, places, "prifu_plugin.cut_points(model) lists where a model can be cut")
     if norm_spec(known[cut]) is not None:
         raise ConfigError(
             f"cut='{cut}' is a normalization layer, which gets a filter of its own. Cut at the "

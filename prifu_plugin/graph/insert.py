@@ -161,6 +161,7 @@ def unwrap(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         detach(host)
     hooks = wrap_state(model).hooks
     model._forward_pre_hooks.pop(hooks["inputs"], None)
+    model._forward_pre_hooks_with_kwargs.pop(hooks["inputs"], None)
     model._load_state_dict_pre_hooks.pop(hooks["checkpoint"], None)
     model._load_state_dict_post_hooks.pop(hooks["loaded"], None)
     del model.__dict__[STATE]
@@ -276,7 +277,7 @@ def _apply(model: nn.Module, state: WrapState, origin: nn.Parameter | None = Non
         attach(host, cut)
     state.hosts = tuple(path for path, module in model.named_modules() if is_host(module))
     state.hooks = {
-        "inputs": model.register_forward_pre_hook(remember_inputs).id,
+        "inputs": model.register_forward_pre_hook(remember_inputs, with_kwargs=True).id,
         "checkpoint": model.register_load_state_dict_pre_hook(complete_checkpoint).id,
         "loaded": model.register_load_state_dict_post_hook(fix_scales).id,
     }

@@ -130,13 +130,18 @@ def select(
     ]
 
 
-def no_match(pattern: str, candidates: Sequence[str]) -> NoSiteError:
+def no_match(
+    pattern: str,
+    candidates: Sequence[str],
+    listed: str = "prifu_plugin.sites(model) lists the normalization calls",
+) -> NoSiteError:
     """Build the error for a pattern or path that matches nothing."""
+    candidates = list(dict.fromkeys(path for path in candidates if path))
     close = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.3)
     return NoSiteError(
         f"'{pattern}' matches none of {len(candidates)} paths. Closest: "
         f"{', '.join(close) or ', '.join(candidates[:3]) or 'none'}. "
-        "prifu_plugin.sites(model) lists the normalization calls."
+        f"{listed}."
     )
 
 

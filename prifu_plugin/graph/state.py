@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,16 +116,29 @@ def input_shapes(model: nn.Module) -> tuple[tuple[int, ...], ...] | None:
     return ((1, channels, *spatial),)
 
 
-def remember_inputs(model: nn.Module, args: tuple[Any, ...]) -> None:
+def remember_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Note the shapes of a forward pass, for prune, and look at the filters (a pre-hook)."""
     if torch.compiler.is_compiling():
         return
     state = model.__dict__[STATE]
+    if kwargs:
+        args = _by_position(model, args, kwargs)
     if args and all(isinstance(x, Tensor) and x.is_floating_point() for x in args):
         state.input_shapes = tuple(tuple(x.shape) for x in args)
     check_filters_are_there(model, state.hosts)
     check_filters_train(model, state)
     WRAPPED.add(model)  # a copy of a wrapped model is one, too
+
+
+def _by_position(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Return arguments in the order of a forward, none if they cannot be given so."""
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return ()
+    return () if bound.kwargs else bound.args
 
 
 def fix_scales(model: nn.Module, _: Any) -> None:

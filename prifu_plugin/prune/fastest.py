@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prifu_plugin.arguments import check_callable, whole_number
+from prifu_plugin.arguments import whole_number
 from prifu_plugin.errors import ConfigError, PrifuWarning, VerificationError
 from prifu_plugin.graph.state import copied
 from prifu_plugin.prune.inputs import Inputs, suited
@@ -96,12 +96,13 @@ def fastest(
     device = next(model.parameters()).device
     build = build or _in_torch([x.to(device) for x in drawn])
     runs: dict[Way | None, Callable[[], Any]] = {None: build(copied(model).eval())}
-    check_callable("what build returns", runs[None], "no arguments, which runs the model once")
+    _check_built(runs[None])
     for round_to, move_cost in tqdm(ways, desc="pruning", leave=False, disable=None):
         small = prune(
             model, example_inputs, round_to=round_to, move_cost=move_cost, verify=False, seed=seed
         )
         runs[round_to, move_cost] = build(small)
+        _check_built(runs[round_to, move_cost])
     ratios = _ratios(runs, rounds)
     *quick, last = sorted(ratios, key=lambda way: ratios[way])
     for round_to, move_cost in quick:
@@ -126,6 +127,14 @@ def _in_torch(inputs: list[Tensor]) -> Build:
         return run
 
     return build
+
+
+def _check_built(run: Any) -> None:
+    if not callable(run):
+        raise ConfigError(
+            f"build returns a {type(run).__name__}: let it return a function without arguments "
+            "that runs the model once."
+        )
 
 
 def _wait_for(device: torch.device) -> None:

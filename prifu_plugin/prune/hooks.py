@@ -25,4 +25,5 @@ def take_off(model: nn.Module) -> tuple[tuple[str, str], ...]:
     notes = (("the model", LOST),) if has_hooks(model) else ()
     model._forward_hooks.clear()
     model._forward_pre_hooks.clear()
+    model._forward_pre_hooks_with_kwargs.clear()
     return notes

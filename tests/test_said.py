@@ -1,0 +1,133 @@
+"""What is said to a user who passes something else: what, where, and what to pass instead."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import prifu_plugin as prifu
+from prifu_plugin import baselines, channel
+from prifu_plugin.audit.over_seeds import over_seeds
+from prifu_plugin.errors import ConfigError, NoSiteError, OrderError
+
+IMAGES = torch.rand(2, 3, 16, 16)
+TARGETS = torch.tensor([0, 1])
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
+def on_meta():
+    return prifu.wrap(network().to("meta"))
+
+
+WITHOUT_VALUES = {
+    "status": lambda m: prifu.status(m),
+    "summary": lambda m: prifu.summary(m),
+    "history": lambda m: prifu.MaskHistory(m),
+    "sweep": lambda m: prifu.sweep(m, [(IMAGES, TARGETS)], [0.0]),
+    "fit_alpha": lambda m: prifu.fit_alpha(m, [(IMAGES, TARGETS)], keep=0.5),
+    "absorb": lambda m: prifu.absorb(m),
+    "relevance": lambda m: prifu.relevance(m, [(IMAGES, TARGETS)]),
+    "influence": lambda m: prifu.influence(m, IMAGES, TARGETS),
+    "recalibrate": lambda m: prifu.recalibrate(m, [IMAGES]),
+    "split": lambda m: prifu.split(m, "2", IMAGES),
+    "cut_points": lambda m: prifu.cut_points(m, IMAGES),
+    "prune": lambda m: prifu.prune(m, IMAGES),
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT_VALUES)
+def test_weights_without_values_are_named(what):
+    with pytest.raises(OrderError, match="on the meta device"):
+        WITHOUT_VALUES[what](on_meta())
+
+
+def test_a_model_without_values_can_be_printed():
+    assert "? open" in repr(on_meta())
+
+
+@pytest.mark.parametrize("ask", [prifu.cut_points, lambda m, x: prifu.split(m, "2", x)])
+def test_a_compiled_model_is_not_split(ask):
+    compiled = torch.compile(network().eval(), backend="eager")
+    with pytest.raises(OrderError, match="_orig_mod"):
+        ask(compiled, IMAGES)
+
+
+def test_a_cut_that_is_no_module():
+    model = timm.create_model("test_vit")
+    x = torch.zeros(1, 3, 160, 160)
+    with pytest.raises(NoSiteError, match=r"cut_points\(model\)") as caught:
+        prifu.wrap(model, cut="global_pool", example_inputs=x)
+    assert "norm" not in str(caught.value).partition("Closest: ")[2].partition(".")[0]
+    with pytest.raises(NoSiteError, match=r"cut_points\(model\)"):
+        prifu.wrap(model, cut="", example_inputs=x)
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, first, *, pixel_values=None, scale=None):
+        return self.body(first if pixel_values is None else pixel_values)
+
+
+def test_inputs_by_name_are_remembered():
+    wrapped = prifu.wrap(network()).eval()
+    wrapped(input=IMAGES)
+    pruned = prifu.prune(wrapped)
+    assert prifu.report(pruned).checks[-1].shapes == ((2, 3, 16, 16),)
+    plain = prifu.unwrap(wrapped)
+    assert not plain._forward_pre_hooks
+    assert not plain._forward_pre_hooks_with_kwargs
+
+
+def test_inputs_that_only_a_name_takes_are_not():
+    wrapped = prifu.wrap(Named()).eval()
+    wrapped(IMAGES, pixel_values=IMAGES)
+    with pytest.raises(ConfigError, match="pass example_inputs="):
+        prifu.prune(wrapped)
+
+
+def test_a_dictionary_among_inputs_is_named():
+    with pytest.raises(ConfigError, match="example_inputs holds a dict"):
+        prifu.prune(prifu.wrap(network()), ({"image": IMAGES},))
+
+
+
+
+SAID = {
+    "a build without a function": (
+        lambda: prifu.fastest(prifu.wrap(network()).eval(), IMAGES, build=lambda m: None),
+        "build returns a NoneType",
+    ),
+    "no reports": (lambda: over_seeds(3), "reports is a int"),
+    "images of two channels": (
+        lambda: channel.image_bytes(torch.rand(2, 2, 8, 8)),
+        r"pass \(N, 3, H, W\)",
+    ),
+    "one image": (lambda: channel.image_bytes(torch.rand(3, 8, 8)), r"pass \(N, 3, H, W\)"),
+    "relevance of other channels": (
+        lambda: baselines.keep_channels(nn.Identity(), torch.rand(64), 10)(torch.rand(2, 96)),
+        "64 channels",
+    ),
+    "a strength in words": (
+        lambda: baselines.CI(nn.Flatten(), nn.Linear(4, 2), strength="high"),
+        "strength='high'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_what_does_not_fit_is_said(what):
+    ask, words = SAID[what]
+    with pytest.raises(ConfigError, match=words):
+        ask()
+
+
+def test_grey_images_have_a_size():
+    assert channel.image_bytes(torch.rand(2, 1, 8, 8))["raw"] == 64
