@@ -1,6 +1,6 @@
 """Fine-tune a timm architecture with filters, with timm's own parts, and resume.
+
 --alpha closes channels, --dose is their decay over all steps, --init a filter's first weight.
-python examples/finetune_timm.py --model vit_tiny_patch16_224 --img-size 224    # on digits
 python examples/finetune_timm.py --model resnet50 --pretrained --init 0.3 --data-dir DIR
 """
 
@@ -100,7 +100,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n")[:2]))
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n")[:3]))
     defaults = {"model": "test_resnet", "num-classes": 2, "epochs": 5, "batch-size": 64,
                 "img-size": 64, "opt": "adamw", "lr": 2e-3, "alpha": 0.1, "dose": 2.6,
                 "init": 0.1, "seed": 0, "out": "out/finetune"}  # fmt: skip
