@@ -34,6 +34,7 @@ def learned(outputs: Tensor, targets: Tensor) -> bool:
         True
     """
     right = float(are_right(outputs, targets).mean())
+    check_logits(outputs)
     if is_above_chance(right, targets):
         return True
     chance = float(targets.long().bincount().max()) / len(targets)
@@ -88,21 +89,33 @@ def are_right(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def named(outputs: Tensor) -> Tensor:
-    """Return the class that logits (N, classes) name, (N,); a single logit is of class 1.
-
-    Raises:
-        ConfigError: if single outputs can only be probabilities.
-    """
+    """Return the class that logits (N, classes) name, (N,); a single logit is of class 1."""
     if outputs.ndim > 1 and outputs.shape[1] > 1:
         return outputs.argmax(1)
+    return (outputs > 0).long().flatten()
+
+
+def check_logits(outputs: Tensor) -> None:
+    """Raise ConfigError if single outputs of a whole data set look like probabilities.
+
+    Args:
+        outputs: (N, classes), (N, 1) or (N,); said of one number a sample, between 0 and 1.
+    """
+    single = outputs.ndim == 1 or outputs.shape[1] == 1
+    if not single or not outputs.is_floating_point() or len(outputs) < FEW:
+        return
     least, most = (float(end) for end in outputs.detach().aminmax())
-    if 0 <= least < 0.25 and 0.75 < most <= 1:
+    between = ((outputs > 0) & (outputs < 1)).double().mean()
+    if 0 <= least < 0.25 and 0.75 < most <= 1 and between > 0.5:
         raise ConfigError(
-            f"Single outputs from {least:.2f} to {most:.2f} look like probabilities, and all would "
+            f"Single outputs from {least:.2f} to {most:.2f} look like probabilities, of which all "
             "count as class 1, whose logits are above 0: let the model return logits, without the "
             "sigmoid, or where a metric= is taken, pass one for probabilities."
         )
-    return (outputs > 0).long().flatten()
+
+
+FEW = 20
+"""Outputs of which nothing is concluded."""
 
 
 def is_above_chance(accuracy: float, targets: Tensor) -> bool:

@@ -18,7 +18,7 @@ from prifu_plugin.batches import inputs
 from prifu_plugin.cut import CutFilter
 from prifu_plugin.device import device_of
 from prifu_plugin.errors import ConfigError, PrifuWarning
-from prifu_plugin.graph.values import check_present
+from prifu_plugin.graph.values import check_not_meta
 from prifu_plugin.prune.run import plan_of
 
 
@@ -48,7 +48,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         [4.0, 4.0]
     """
     check_model(model)
-    check_present(model)
+    check_not_meta(model)
     remaining = inputs(batches, device_of(model))
     first = next(remaining, None)
     if first is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prifu_plugin.figures import new_figure
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
-from prifu_plugin.graph.values import check_present
+from prifu_plugin.graph.values import check_filters_present
 
 
 def status(model: nn.Module) -> dict[str, float]:
@@ -33,7 +33,7 @@ def status(model: nn.Module) -> dict[str, float]:
         1.0
     """
     wrap_state(model)
-    check_present(model)
+    check_filters_present(model)
     units = filters(model)
     for unit in units.values():
         unit.check_finite()
@@ -66,7 +66,7 @@ class MaskHistory:
 
     def __init__(self, model: nn.Module) -> None:
         wrap_state(model)
-        check_present(model)
+        check_filters_present(model)
         self.model = model
         self.steps: list[int] = []
         self.masks: list[dict[str, Tensor]] = []

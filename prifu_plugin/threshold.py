@@ -19,7 +19,7 @@ from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.state import wrap_state
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.graph.values import check_present
-from prifu_plugin.learned import are_right, is_above_chance
+from prifu_plugin.learned import are_right, check_logits, is_above_chance
 from prifu_plugin.sharded import check_unsharded
 
 Data = Sequence[tuple[Tensor, Tensor]]
@@ -259,10 +259,13 @@ def _evaluate(model: nn.Module, data: Data, alpha: float, metric: Metric, macs: 
     # Noise on an upload is the same for every threshold.
     with undisturbed(model), torch.no_grad(), seeded(0, device):
         model.eval()
-        first = None
+        first, outputs = None, []
         for x, target in pairs(data, device):
             first = x[:2] if first is None else first
-            values = metric(model(x), target)
+            output = model(x)
+            values = metric(output, target)
+            if metric is are_right and output.numel() == len(x):
+                outputs.append(output.flatten())
             if not isinstance(values, Tensor) or values.shape != (len(x),):
                 what = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise ConfigError(
@@ -270,6 +273,8 @@ def _evaluate(model: nn.Module, data: Data, alpha: float, metric: Metric, macs: 
                     f"({len(x)},), without averaging."
                 )
             total, count = total + float(values.double().sum()), count + len(x)
+    if outputs:
+        check_logits(torch.cat(outputs))
     units = filters(model).values()
     share = sum(int(u.open.sum()) for u in units) / sum(u.weight.numel() for u in units)
     after = None

@@ -6,6 +6,7 @@ from torch import nn
 
 import prifu_plugin as prifu
 from prifu_plugin import AuditData
+from prifu_plugin.audit.checks import _is_elsewhere, _some_values
 from prifu_plugin.channel import Channel, Projection
 from prifu_plugin.errors import ConfigError
 
@@ -87,3 +88,27 @@ def test_images_on_two_scales_are_refused(prepare):
     other = AuditData(prepare(TEST.images), TEST.labels)
     with pytest.raises(ConfigError, match="Prepare both alike"):
         look(TRAIN, other)
+
+
+def log_normal(count, seed):
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed)).mul(2).exp()
+
+
+ALIKE = {
+    "an outlier": lambda: (TRAIN.images.clone().index_fill_(1, torch.tensor([2]), 0.0), None),
+    "heavy tails": lambda: (log_normal(300, 0), log_normal(150, 1)),
+    "sparse": lambda: ((TRAIN.images > 2.9).float(), (TEST.images > 2).float()),
+    "constant": lambda: (torch.ones(300, 6), torch.ones(150, 6) + 1e-3),
+}
+
+
+@pytest.mark.parametrize("what", ALIKE)
+def test_images_on_one_scale_are_not_refused(what):
+    train, test = ALIKE[what]()
+    if test is None:
+        train[3, 4], test = 1e3, TEST.images
+    assert not _is_elsewhere(_some_values(train), _some_values(test))
+
+
+def test_large_data_are_looked_at_in_part():
+    assert len(_some_values(torch.zeros(3, dtype=torch.uint8).expand(10**6, 3))) == 100_000

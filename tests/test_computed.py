@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import prifu_plugin as prifu
-from prifu_plugin.errors import VerificationError
+from prifu_plugin.errors import OrderError, VerificationError
 from prifu_plugin.prune import run
 from prifu_plugin.prune.verify import difference
 
@@ -117,17 +118,73 @@ def test_trained_and_unwrapped_after_it_was_parametrized(what):
         COMPUTED[what](model)
         model.train()
     assert difference(plain(IMAGES), wrapped(IMAGES)) < 1e-5
+    plain(IMAGES)
     wrapped(IMAGES).square().sum().backward()
     assert all(unit.weight.grad.abs().sum() > 0 for unit in prifu.filters(wrapped).values())
     unwrapped = prifu.unwrap(wrapped)
     assert parametrize.is_parametrized(unwrapped[1]) or parametrize.is_parametrized(unwrapped[3])
     for model in (plain, unwrapped):
         model.eval()
-        for layer in model.modules():
-            if parametrize.is_parametrized(layer):
-                for name in list(layer.parametrizations):
-                    parametrize.remove_parametrizations(layer, name)
-    assert not any(parametrize.is_parametrized(layer) for layer in unwrapped.modules())
+    assert difference(plain(IMAGES), unwrapped(IMAGES)) < 1e-6
+    without_parametrizations(unwrapped)
+    assert difference(plain(IMAGES), unwrapped(IMAGES)) < 1e-6
+
+
+def without_parametrizations(model):
+    for layer in list(model.modules()):
+        if parametrize.is_parametrized(layer):
+            for name in list(layer.parametrizations):
+                parametrize.remove_parametrizations(layer, name)
+    assert not any(parametrize.is_parametrized(layer) for layer in model.modules())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", COMPUTED)
+def test_what_is_computed_may_change_after_wrap(what, when):
+    model = network()
+    if when == "before":
+        COMPUTED[what](model)
+    wrapped = prifu.wrap(model, cut="3", example_inputs=IMAGES)
+    if when == "after":
+        COMPUTED[what](wrapped)
+    closed(wrapped)
+    expected = wrapped(IMAGES)
+    host = next(layer for layer in wrapped.modules() if parametrize.is_parametrized(layer))
+    if "bias" not in host.parametrizations:
+        parametrize.register_parametrization(host, "bias", Absolute())
+        assert wrapped(IMAGES).shape == expected.shape
+        parametrize.remove_parametrizations(host, "bias", leave_parametrized=False)
+    else:
+        parametrize.remove_parametrizations(host, "bias")
+    assert difference(expected, wrapped(IMAGES)) < 1e-5
+    without_parametrizations(wrapped)
+    assert difference(expected, wrapped(IMAGES)) < 1e-5
+    pruned = prifu.prune(wrapped, IMAGES)
+    assert difference(expected, pruned(IMAGES)) < 1e-5
+    assert prifu.report(pruned).parameters[1] < 0.7 * prifu.report(pruned).parameters[0]
+
+
+def test_a_class_that_others_derive_with_one_of_their_own_keeps_both():
+    """As FSDP2 does, whose class comes first."""
+
+    class Sharded:
+        pass
+
+    wrapped = prifu.wrap(network(), cut="3", example_inputs=IMAGES)
+    expected = wrapped(IMAGES)
+    for place in (1, 3):
+        cls = type(wrapped[place])
+        wrapped[place].__class__ = type("FSDP" + cls.__name__, (Sharded, cls), {})
+    assert torch.equal(wrapped(IMAGES), expected)
+    assert isinstance(prifu.unwrap(wrapped, inplace=True)[1], Sharded)
+
+
+def test_a_scale_that_was_absorbed_and_is_computed_since():
+    wrapped = prifu.wrap(network(), bias=True)
+    prifu.absorb(wrapped)
+    COMPUTED["a norm's scale"](wrapped)
+    with pytest.raises(OrderError, match="remove_parametrizations"):
+        prifu.unwrap(wrapped)
 
 
 def test_what_goes_wrong_before_capture_is_no_rounding(monkeypatch):
@@ -170,3 +227,69 @@ def test_a_layer_that_normalizes_what_it_returns_gets_a_filter(around):
 def test_a_layer_that_normalizes_its_weight_gets_none():
     model = nn.Sequential(StandardizedLinear(6, 8), nn.LayerNorm(8))
     assert list(prifu.filters(prifu.wrap(model))) == ["1"]
+
+
+class Product(nn.Module):
+    def __init__(self, first):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.norm = nn.LayerNorm(8)
+        self.first = first
+
+    def forward(self, x):
+        return self.norm(x @ self.weight) if self.first else self.norm(x) @ self.weight
+
+
+@pytest.mark.parametrize("width", [3, 8])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_product_inside_a_container(first, width):
+    torch.manual_seed(0)
+    model = nn.Sequential(Product(first), nn.ReLU(), nn.Linear(8, width))
+    wrapped = closed(prifu.wrap(model))
+    x = torch.randn(4, 8)
+    pruned = prifu.prune(wrapped, x)
+    assert difference(wrapped(x), pruned(x)) < 1e-5
+    assert pruned.get_submodule("2").in_features == (4 if first else 8)
+
+
+class Chain(nn.Sequential):
+    """A container that multiplies by a parameter behind what it runs."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return super().forward(x) @ self.weight
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_container_that_multiplies(around):
+    torch.manual_seed(0)
+    chain = Chain(nn.Linear(8, 8), nn.LayerNorm(8))
+    wrapped = closed(prifu.wrap(nn.Sequential(chain, nn.ReLU()) if around else chain))
+    x = torch.randn(4, 8)
+    pruned = prifu.prune(wrapped, x)
+    assert difference(wrapped(x), pruned(x)) < 1e-5
+    assert prifu.report(pruned).parameters[1] < prifu.report(pruned).parameters[0]
+
+
+class Sensitive(nn.Module):
+    """Holds a table in fp32 that no copy casts, and rounds to more than is allowed."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(97), nn.Linear(97, 4)
+        self.table = np.random.default_rng(0).normal(size=(97, 97)).astype(np.float32)
+
+    def forward(self, x):
+        return torch.sin(30 * self.head(self.norm(x) @ torch.from_numpy(self.table)))
+
+
+def test_rounding_of_a_model_that_python_does_not_run_in_fp64():
+    torch.manual_seed(0)
+    wrapped = closed(prifu.wrap(Sensitive()))
+    x = torch.randn(64, 97)
+    check = prifu.report(prifu.prune(wrapped, x)).checks[-1]
+    assert check.dtype == "float32"
+    assert check.rounding > 1e-5

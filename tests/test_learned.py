@@ -82,6 +82,25 @@ def test_probabilities_of_two_classes_are_refused(shape):
         prifu.learned((targets * 0.9 + 0.05).reshape(shape), targets)
 
 
+def test_a_batch_of_few_logits_and_hard_answers_are_none():
+    data = [(torch.tensor([[-2.0], [3.0]]), torch.tensor([0, 1]))] * 20
+    data.append((torch.tensor([[0.1], [0.9]]), torch.tensor([1, 1])))
+    model = prifu.wrap(torch.nn.Sequential(torch.nn.BatchNorm1d(1))).eval()
+    assert prifu.sweep(model, data, [0.0])[0].score == 1.0
+    flags = torch.arange(40) % 2
+    assert prifu.learned(flags.float(), flags)
+    assert prifu.learned(flags, flags)
+
+
+@pytest.mark.parametrize("size", [4, 40])
+def test_probabilities_in_batches_are_refused(size):
+    x = torch.linspace(-4, 4, 40)[torch.randperm(40), None]
+    data = list(zip(x.split(size), (x[:, 0] > 0).long().split(size), strict=True))
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(1), torch.nn.Sigmoid())
+    with pytest.raises(ConfigError, match="look like probabilities"):
+        prifu.sweep(prifu.wrap(model).eval(), data, [0.0])
+
+
 def test_logits_that_are_nearly_constant_are_none():
     targets = torch.tensor([0, 1, 1]).repeat(20)
     with pytest.warns(PrifuWarning, match="at chance"):

@@ -67,13 +67,13 @@ def test_a_cut_that_is_no_module():
         prifu.wrap(model, cut="", example_inputs=x)
 
 
-class Named(nn.Module):
+class Choosing(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = network()
 
-    def forward(self, first, *, pixel_values=None, scale=None):
-        return self.body(first if pixel_values is None else pixel_values)
+    def forward(self, x, mask=None, *, features=False, **settings):
+        return self.body(x)
 
 
 def test_inputs_by_name_are_remembered():
@@ -86,11 +86,31 @@ def test_inputs_by_name_are_remembered():
     assert not plain._forward_pre_hooks_with_kwargs
 
 
-def test_inputs_that_only_a_name_takes_are_not():
-    wrapped = prifu.wrap(Named()).eval()
-    wrapped(IMAGES, pixel_values=IMAGES)
-    with pytest.raises(ConfigError, match="pass example_inputs="):
-        prifu.prune(wrapped)
+@pytest.mark.parametrize(
+    "settings", [{}, {"mask": None}, {"features": True}, {"other": 3}, {"mask": None, "other": "a"}]
+)
+@pytest.mark.parametrize("name", ["", "x"])
+def test_settings_by_name_hide_no_inputs(settings, name):
+    wrapped = prifu.wrap(Choosing()).eval()
+    given = {name: IMAGES, **settings} if name else settings
+    wrapped(*(() if name else (IMAGES,)), **given)
+    assert prifu.report(prifu.prune(wrapped)).checks[-1].shapes == ((2, 3, 16, 16),)
+
+
+def test_a_hook_of_before_inputs_had_names_runs():
+    wrapped = prifu.wrap(network())
+    wrapped._forward_pre_hooks_with_kwargs.clear()  # as in a pickle of then
+    wrapped(IMAGES)
+
+
+def test_filters_have_values_where_the_head_has_none_yet():
+    wrapped = prifu.wrap(nn.Sequential(*network(), nn.LazyLinear(2)))
+    assert prifu.status(wrapped)["open share"] == 1.0
+    assert "4 of 4 channels open" in str(prifu.summary(wrapped))
+    assert prifu.MaskHistory(wrapped).record(0)["open"] == 4
+    prifu.recalibrate(wrapped, [IMAGES])
+    wrapped[-1].to("meta")
+    assert prifu.status(wrapped)["open share"] == 1.0
 
 
 def test_a_dictionary_among_inputs_is_named():

@@ -80,8 +80,8 @@ def channel_dims(z: Tensor) -> tuple[int, ...]:
         >>> channel_dims(torch.zeros(2, 48, 14, 14)), channel_dims(torch.zeros(2, 14, 14, 48))
         ((1,), (-1, 1))
     """
-    if z.ndim == 3:
-        return -1, 1
+    if z.ndim < 4:
+        return (-1, 1)[: z.ndim - 1]
     first, last = z.shape[-2] == z.shape[-1], z.shape[-3] == z.shape[-2]
     if first != last:
         return (1,) if first else (-1, 1)

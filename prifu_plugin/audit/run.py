@@ -13,7 +13,7 @@ from prifu_plugin.audit.disjoint import split_off
 from prifu_plugin.audit.facts import facts_of
 from prifu_plugin.audit.inference import MANY, Prepared, prepare
 from prifu_plugin.audit.judge import Evidence, judge
-from prifu_plugin.audit.preparation import WIDE, channel_dims
+from prifu_plugin.audit.preparation import WIDE, channel_dims, is_spatial
 from prifu_plugin.audit.reconstruction import Reconstruction
 from prifu_plugin.audit.request import References, Request, requested
 from prifu_plugin.audit.result import AuditReport
@@ -224,10 +224,11 @@ def _not_tested(asked: Request, rebuilt: Reconstruction | None, z: Tensor) -> tu
         found.append("search for images against the edge (it ended at the floor: no evidence)")
     if rebuilt is not None and asked.queries > 1 and asked.suite != "full":
         found.append("reconstruction from repeated queries")
-    if z.ndim > 3 and channel_dims(z) == (1, -1):
+    if len(channel_dims(z)) > 1 and is_spatial(z) and asked.suite != "quick":
+        taken = "first" if channel_dims(z)[0] == 1 else "last"
         found.append(
-            f"networks on maps {tuple(z.shape[1:])} with their channels last: they were taken for "
-            "the first dimension, as nothing tells"
+            f"networks on maps {tuple(z.shape[1:])} with channels elsewhere than in the {taken} "
+            "dimension, where they were taken to be"
         )
     if z[0].numel() > WIDE and z.ndim > 2:
         found.append(

@@ -17,7 +17,7 @@ from prifu_plugin.device import device_of, like_of
 from prifu_plugin.errors import ConfigError, PrifuError, first_line
 from prifu_plugin.graph.undisturbed import undisturbed
 from prifu_plugin.keyed import KeyedNoise
-from prifu_plugin.learned import named
+from prifu_plugin.learned import check_logits, named
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,7 @@ def answers_of(cloud: nn.Module | None, z: Tensor, labels: Tensor) -> Tensor:
             "The cloud returns NaN or infinite logits for uploads of this data: its answers mean "
             "nothing, and neither would a floor made of them."
         )
+    check_logits(logits)
     return named(logits)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prifu_plugin.arguments import tensors
+from prifu_plugin.device import seeded
 from prifu_plugin.errors import ConfigError, first_line
 from prifu_plugin.graph.norms import norm_spec, num_channels
 from prifu_plugin.graph.sites import no_match
@@ -112,18 +113,26 @@ def _run_once(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 @dataclass(frozen=True)
 class Made:
-    """A layer that ran before the cut, with the dimension and number of its channels."""
+    """A layer that ran before the cut, with the dimension and number of its channels.
+
+    Attributes:
+        layer: the module.
+        dim: from the front.
+        channels: how many.
+        rank: dimensions of what it returned.
+    """
 
     layer: nn.Module
     dim: int
     channels: int
+    rank: int
 
 
 def _noting(made_by: list[Made], seen: list[Any]) -> Any:
     def note(layer: nn.Module, _: Any, out: Any) -> None:
         made = _layer_channels(layer, out.ndim) if isinstance(out, Tensor) else None
         if made is not None and not seen:
-            made_by.append(Made(layer, *made))
+            made_by.append(Made(layer, made[0] % out.ndim, made[1], out.ndim))
 
     return note
 
@@ -147,32 +156,51 @@ def channel_dim(uploaded: Tensor, made_by: Sequence[Made]) -> int | None:
 def _dim_that_follows(
     model: nn.Module, place: nn.Module, inputs: tuple[Tensor, ...], made_by: Sequence[Made]
 ) -> int | None:
-    """Return the dimension along which one entry alone moves with one channel of the last layer."""
-    if not made_by:
-        return None
-    last, seen = made_by[-1], list[Tensor]()
-    channel = last.channels // 2
+    """Return the dimension along which one entry alone moves with one channel of a layer before.
+
+    It is the last layer that moves anything: a branch may start at 0. Where channels are mixed
+    since, an upload of the same rank has them where that layer has them.
+    """
+    wide = [made for made in made_by if made.channels == made_by[-1].channels]
+    for made in wide[:-TRIED:-1]:
+        changed, rank = _moved(model, place, inputs, made)
+        if len(changed):
+            found = [d for d in range(1, rank) if len(changed[:, d].unique()) == 1]
+            if len(found) != 1:
+                return made.dim if rank == made.rank else None
+            return found[0]
+    return None
+
+
+TRIED = 8
+"""Layers before a cut that are moved, at most."""
+
+
+def _moved(
+    model: nn.Module, place: nn.Module, inputs: tuple[Tensor, ...], made: Made
+) -> tuple[Tensor, int]:
+    """Return where an upload changes with one channel of a layer, (n, rank), and its rank."""
+    seen: list[Tensor] = []
 
     def move(_: Any, __: Any, out: Tensor) -> Tensor:
-        if len(seen) % 2 == 0:  # every second run is as it was
+        if not seen:  # the first run is as it was
             return out
         out = out.clone()
-        moved = out.select(last.dim, channel)
+        moved = out.select(made.dim, made.channels // 2)
         wave = torch.arange(1, moved.numel() + 1).sin().view_as(moved).to(moved)
         moved += (1 + moved.abs().max()) * wave
         return out
 
-    handles = [last.layer.register_forward_hook(move)]
+    handles = [made.layer.register_forward_hook(move)]
     handles.append(place.register_forward_hook(lambda m, i, o: seen.append(o)))
     try:
         for _ in range(2):
-            _run_once(model, inputs)
+            with seeded(0, inputs[0].device):  # of noise that a forward draws
+                _run_once(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    changed = (seen[0] != seen[1]).nonzero()
-    found = [d for d in range(1, seen[0].ndim) if changed[:, d].unique().tolist() == [channel]]
-    return found[0] if len(found) == 1 else None
+    return (seen[0] != seen[1]).nonzero(), seen[0].ndim
 
 
 def _unclear_dim(model: nn.Module, cut: str, uploaded: Tensor) -> NoReturn:
@@ -190,6 +218,8 @@ def _layer_channels(layer: nn.Module, ndim: int) -> tuple[int, int] | None:
         return None if width is None else (spec.dim_at(ndim), width)
     if isinstance(layer, nn.Linear):
         return -1, layer.out_features
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        return -1, layer.embedding_dim
     if isinstance(layer, nn.modules.conv._ConvNd):
         return 1, layer.out_channels
     return None

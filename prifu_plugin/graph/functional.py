@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
 
 from prifu_plugin.errors import CaptureError
-from prifu_plugin.graph.norms import DIMS_WITH_STATISTICS, FUNCTIONAL_DIMS, base_class
+from prifu_plugin.graph.norms import DIMS_WITH_STATISTICS, FUNCTIONAL_DIMS, base_class, beneath
 from prifu_plugin.graph.own_forward import default_values, key_of, trace_alone
 from prifu_plugin.graph.reads import Reads, still_so
 from prifu_plugin.names import value_at
@@ -90,26 +90,30 @@ def names_functional(forward: Any) -> bool:
 def host_calls(module: nn.Module, filters: FilterGroup, child: str) -> None:
     """Make a module's forward pass through filters, in place."""
     module.add_module(child, filters)
-    rehost(module, child)
+    _rehost(module, child)
 
 
-def rehost(module: nn.Module, child: str) -> None:
-    """Compile the forward of a host with filters anew, from its class without them, in place."""
+def _rehost(module: nn.Module, child: str) -> None:
     base = base_class(module)
     module.__class__ = base
     forwards = Forwards()
     for training in (True, False):
         _add_forward(forwards, module, child, training, default_values(module), first=True)
+    forward, reduction = _choosing(base, child, forwards), _reduction(base, child)
+    module.__class__ = beneath(module, lambda cls: _hosting_class(cls, forward, reduction))
+
+
+def _hosting_class(base: type[nn.Module], forward: Any, reduction: Any) -> type[nn.Module]:
     members = {
-        "forward": _choosing(base, child, forwards),
-        "__reduce_ex__": _reduction(base, child),
+        "forward": forward,
+        "__reduce_ex__": reduction,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_prifu_base": base,
         "_prifu_kind": "functional",
     }
-    module.__class__ = type(base.__name__, (base,), members)
+    return type(base.__name__, (base,), members)
 
 
 _KEPT = 8
@@ -185,7 +189,7 @@ def _blank(base: type[nn.Module], child: str) -> nn.Module:
 
     def set_state(self: nn.Module, state: dict[str, Any]) -> None:
         base.__setstate__(self, state)
-        rehost(self, child)
+        _rehost(self, child)
 
     members = {"__setstate__": set_state, "_prifu_base": base}
     cls: type[nn.Module] = type(base.__name__, (base,), members)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from prifu_plugin.cut import CutFilter
+from prifu_plugin.errors import OrderError
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.folding import folds, remembered_parameters
-from prifu_plugin.graph.norms import base_class, norm_spec
+from prifu_plugin.graph.norms import base_class, beneath, norm_spec
 from prifu_plugin.names import CHILD
 
 
@@ -29,7 +30,8 @@ def attach(host: nn.Module, unit: PriFU | CutFilter) -> None:
         unit: the filter, which becomes the child named "prifu".
     """
     host.add_module(CHILD, unit)
-    host.__class__ = _hosting_class(base_class(host), _kind(host, unit))
+    kind = _kind(host, unit)
+    host.__class__ = beneath(host, lambda base: _hosting_class(base, kind))
 
 
 def detach(host: nn.Module) -> None:
@@ -42,6 +44,12 @@ def detach(host: nn.Module) -> None:
 
 
 def _give_back(host: nn.Module, unit: PriFU) -> None:
+    if "parametrizations" in host._modules:
+        raise OrderError(
+            f"The filter of this {base_class(host).__name__} has absorbed a scale that is computed "
+            "since. Remove its parametrizations first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)."
+        )
     scale, shift = host.get_parameter("weight"), getattr(host, "bias", None)
     with torch.no_grad():
         scale.mul_(unit.weight * unit.gain)

@@ -206,18 +206,38 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return own if own is cls or "_prifu_base" in vars(cls) else _derived(cls)
 
 
-_DERIVED: weakref.WeakKeyDictionary[type, type[nn.Module]] = weakref.WeakKeyDictionary()
+_DERIVED: weakref.WeakKeyDictionary[type, tuple[dict[str, Any], type]] = weakref.WeakKeyDictionary()
 
 
 def _derived(cls: type) -> type[nn.Module]:
     """Return a class like one that is derived from a hosting one, without the filter."""
     if "_prifu_base" in vars(cls):
         return vars(cls)["_prifu_base"]  # type: ignore[no-any-return]
-    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    members = own_members(cls)
     known = _DERIVED.get(cls)
-    if known is None or not members.keys() <= vars(known).keys():  # one more weight, since then
-        known = _DERIVED[cls] = type(cls.__name__, (_derived(cls.__bases__[0]),), members)
-    return known
+    if known is None or known[0] != members:  # a weight more or less is computed than before
+        bases = (_derived(b) if hasattr(b, "_prifu_base") else b for b in cls.__bases__)
+        known = _DERIVED[cls] = members, type(cls.__name__, tuple(bases), members)
+    return known[1]
+
+
+def beneath(host: nn.Module, hosting: Callable[[type[nn.Module]], type]) -> type[nn.Module]:
+    """Return a hosting class of a module; what torch derived to parametrize it stays outermost.
+
+    Args:
+        host: with a filter or without.
+        hosting: base class -> class whose forward passes through the filter.
+    """
+    base = base_class(host)
+    if "parametrizations" not in host._modules:
+        return hosting(base)
+    inner = hosting(base.__bases__[0])  # what torch.nn.utils.parametrize has derived from
+    return type(base.__name__, (inner,), own_members(base))
+
+
+def own_members(cls: type) -> dict[str, Any]:
+    """Return what the body of a class defines, to make another one like it."""
+    return {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
 
 
 def norm_spec(module: nn.Module) -> NormSpec | None:

@@ -116,7 +116,9 @@ def input_shapes(model: nn.Module) -> tuple[tuple[int, ...], ...] | None:
     return ((1, channels, *spatial),)
 
 
-def remember_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def remember_inputs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> None:
     """Note the shapes of a forward pass, for prune, and look at the filters (a pre-hook)."""
     if torch.compiler.is_compiling():
         return
@@ -133,12 +135,14 @@ def remember_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def _by_position(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """Return arguments in the order of a forward, none if they cannot be given so."""
+    """Return the tensors that a forward is given, by position; what its defaults do is left out."""
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        given = list(inspect.signature(model.forward).bind(*args, **kwargs).args)
     except (TypeError, ValueError):
-        return ()
-    return () if bound.kwargs else bound.args
+        return args
+    while given and not isinstance(given[-1], Tensor):
+        given.pop()
+    return tuple(given) if len(given) > len(args) else args
 
 
 def fix_scales(model: nn.Module, _: Any) -> None:

@@ -11,7 +11,7 @@ from prifu_plugin.graph.functional import FilterGroup
 from prifu_plugin.graph.insert import filters
 from prifu_plugin.graph.norms import base_class
 from prifu_plugin.graph.state import wrap_state
-from prifu_plugin.graph.values import check_present
+from prifu_plugin.graph.values import check_filters_present
 from prifu_plugin.names import CHILD
 from prifu_plugin.sharded import check_unsharded
 
@@ -95,7 +95,7 @@ def summary(model: nn.Module) -> Summary:
         1 filters, 2 of 2 channels open
     """
     wrap_state(model)
-    check_present(model)
+    check_filters_present(model)
     check_unsharded(model, "summary")
     rows = []
     for path, unit in filters(model).items():

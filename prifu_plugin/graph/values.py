@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.parameter import is_lazy
 
 from prifu_plugin.errors import OrderError
+from prifu_plugin.filter import PriFU
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -28,6 +29,18 @@ def check_trainable(model: nn.Module) -> None:
 def check_present(model: nn.Module) -> None:
     """Raise OrderError for lazy weights, and for weights that have a shape and no values."""
     _refuse_lazy(model, _tensors(model))
+    check_not_meta(model)
+
+
+def check_filters_present(model: nn.Module) -> None:
+    """Raise OrderError for filters without values, whatever the rest of a model has."""
+    for unit in model.modules():
+        if isinstance(unit, PriFU):
+            check_not_meta(unit)
+
+
+def check_not_meta(model: nn.Module) -> None:
+    """Raise OrderError for weights on the meta device."""
     for path, tensor in _tensors(model):
         if tensor.is_meta:
             raise OrderError(

@@ -66,8 +66,14 @@ def put_beside(root: nn.Module, node: fx.Node, layer: nn.Module) -> str:
     home, name = root.get_submodule(owner), "layer"
     while hasattr(home, name):
         name += "_"
-    home.add_module(name, layer)
-    return f"{owner}.{name}" if owner else name
+    path = f"{owner}.{name}" if owner else name
+    if not isinstance(home, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        home.add_module(name, layer)
+        return path
+    holder = nn.Identity()  # what a container runs as one of its own changes nothing
+    holder.add_module("layer", layer)
+    home.add_module(name, holder)
+    return f"{path}.layer"
 
 
 def _is_flat(node: fx.Node) -> bool:

@@ -12,13 +12,6 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from prifu_plugin.cut import CutFilter
-from prifu_plugin.filter import PriFU
-from prifu_plugin.graph.functional import rehost
-from prifu_plugin.graph.host import attach
-from prifu_plugin.graph.norms import base_class
-from prifu_plugin.names import CHILD
-
 
 def plain_layers(model: nn.Module) -> nn.Module:
     """Replace computed weights by their values, in place: parametrizations, old-style norms, masks.
@@ -53,15 +46,7 @@ def _drop_parametrizations(module: Any) -> None:
     """Do what torch's remove_parametrizations does, which breaks the model this is a copy of."""
     values = {name: getattr(module, name).detach() for name in module.parametrizations}
     trained = any(p.requires_grad for p in module.parametrizations.parameters())
-    cls = type(module)
-    wrapped_since = "_prifu_base" in vars(cls)
-    plain = base_class(module) if wrapped_since else cls
-    module.__class__ = plain.__bases__[0]  # as torch.nn.utils.parametrize derives one
+    module.__class__ = parametrize.type_before_parametrizations(module)
     del module._modules["parametrizations"]
     for name, value in values.items():
         module.register_parameter(name, nn.Parameter(value.clone(), trained))
-    unit = module._modules.get(CHILD) if wrapped_since else None
-    if isinstance(unit, PriFU | CutFilter):
-        attach(module, unit)
-    elif unit is not None:
-        rehost(module, CHILD)

@@ -57,6 +57,8 @@ def spell_out_products(captured: Captured) -> bool:
             continue
         with graph.inserting_before(node):
             result = _as_linear(graph, product, summed)
+        for made in (result, *result.all_input_nodes):  # where its layer is put
+            made.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack"))
         node.replace_all_uses_with(result)
         graph.erase_node(node)
         found = True

@@ -108,6 +108,7 @@ def prune(
         lost = take_off(filtered)
         size = count_parameters(filtered), count_bytes(filtered)
         runs = runs_of(filtered, inputs)
+        macs = count_macs(filtered, runs[0])
         found = _pruned(model, filtered, runs, settings)
         report = PruneReport(
             found.checks,
@@ -120,7 +121,7 @@ def prune(
                 *found.notes,
             ),
             (size[0], count_parameters(found.model)),
-            (count_macs(filtered, runs[0]), count_macs(found.model, runs[0])),
+            (macs, count_macs(found.model, runs[0])),
             (size[1], count_bytes(found.model)),
             found.way,
         )

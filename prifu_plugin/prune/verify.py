@@ -37,7 +37,7 @@ class Check:
         tolerance: what it must not exceed: 1e-11 in fp64, 1e-5 in fp32, or four times the
             filtered model's own rounding error where that is more, at most 1e-3.
         rounding: difference of the filtered model from itself in fp64, measured where
-            `difference` is above 1e-5; else 0.
+            `difference` is above 1e-5; else 0. NaN if it does not run there.
     """
 
     dtype: str
@@ -92,13 +92,13 @@ def compare(
 
 
 def _rounding(precise: nn.Module, inputs: list[Tensor], seed: int, expected: Any) -> float:
-    """Return how far a model's outputs are from its own in fp64; 0 if it does not run there."""
+    """Return how far a model's outputs are from its own in fp64; NaN if it does not run there."""
     longer = [x.double() if x.is_floating_point() else x for x in inputs]
     try:
         with Quiet(precise), raised():
             return difference(_run(precise, longer, seed), expected)
-    except Exception:  # noqa: BLE001 - a cast meets weights in fp64: nothing is allowed for
-        return 0.0
+    except Exception:  # noqa: BLE001 - a cast meets weights in fp64
+        return float("nan")
 
 
 def _precision(model: nn.Module) -> torch.dtype:
@@ -146,7 +146,8 @@ def _casts_inside(model: nn.Module, inputs: list[Tensor]) -> bool:
 def _tolerance(dtype: torch.dtype, rounding: float) -> float:
     """Allow four times the model's own rounding, up to a bound: beyond it nothing is shown."""
     least, most = TOLERANCES.get(dtype, 1e-5), 1e-3 if dtype == torch.float32 else 0.1
-    return least if dtype == torch.float64 else max(least, min(4 * rounding, most))
+    fixed = dtype == torch.float64 or rounding != rounding
+    return least if fixed else max(least, min(4 * rounding, most))
 
 
 def difference(expected: Any, found: Any) -> float:
