@@ -326,8 +326,10 @@ def test_outputs_stay_ordered_whatever_their_keys(keys):
     net.keys = keys
     model = half_off(prifu.wrap(net))
     x = torch.randn(3, 5, 8)
-    found = prifu.prune(model, x)(x)
+    pruned = prifu.prune(model, x)
+    found = pruned(x)
     assert type(found) is collections.OrderedDict
+    assert not [text for _, text in prifu.report(pruned).notes if "no rule" in text]
     assert tuple(found) == keys
     assert difference(dict(model(x)), dict(found)) <= 1e-6
 

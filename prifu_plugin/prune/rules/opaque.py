@@ -63,11 +63,18 @@ class OpaqueRule(Rule):
             for source in tensor_inputs(self.node, analysis.values)
             if isinstance(analysis.values[source], Fact) and not analysis.fact(source).static
         }
-        if any(not conform.is_identity for conform in operands.values()):
+        if self._is_returned():
+            pass  # what a model returns is whole, in whatever it is returned
+        elif any(not conform.is_identity for conform in operands.values()):
             analysis.notes.append((self.node.name, f"no rule for {self.what}: inputs made whole"))
         elif self._holds_filters(analysis):
             analysis.notes.append((self.node.name, f"{self.what} is kept whole, with its filters"))
         planner.emit(self.node, Keep(), operands)
+
+    def _is_returned(self) -> bool:
+        """Whether this makes the dictionary or the like in which a model returns tensors."""
+        made = isinstance(self.node.target, type)
+        return made and all(user.op == "output" for user in self.node.users)
 
     def _holds_filters(self, analysis: Analysis) -> bool:
         return self.node.op == "call_module" and any(
