@@ -113,6 +113,13 @@ def test_filters_have_values_where_the_head_has_none_yet():
     assert prifu.status(wrapped)["open share"] == 1.0
 
 
+def test_a_key_that_is_too_short_is_said_to_be():
+    wrapped = prifu.wrap(network(), cut="2", noise=0.1, example_inputs=IMAGES).eval()
+    wrapped[2].prifu.key = b"short"
+    with pytest.raises(ConfigError, match="^key must be 16 to 64 random bytes"):
+        prifu.prune(wrapped, IMAGES)
+
+
 def test_a_dictionary_among_inputs_is_named():
     with pytest.raises(ConfigError, match="example_inputs holds a dict"):
         prifu.prune(prifu.wrap(network()), ({"image": IMAGES},))

@@ -262,10 +262,16 @@ def takes(model: nn.Module, inputs: Inputs) -> bool:
 
 def refusal(model: nn.Module, inputs: Inputs) -> str | None:
     """Return why a model refuses inputs like these, None if it takes them."""
+    error = refused(model, inputs)
+    return None if error is None else first_line(error).rstrip(".")
+
+
+def refused(model: nn.Module, inputs: Inputs) -> Exception | None:
+    """Return what a model raises for inputs like these, None if it takes them."""
     try:
         _tried(model, inputs)
     except Exception as error:  # noqa: BLE001 - any refusal is an answer
-        return first_line(error).rstrip(".")
+        return error
     return None
 
 

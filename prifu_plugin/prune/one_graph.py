@@ -13,12 +13,12 @@ from torch import fx, nn
 from tqdm import tqdm
 
 from prifu_plugin.cut import CutFilter
-from prifu_plugin.errors import CaptureError, ConfigError, PrifuError
+from prifu_plugin.errors import CaptureError, ConfigError, PrifuError, first_line
 from prifu_plugin.filter import PriFU
 from prifu_plugin.graph.capture import Captured
 from prifu_plugin.prune.asleep import asleep
 from prifu_plugin.prune.certificate import DiffersElsewhereError, certify
-from prifu_plugin.prune.inputs import Inputs, refusal, suited, takes
+from prifu_plugin.prune.inputs import Inputs, refused, suited, takes
 from prifu_plugin.prune.ladder import recorded
 from prifu_plugin.prune.loadable import why_not_loadable
 from prifu_plugin.prune.plan import Notes, Plan
@@ -167,7 +167,10 @@ def runs_of(filtered: nn.Module, inputs: Inputs) -> tuple[Inputs, ...]:
     """
     first = suited(filtered, inputs.batch(2), inputs)
     if first is None:
-        why = refusal(filtered, inputs)
+        error = refused(filtered, inputs)
+        if isinstance(error, PrifuError):  # a filter's own, which says more
+            raise error
+        why = "" if error is None else first_line(error).rstrip(".")
         raise ConfigError(
             f"{type(filtered).__name__} refuses inputs of shape {list(inputs.shapes)}: {why}. "
             "Pass example_inputs= a batch as the model takes it, with values of the kind it takes."
