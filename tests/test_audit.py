@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 import prifu_plugin as prifu
 from prifu_plugin.audit import checks
 from prifu_plugin.audit import request as audit_request
+from prifu_plugin.audit import run as audit_run
 from prifu_plugin.audit.controls import BROKEN, marks_of
 from prifu_plugin.audit.data import AuditData, fingerprint
 from prifu_plugin.audit.disjoint import check_disjoint, split_off
@@ -436,13 +438,24 @@ def test_a_verdict_by_auc_says_so():
     assert verdict(ranked) == "leaks: ranked above the floor, by AUC"
 
 
-def test_a_guess_where_the_channels_are_is_said():
-    class Long(nn.Module):
-        def forward(self, x):
-            return x.flatten(1)[:, :8].reshape(-1, 2, 4, 1).expand(-1, -1, -1, 3)
-
-    report = run(Long(), attributes=["private"], cloud=None)
-    assert any("(2, 4, 3) with their channels last" in left for left in report.not_tested)
+@pytest.mark.parametrize(
+    ("shape", "suite", "taken"),
+    [
+        ((2, 4, 3), "standard", "first"),
+        ((14, 14, 48), "full", "last"),
+        ((16, 16, 8), "standard", "last"),
+        ((48, 14, 14), "standard", None),
+        ((2, 4, 3), "quick", None),
+        ((1, 1, 1), "standard", None),
+        ((7, 9), "standard", None),
+    ],
+)
+def test_a_guess_where_the_channels_are_is_said(shape, suite, taken):
+    asked = SimpleNamespace(test=TEST, queries=1, suite=suite)
+    said = audit_run._not_tested(asked, None, torch.randn(5, *shape))
+    guesses = [left for left in said if "with channels elsewhere" in left]
+    assert len(guesses) == (taken is not None)
+    assert taken is None or f"in the {taken} dimension" in guesses[0]
 
 
 def test_without_a_plain_model_a_low_figure_is_no_evidence():
