@@ -8,7 +8,7 @@ from torch import nn
 import prifu_plugin as prifu
 from prifu_plugin import baselines, channel
 from prifu_plugin.audit.over_seeds import over_seeds
-from prifu_plugin.errors import ConfigError, NoSiteError, OrderError
+from prifu_plugin.errors import ConfigError, NoSiteError, OrderError, VerificationError
 
 IMAGES = torch.rand(2, 3, 16, 16)
 TARGETS = torch.tensor([0, 1])
@@ -118,6 +118,22 @@ def test_a_key_that_is_too_short_is_said_to_be():
     wrapped[2].prifu.key = b"short"
     with pytest.raises(ConfigError, match="^key must be 16 to 64 random bytes"):
         prifu.prune(wrapped, IMAGES)
+
+
+class Typed(nn.Module):
+    """Asks for the type of what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x):
+        return self.body(x) * (2.0 if x.dtype == torch.float32 else 5.0)
+
+
+def test_a_forward_that_is_another_one_in_fp64_is_named():
+    with pytest.raises(VerificationError, match="asks a tensor for its dtype"):
+        prifu.prune(prifu.wrap(Typed()).eval(), IMAGES)
 
 
 def test_a_dictionary_among_inputs_is_named():

@@ -96,7 +96,8 @@ def certify(
             f"{list(check.shapes)}; allowed {check.tolerance:.0e}), "
             f"first at {where or 'the output'}"
         )
-        message = f"The pruned {name} {what}. Nothing was changed. {_cure(original)}"
+        cure = _of_its_type(exact, twin, used, seed) if seen else ""
+        message = f"The pruned {name} {what}. Nothing was changed. {cure or _cure(original)}"
         raise VerificationError(message) if seen else DiffersElsewhereError(message, f"it {what}")
     return tuple(check for check, _ in [*tried[:2], *more, *tried[2:]]), notes
 
@@ -187,6 +188,21 @@ def _at_another_size(
             return None
         return Check("float64", inputs.shapes, float("inf"), TOLERANCES[torch.float64])
     return None if check.difference != check.difference else check
+
+
+def _of_its_type(exact: Captured, twin: fx.GraphModule, inputs: Inputs, seed: int) -> str:
+    """Return what cures a forward that is another function in fp64, "" where it is none.
+
+    Its graph, in which types are decided, agrees with the pruned model there.
+    """
+    graph = fx.GraphModule(exact.root, exact.graph)
+    if not compare(graph, twin, inputs, seed).holds:
+        return ""
+    return (
+        "Its forward gives something else in fp64, where it is compared, than in its own type: it "
+        "asks a tensor for its dtype, or for torch.finfo of it. Let it ask for what does not "
+        "change with the type, or pass verify=False if you have another test."
+    )
 
 
 def _cure(original: nn.Module) -> str:
