@@ -58,16 +58,21 @@ def closed(wrapped):
     return wrapped.eval()
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("what", COMPUTED)
-def test_pruned_with_its_filters(what, when):
+def with_filters(what, when):
+    """Wrap a network with computed weights, or compute them once it is wrapped."""
     model = network()
     if when == "before":
         COMPUTED[what](model)
     wrapped = prifu.wrap(model, cut="3", example_inputs=IMAGES)
     if when == "after":
         COMPUTED[what](wrapped)
-    closed(wrapped)
+    return closed(wrapped)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", COMPUTED)
+def test_pruned_with_its_filters(what, when):
+    wrapped = with_filters(what, when)
     pruned = prifu.prune(wrapped, IMAGES)
     assert not [text for _, text in prifu.report(pruned).notes if "rounding" in text]
     assert difference(wrapped(IMAGES), pruned(IMAGES)) < 1e-5
@@ -141,13 +146,7 @@ def without_parametrizations(model):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("what", COMPUTED)
 def test_what_is_computed_may_change_after_wrap(what, when):
-    model = network()
-    if when == "before":
-        COMPUTED[what](model)
-    wrapped = prifu.wrap(model, cut="3", example_inputs=IMAGES)
-    if when == "after":
-        COMPUTED[what](wrapped)
-    closed(wrapped)
+    wrapped = with_filters(what, when)
     expected = wrapped(IMAGES)
     host = next(layer for layer in wrapped.modules() if parametrize.is_parametrized(layer))
     if "bias" not in host.parametrizations:
