@@ -1,7 +1,8 @@
 """What an upload passes through on its way: projection, noise, quantizer, packed bytes.
 
 A filter scales information down, which protects only where precision is finite. A `Channel` makes
-it finite, and is the same object for the edge, the audit and the wire.
+it finite, and is the same object for the edge, the audit and the wire. Who receives needs its
+quantizer alone, and never the key of its noise.
 """
 
 from __future__ import annotations
@@ -181,6 +182,10 @@ class Quantizer(nn.Module):
 
     def values(self, levels: Tensor) -> Tensor:
         """Return the value of each level, fp32."""
+        if not torch.compiler.is_compiling() and torch.isnan(self.low):
+            raise ConfigError(
+                "The quantizer has no range: load the state of the one that the sender has fitted."
+            )
         return self.low + levels.float() * self._step()
 
     def pack(self, levels: Tensor) -> bytes:

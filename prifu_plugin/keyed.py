@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from prifu_plugin.errors import ConfigError
 
@@ -38,7 +39,8 @@ def keyed_gaussian(batch: Tensor, key: bytes, finest: float = math.inf) -> Tenso
         >>> torch.equal(noise, keyed_gaussian(z, b"sixteen bytes .."))
         True
     """
-    if torch.jit.is_tracing() or _is_exported():  # type: ignore[attr-defined, no-untyped-call]
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if traced or _is_exported() or get_proxy_mode() is not None:
         raise ConfigError(
             "Noise with a key is computed in Python, from each upload: a trace or an export would "
             "hold one fixed draw. Run this part in PyTorch, or export it without its key (key = "

@@ -4,11 +4,13 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import prifu_plugin as prifu
 from prifu_plugin import baselines, channel
 from prifu_plugin.audit.over_seeds import over_seeds
 from prifu_plugin.errors import ConfigError, NoSiteError, OrderError, VerificationError
+from prifu_plugin.keyed import KeyedNoise
 
 IMAGES = torch.rand(2, 3, 16, 16)
 TARGETS = torch.tensor([0, 1])
@@ -174,3 +176,40 @@ def test_what_does_not_fit_is_said(what):
 
 def test_grey_images_have_a_size():
     assert channel.image_bytes(torch.rand(2, 1, 8, 8))["raw"] == 64
+
+
+def test_a_server_whose_quantizer_has_no_range():
+    with pytest.raises(ConfigError, match="load the state of the one"):
+        channel.Channel(channel.Quantizer(4)).decode(b"\0" * 8, (1, 16))
+
+
+def test_noise_with_a_key_is_in_no_graph():
+    noise = KeyedNoise(b"k" * 32, 0.3).eval()
+    with pytest.raises(ConfigError, match="one fixed draw"):
+        make_fx(noise)(torch.randn(2, 8))
+
+
+def resnet(act, memory=torch.contiguous_format):
+    model = timm.create_model("resnetv2_50", act_layer=act, num_classes=2, layers=(1, 1, 1, 1),
+                              channels=(16, 32, 32, 64), stem_chs=16)  # fmt: skip
+    return model.to(memory_format=memory).eval()
+
+
+def test_another_activation_inside_a_norm_is_another_network():
+    x = torch.randn(2, 3, 64, 64)
+    pruned = prifu.prune(prifu.wrap(resnet(nn.ReLU)).eval(), x)
+    plan, weights = prifu.plan(pruned).to_json(), pruned.state_dict()
+    assert torch.equal(prifu.rebuild(resnet(nn.ReLU), plan, weights)(x), pruned(x))
+    with pytest.raises(NoSiteError):
+        prifu.rebuild(resnet(nn.SiLU), plan, weights)
+
+
+def test_the_memory_format_is_made_again():
+    x = torch.randn(2, 3, 64, 64)
+    model = resnet(nn.ReLU, torch.channels_last)
+    pruned = prifu.prune(prifu.wrap(model).eval(), x)
+    weights = {name: value.contiguous() for name, value in pruned.state_dict().items()}
+    again = prifu.rebuild(resnet(nn.ReLU, torch.channels_last), prifu.plan(pruned), weights)
+    for one, other in zip(pruned.parameters(), again.parameters(), strict=True):
+        assert one.stride() == other.stride()
+    assert torch.equal(again(x), pruned(x))

@@ -200,11 +200,19 @@ def fingerprint(captured: Captured) -> str:
         what = ""
         if node.op == "call_module":
             module = captured.root.get_submodule(str(node.target))
-            shown = not isinstance(module, PriFU | CutFilter)
-            said = f"{module.extra_repr()} {_configuration(module)}" if shown else ""
-            what = f"{type(module).__name__}({said})"
+            what = " ".join(_described(path, part) for path, part in module.named_modules())
         lines.append(f"{node.name} {node.op} {target} {what} {node.args} {node.kwargs}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _described(path: str, module: nn.Module) -> str:
+    """Say what a module computes, weights left out; of filters, which masks change, that it is one.
+
+    What a graph keeps whole may hold others: a normalization its activation.
+    """
+    shown = not isinstance(module, PriFU | CutFilter)
+    said = f"{module.extra_repr()} {_configuration(module)}" if shown else ""
+    return f"{path}{type(module).__name__}({said})"
 
 
 def _configuration(module: nn.Module) -> dict[str, Any]:

@@ -222,6 +222,7 @@ def _rebuilt(model: nn.Module, plan: Plan, state_dict: dict[str, Tensor]) -> fx.
             "pruned model whose plan this is."
         ) from None
     keep_attributes(model, pruned)
+    keep_memory_format(model, pruned)
     _attach(pruned, {"plan": plan.to_json()})
     return pruned.to(device_of(model))
 
