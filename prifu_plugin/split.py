@@ -176,6 +176,15 @@ def split(
             f"branch goes around it. Cut at {suggestion(graph)}, or pass several=True to upload "
             "all of them."
         )
+    filtered = _filtered_dim(model, node, at)
+    if filtered is not None and tensors != [node]:
+        others = [n.name for n in tensors if n is not node]
+        warnings.warn(
+            f"Only what crosses at '{at}' is filtered and noisy; {', '.join(others)} is uploaded "
+            f"as it is. Cut at {suggestion(graph)}, and wrap with the filter there.",
+            PrifuWarning,
+            stacklevel=2,
+        )
     edge, cloud = fx.Graph(), fx.Graph()
     claims = _copy_cloud(graph, known, cloud, tensors, sizes)
     _copy_edge(graph, computed, edge, tensors, claims)
@@ -187,7 +196,7 @@ def split(
         for module in shell.modules():
             if isinstance(module, fx.GraphModule) or type(module) is nn.Module:
                 module.training = model.training
-    halves = Split(parts[0], parts[1], node.name, _filtered_dim(model, node, at))
+    halves = Split(parts[0], parts[1], node.name, filtered)
     _check(model, halves, inputs)
     return halves
 

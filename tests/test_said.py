@@ -9,7 +9,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import prifu_plugin as prifu
 from prifu_plugin import baselines, channel
 from prifu_plugin.audit.over_seeds import over_seeds
-from prifu_plugin.errors import ConfigError, NoSiteError, OrderError, VerificationError
+from prifu_plugin.errors import (
+    ConfigError,
+    NoSiteError,
+    OrderError,
+    PrifuWarning,
+    VerificationError,
+)
 from prifu_plugin.keyed import KeyedNoise
 
 IMAGES = torch.rand(2, 3, 16, 16)
@@ -213,3 +219,23 @@ def test_the_memory_format_is_made_again():
     for one, other in zip(pruned.parameters(), again.parameters(), strict=True):
         assert one.stride() == other.stride()
     assert torch.equal(again(x), pruned(x))
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.act, self.head = nn.ReLU(), nn.Linear(6, 2)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.head(y + self.act(self.norm(y)))
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_what_goes_around_the_filter_on_the_upload_is_named(pruned):
+    x = torch.randn(4, 6)
+    model = prifu.wrap(Around(), cut="act", noise=0.3, example_inputs=x).eval()
+    model = prifu.prune(model, x) if pruned else model
+    with pytest.warns(PrifuWarning, match="first is uploaded as it is"):
+        prifu.split(model, "act", x, several=True)
