@@ -162,7 +162,7 @@ def _dim_that_follows(
     since, an upload of the same rank has them where that layer has them.
     """
     wide = [made for made in made_by if made.channels == made_by[-1].channels]
-    for made in wide[:-TRIED:-1]:
+    for made in wide[::-1][:TRIED]:
         changed, rank = _moved(model, place, inputs, made)
         if len(changed):
             found = [d for d in range(1, rank) if len(changed[:, d].unique()) == 1]
