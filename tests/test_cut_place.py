@@ -60,6 +60,7 @@ MOVES = {
     "channels last": (lambda y: y.permute(0, 2, 3, 1), 3),
     "in between": (lambda y: y.permute(0, 2, 1, 3), 2),
     "tokens": (lambda y: y[:, :, :4, :4].flatten(2).transpose(1, 2), 2),
+    "in one row": (lambda y: y[:, :, :1].permute(0, 2, 3, 1), 3),
     "signals": (lambda y: y[:, :, :4, :4].flatten(2), 1),
     "pooled": (lambda y: F.max_pool2d(y.permute(0, 3, 1, 2), (1, 1)), 2),
 }

@@ -163,11 +163,12 @@ def _dim_that_follows(
     """
     wide = [made for made in made_by if made.channels == made_by[-1].channels]
     for made in wide[::-1][:TRIED]:
-        changed, rank = _moved(model, place, inputs, made)
+        changed, shape = _moved(model, place, inputs, made)
         if len(changed):
-            found = [d for d in range(1, rank) if len(changed[:, d].unique()) == 1]
+            several = (d for d in range(1, len(shape)) if shape[d] > 1)
+            found = [d for d in several if len(changed[:, d].unique()) == 1]
             if len(found) != 1:
-                return made.dim if rank == made.rank else None
+                return made.dim if len(shape) == made.rank else None
             return found[0]
     return None
 
@@ -178,8 +179,8 @@ TRIED = 8
 
 def _moved(
     model: nn.Module, place: nn.Module, inputs: tuple[Tensor, ...], made: Made
-) -> tuple[Tensor, int]:
-    """Return where an upload changes with one channel of a layer, (n, rank), and its rank."""
+) -> tuple[Tensor, torch.Size]:
+    """Return where an upload changes with one channel of a layer, (n, rank), and its shape."""
     seen: list[Tensor] = []
 
     def move(_: Any, __: Any, out: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ def _moved(
     finally:
         for handle in handles:
             handle.remove()
-    return (seen[0] != seen[1]).nonzero(), seen[0].ndim
+    return (seen[0] != seen[1]).nonzero(), seen[0].shape
 
 
 def _unclear_dim(model: nn.Module, cut: str, uploaded: Tensor) -> NoReturn:
